@@ -1,0 +1,63 @@
+"""Lifespans as a mask_mod, and the BlockMask that accelerates it.
+
+The mask_mod is the whole truth; the block metadata only say which blocks need not be visited (empty) or need not be
+masked (full).  They come from two histograms per key block, never from a Q x K tensor (DMA, arXiv 2508.02124; the
+any/all-per-block idea is FlexAttention's, arXiv 2412.05496).
+"""
+
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask
+
+from flexdma import checks
+from flexdma.block_metadata import block_mask_from, block_metadata
+from flexdma.lifespans import Lifespans
+from flexdma.opaque import realize
+from flexdma.signatures import MaskMod
+
+
+def lifespan_mask_mod(lifespans: Lifespans, *, num_query_heads: int | None = None, first_query: int = 0) -> MaskMod:
+    """birth[key] <= position of the query < death[key].
+
+    lifespans: birth and death [B, H, K].
+    num_query_heads: Hq where query heads share lifespans (query head h reads h // (Hq / H)); None: one per query head.
+    first_query: the position of query 0, K - Q where the queries are the last Q positions.
+    """
+    birth, death = lifespans
+    group = checks.group_size("lifespans", birth.shape[1], num_query_heads)
+
+    def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+        position = q_idx + first_query
+        return (position >= birth[b, h // group, kv_idx]) & (position < death[b, h // group, kv_idx])
+
+    return mask_mod
+
+
+def lifespan_block_mask(
+    lifespans: Lifespans,
+    *,
+    num_query_heads: int,
+    num_queries: int | None = None,
+    block_size: int | tuple[int, int] = 128,
+) -> BlockMask:
+    """The BlockMask of `lifespan_mask_mod`, for the last `num_queries` positions (default: all K), forward and backward.
+
+    lifespans: birth and death [B, H, K], keys in any order.
+    block_size: one int, or (rows of queries, columns of keys).
+    Returns a BlockMask of [B, Hq, Q, K].  4 ints per pair of blocks and head; nothing is Q x K.
+    Raises ValueError where the heads do not divide or num_queries > K.
+    """
+    birth = checks.tensor("lifespans.birth", lifespans.birth, ("B", "H", "K"))
+    heads, keys = birth.shape[1:]
+    checks.tensor("lifespans.death", lifespans.death, birth.shape, birth)
+    group = checks.group_size("lifespans", heads, num_query_heads)
+    queries = keys if num_queries is None else num_queries
+    checks.positive_int("num_queries", queries)
+    if queries > keys:
+        raise ValueError(f"num_queries: expected at most K = {keys}, got {queries}")
+    rows, columns = checks.block_sizes(block_size)
+
+    metadata = block_metadata(lifespans.birth, lifespans.death, queries, 1, rows, columns, True)
+    # Contiguous copies per query head: the kernel reads rows in memory order and is silently wrong on an expanded view.
+    metadata = [realize(index.repeat_interleave(group, 1)) if group > 1 else index for index in metadata]
+    mask_mod = lifespan_mask_mod(lifespans, num_query_heads=num_query_heads, first_query=keys - queries)
+    return block_mask_from(metadata, (queries, keys), (rows, columns), mask_mod)

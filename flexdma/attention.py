@@ -1,0 +1,138 @@
+"""Dynamic Mask Attention: the one entry point.
+
+"Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124:
+
+    o_i = sum over j in the top-w of {gate_j : j <= i} of  softmax_j(q_i . k_j * scale + gate_j) v_j
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from flexdma import checks, lifespans
+from flexdma.lowerings.choice import choose_lowering
+from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
+from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
+from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
+from flexdma.lowerings.gather import gather_attend
+from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.signatures import ScoreMod
+
+
+def dynamic_mask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    *,
+    window_size: int | Sequence[int] | None,
+    selection: str = "causal",
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    sinks: int = 0,
+    recent: int = 0,
+    key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    lowering: str | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    kernel_options: dict | None = None,
+) -> Tensor:
+    """Attention in which each query sees the `window_size` best-gated keys before it, and gates add to the logits.
+
+    query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
+    key: [B, Hkv, K, D], value: [B, Hkv, K, Dv], of query's dtype; Hkv divides Hq (query head h reads head h // G).
+    gate: [B, Hkv, K] or [B, 1, K], any float dtype.  float64 keeps gates that grow with position exact (see ValueGate);
+        others are ranked and added in float32.  -inf = never visible; NaN ranks highest and shows in the output.
+    window_size: w, or one per gate head.  With selection="threshold" it may be None.
+    selection: "causal": each query its own top-w, the paper's.  "global": one top-w shared by all queries, still seen
+        causally.  "threshold": all keys with gate > 0; with a window_size the running top-w among them.
+    scale: default D ** -0.5.
+    score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
+        is added.  It is called with broadcastable index tensors, so it must be elementwise.
+    sinks, recent, key_padding_mask, document_ids: as in `causal_top_w`.
+    lowering: "flex", "gather", "dense", or None: `choose_lowering` says which.  All compute the same.
+    block_size: of the mask, one int or (rows, keys); None takes the lowering's own.  "gather" has query blocks only.
+    kernel_options: FlexAttention's, for lowering="flex".
+
+    Returns [B, Hq, Q, Dv], in query's dtype.  A query that sees no key gives 0, and gradient 0.
+    Differentiable in query, key, value, gate, and what score_mod captures.
+    Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; memory is given in docs/design.md.
+    """
+    checks.attention_arguments(query, key, value, gate)
+    checks.one_of("selection", selection, checks.SELECTIONS)
+    if lowering is not None:
+        checks.one_of("lowering", lowering, checks.LOWERINGS)
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
+    chosen = lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=needs_gradient)
+    _check_lowering_options(chosen, block_size, kernel_options)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    choice = dict(sinks=sinks, recent=recent, key_padding_mask=key_padding_mask, document_ids=document_ids)
+
+    if chosen == "dense":
+        return dense_dynamic_mask_attention(
+            query,
+            key,
+            value,
+            gate,
+            window_size=window_size,
+            selection=selection,
+            scale=scale,
+            score_mod=score_mod,
+            **choice,
+        )
+    alive = _select(selection, gate, window_size, choice)
+    widest = key.shape[2] if window_size is None else window_size if isinstance(window_size, int) else max(window_size)
+    capacity = widest + sinks + recent
+    shared = dict(scale=scale, score_mod=score_mod)
+    if chosen == "gather":
+        size = block_size if block_size is not None else GATHER_BLOCK_SIZE
+        return gather_attend(query, key, value, gate, alive, capacity=capacity, block_size=size, **shared)
+
+    if query.device.type == "cpu":
+        if needs_gradient:
+            raise ValueError(
+                "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
+            )
+        query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
+    blocks = (
+        FLEX_BLOCK_SIZE.get(query.device.type, FLEX_BLOCK_SIZE["cuda"])
+        if block_size is None
+        else checks.block_sizes(block_size)
+    )
+    attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
+    return attend(
+        query,
+        key,
+        value,
+        gate,
+        alive,
+        unit=capacity,
+        block_size=blocks,
+        kernel_options=kernel_options,
+        needs_gradient=needs_gradient,
+        **shared,
+    )
+
+
+def _select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:
+    if selection == "threshold":
+        return lifespans.above_threshold(gate, window_size=window_size, **choice)
+    return (lifespans.causal_top_w if selection == "causal" else lifespans.global_top_w)(gate, window_size, **choice)
+
+
+def _check_lowering_options(
+    lowering: str, block_size: int | tuple[int, int] | None, kernel_options: dict | None
+) -> None:
+    if kernel_options is not None and lowering != "flex":
+        raise ValueError(
+            f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
+        )
+    if block_size is None:
+        return
+    if lowering == "dense":
+        raise ValueError(f"block_size: expected None for lowering='dense', got {block_size!r}")
+    if lowering == "gather":
+        checks.positive_int("block_size", block_size)
+    else:
+        checks.block_sizes(block_size)

@@ -1,0 +1,133 @@
+"""Argument checks: every message names the argument, what was expected and what came.
+
+Shapes, dtypes and devices only, so that nothing synchronises and everything traces.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+SELECTIONS = ("causal", "global", "threshold")
+LOWERINGS = ("flex", "gather", "dense")
+
+
+def positive_int(name: str, value: object, minimum: int = 1) -> None:
+    """Raise unless `value` is an int (or a symbolic one) of at least `minimum`."""
+    if isinstance(value, bool) or not isinstance(value, int | torch.SymInt):
+        raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
+    if value < minimum:
+        raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+
+
+def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+    """Raise unless `value` is one of `choices`."""
+    if value not in choices:
+        raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")
+
+
+def tensor(name: str, value: object, shape: Sequence[object], like: Tensor | None = None) -> Tensor:
+    """Raise unless `value` is a tensor of this shape (a name stands for any size) on the device of `like`."""
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name}: expected a tensor [{_text(shape)}], got {type(value).__name__}")
+    matches = value.dim() == len(shape) and all(
+        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
+    )
+    if not matches:
+        raise ValueError(f"{name}: expected [{_text(shape)}], got {list(value.shape)}")
+    if like is not None and value.device != like.device:
+        raise ValueError(f"{name}: expected a tensor on {like.device}, got one on {value.device}")
+    return value
+
+
+def floating(name: str, value: Tensor) -> None:
+    """Raise unless the tensor is real floating point."""
+    if not value.is_floating_point():
+        raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
+
+
+def group_size(name: str, heads: int, num_query_heads: int | None) -> int:
+    """Query heads per head of `name`; 1 where num_query_heads is None.  Raises ValueError where they do not divide."""
+    if num_query_heads is None:
+        return 1
+    positive_int("num_query_heads", num_query_heads)
+    if num_query_heads % heads:
+        raise ValueError(f"num_query_heads: expected a multiple of {name}'s {heads} heads, got {num_query_heads}")
+    return num_query_heads // heads
+
+
+def block_sizes(block_size: int | tuple[int, int]) -> tuple[int, int]:
+    """(rows, columns) of a block given as one int or as a pair."""
+    rows, columns = (block_size, block_size) if isinstance(block_size, int) else block_size
+    positive_int("block_size", rows)
+    positive_int("block_size", columns)
+    return rows, columns
+
+
+def _text(shape: Sequence[object]) -> str:
+    return ", ".join(map(str, shape))
+
+
+def selection_arguments(
+    gate: Tensor,
+    window_size: int | Sequence[int] | None,
+    sinks: int,
+    recent: int,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    needs_window: bool = True,
+) -> list[int]:
+    """Check what selects keys; returns the window sizes as a list of 1 or H ints, empty for no window."""
+    batch, heads, length = tensor("gate", gate, ("B", "Hkv", "K")).shape
+    floating("gate", gate)
+    windows = _windows(window_size, heads, needs_window)
+    positive_int("sinks", sinks, 0)
+    positive_int("recent", recent, 0)
+    if key_padding_mask is not None:
+        tensor("key_padding_mask", key_padding_mask, (batch, length), gate)
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask: expected torch.bool (True = real), got {key_padding_mask.dtype}")
+    if document_ids is not None:
+        tensor("document_ids", document_ids, (batch, length), gate)
+        if document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool:
+            raise TypeError(f"document_ids: expected an integer dtype, got {document_ids.dtype}")
+    return windows
+
+
+def _windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -> list[int]:
+    if window_size is None:
+        if needed:
+            raise TypeError("window_size: expected an int or one int per key/value head, got None")
+        return []
+    if isinstance(window_size, int | torch.SymInt):
+        positive_int("window_size", window_size)
+        return [window_size]
+    if not isinstance(window_size, list | tuple):
+        raise TypeError(f"window_size: expected an int or one int per key/value head, got {type(window_size).__name__}")
+    if len(window_size) != heads:
+        raise ValueError(f"window_size: expected one int per gate head = {heads}, got {len(window_size)}")
+    for window in window_size:
+        positive_int("window_size", window)
+    return list(window_size)
+
+
+def attention_arguments(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> None:
+    """Check the four tensors of the operator against each other."""
+    batch, query_heads, queries, size = tensor("query", query, ("B", "Hq", "Q", "D")).shape
+    tensor("key", key, (batch, "Hkv", "K", size), query)
+    heads, keys = key.shape[1:3]
+    tensor("value", value, (batch, heads, keys, "Dv"), query)
+    for name, argument in (("query", query), ("key", key), ("value", value), ("gate", gate)):
+        if isinstance(argument, Tensor):
+            floating(name, argument)
+    for name, argument in (("key", key), ("value", value)):
+        if argument.dtype != query.dtype:
+            raise TypeError(f"{name}: expected {query.dtype} as query has, got {argument.dtype}")
+    if query_heads % heads:
+        raise ValueError(f"query: expected a multiple of key's {heads} heads, got {query_heads} heads")
+    if queries > keys:
+        raise ValueError(f"query: expected at most K = {keys} queries (they are the last ones), got {queries}")
+    if isinstance(gate, Tensor) and gate.dim() == 3 and gate.shape[1] == 1:
+        tensor("gate", gate, (batch, 1, keys), query)
+    else:
+        tensor("gate", gate, (batch, heads, keys), query)

@@ -1,0 +1,1 @@
+"""How attention under lifespans is computed: packed FlexAttention, or gathered keys and plain attention."""

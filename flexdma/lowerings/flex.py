@@ -1,0 +1,125 @@
+"""The flex lowering: keys packed by lifespan, then FlexAttention (arXiv 2412.05496), fused by Inductor.
+
+Inductor generates the kernel: Triton on CUDA (forward and backward), C++ on a CPU (inference only: torch has no CPU
+backward).  The query heads of a group are folded into the rows of one head, row i * G + g, so that one mask and one visit
+of a key block serve the whole group.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexdma.block_metadata import block_mask_from, block_metadata
+from flexdma.lifespans import Lifespans
+from flexdma.offsets import reference_gate, split
+from flexdma.opaque import opaque_on_cpu, realize
+from flexdma.packing import pack
+from flexdma.signatures import ScoreMod
+
+# (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
+BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
+
+
+def flex_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    lifespans: Lifespans,
+    *,
+    unit: int,
+    scale: float,
+    score_mod: ScoreMod | None,
+    block_size: tuple[int, int],
+    kernel_options: dict | None,
+    needs_gradient: bool,
+) -> Tensor:
+    """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
+
+    unit: the lifetime that packing counts in, about the number of keys a query sees.
+    Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
+    """
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
+    group = query_heads // heads
+    first_query = keys - queries
+
+    order, birth, death, *metadata = _schedule(
+        lifespans.birth, lifespans.death, queries, group, unit, block_size[0], block_size[1], needs_gradient
+    )
+
+    def per_head(tensor: Tensor) -> Tensor:
+        return realize(tensor.expand(batch, heads, tensor.shape[-1]))
+
+    order, birth, death = order.expand(batch, heads, keys), per_head(birth), per_head(death)
+    packed_key = key.gather(2, order[..., None].expand(-1, -1, -1, size))
+    packed_value = value.gather(2, order[..., None].expand(-1, -1, -1, value.shape[-1]))
+    rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
+
+    gate = gate.expand(batch, heads, keys)
+    reference_high, reference_low = map(_realize, split(reference_gate(gate)[..., first_query:]))
+    high, low = split(gate)
+    high = realize(high.gather(-1, order))
+    low = None if low is None else realize(low.gather(-1, order))
+    if score_mod is not None:
+        key_position = realize(order)
+        query_position = realize(torch.arange(first_query, keys, device=query.device))
+
+    # Each captured tensor is indexed once and flat: FlexAttention differentiates no other form.
+    def packed_score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        i = row // group
+        if score_mod is not None:
+            score = score_mod(score, b, h * group + row % group, query_position[i], key_position[b, h, column])
+        difference = high[b, h, column] - reference_high[b, h, i]
+        if low is not None:
+            difference = difference + (low[b, h, column] - reference_low[b, h, i])
+        return score + difference
+
+    def packed_mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        i = row // group
+        return (i >= birth[b, h, column]) & (i < death[b, h, column])
+
+    block_mask = block_mask_from(metadata, (queries * group, keys), block_size, packed_mask_mod)
+    output = flex_attention(
+        realize(rows),  # a buffer: the C++ lowering takes no view of a computed tensor
+        packed_key,
+        packed_value,
+        score_mod=packed_score_mod,
+        block_mask=block_mask,
+        scale=scale,
+        kernel_options=kernel_options,
+    )
+    return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
+
+
+# One compiled function for eager callers.  fullgraph: never eager FlexAttention by surprise; past the limit it raises.
+compiled_flex_attend = torch.compile(flex_attend, fullgraph=True)
+
+
+def _realize(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else realize(tensor)
+
+
+def _empty_schedule(
+    birth: Tensor, death: Tensor, queries: int, group: int, unit: int, rows: int, columns: int, transposed: bool
+) -> list[Tensor]:
+    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed)
+    return [
+        torch.empty(birth.shape, dtype=torch.int64, device=birth.device),
+        *map(torch.empty_like, [birth, death, *metadata]),
+    ]
+
+
+@opaque_on_cpu("flex_schedule", _empty_schedule)
+def _schedule(
+    birth: Tensor, death: Tensor, queries: int, group: int, unit: int, rows: int, columns: int, transposed: bool
+) -> list[Tensor]:
+    """Order of the keys, their birth and death in that order as query numbers, and the block metadata.
+
+    Query numbers (0 = the first query), so that the mask_mod captures no symbolic length: the C++ lowering takes none.
+    """
+    first_query = birth.shape[-1] - queries
+    order = pack(Lifespans(birth, death), unit, first_query=first_query)
+    birth, death = birth.gather(-1, order), death.gather(-1, order)
+    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed)
+    return [order, birth - first_query, death - first_query, *metadata]

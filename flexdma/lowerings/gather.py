@@ -1,0 +1,177 @@
+"""The gather lowering: each block of queries gathers the keys alive for it, then plain batched attention.
+
+O(N (w + block)) time, differentiable in every argument, on every device and dtype; traced by torch.compile as one batched
+expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache, and checkpoints them, so
+that memory stays O(N) in training too.
+
+Which keys are alive for a block?  Slots, as a compiler allocates registers: at most `capacity` keys are alive at any
+position, so the n-th key to be born takes the slot that the (n - capacity)-th key to die has left.  The keys alive before a
+block are then the last ones to have entered each slot: one sort, ceil(log2 K) rounds of pointer jumping, one cummax.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+from torch.utils.checkpoint import checkpoint
+
+from flexdma.block_metadata import ceil_div
+from flexdma.lifespans import Lifespans
+from flexdma.offsets import reference_gate
+from flexdma.opaque import opaque_on_cpu
+from flexdma.signatures import ScoreMod
+
+# Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
+BLOCK_SIZE = 128
+# Eager: score elements computed at a time (8 MiB of float32, about a core's share of cache), and the number above which
+# training recomputes them in the backward instead of keeping them (256 MiB).
+CHUNK_ELEMENTS = 2**21
+KEPT_ELEMENTS = 2**26
+
+
+def gather_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    lifespans: Lifespans,
+    *,
+    capacity: int,
+    scale: float,
+    score_mod: ScoreMod | None,
+    block_size: int,
+) -> Tensor:
+    """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
+
+    capacity: no position has more living keys than this.
+    """
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
+    group = query_heads // heads
+    first_query = keys - queries
+    capacity = min(capacity, keys)
+    blocks = ceil_div(queries, block_size)
+
+    slots, birth, death = _living_keys(lifespans.birth, lifespans.death, queries, capacity, block_size)
+    slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]
+    birth, death = birth.expand_as(slots), death.expand_as(slots)
+
+    # Each block's gates relative to the gate of its first query: see offsets.py.
+    gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
+    relative = _take(gate, slots) - reference_gate(gate)[..., first_query::block_size].unsqueeze(-1)
+    computed = query.dtype if query.dtype == torch.float64 else torch.float32
+    rows = pad(query, (0, 0, 0, blocks * block_size - queries))
+    rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
+    positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device)
+
+    inputs = (rows, _take(key, slots), _take(value, slots), relative.to(computed), slots, birth, death)
+    positions = positions.unflatten(0, (blocks, block_size))
+    whole = batch * query_heads * queries * slots.shape[-1]
+    if torch.compiler.is_compiling() or whole <= CHUNK_ELEMENTS:
+        output = _attend(*inputs, positions, scale, score_mod)
+    else:
+        step = max(1, CHUNK_ELEMENTS * blocks // whole)
+        keep = not torch.is_grad_enabled() or whole <= KEPT_ELEMENTS
+        chunks = zip(*(tensor.split(step, 2) for tensor in inputs), positions.split(step), strict=True)
+        attended = [
+            _attend(*chunk, scale, score_mod)
+            if keep
+            else checkpoint(_attend, *chunk, scale, score_mod, use_reentrant=False, preserve_rng_state=False)
+            for chunk in chunks
+        ]
+        output = torch.cat(attended, 2)
+    output = output.transpose(2, 3).flatten(3, 4)[:, :, :, :queries]  # [B, Hkv, G, Q, Dv]
+    return output.flatten(1, 2)
+
+
+def _take(tensor: Tensor, slots: Tensor) -> Tensor:
+    """[B, Hkv, K, ...] at [B, Hkv, R, C] -> [B, Hkv, R, C, ...]."""
+    index = slots.flatten(2)
+    if tensor.dim() == 4:
+        index = index[..., None].expand(-1, -1, -1, tensor.shape[-1])
+    return tensor.gather(2, index).unflatten(2, slots.shape[2:])
+
+
+def _attend(
+    rows: Tensor,  # [B, Hkv, R, G, M, D]
+    keys: Tensor,  # [B, Hkv, R, C, D]
+    values: Tensor,  # [B, Hkv, R, C, Dv]
+    gate: Tensor,  # [B, Hkv, R, C]
+    slots: Tensor,  # [B, Hkv, R, C]: original positions of the keys
+    birth: Tensor,
+    death: Tensor,
+    positions: Tensor,  # [R, M]: positions of the queries
+    scale: float,
+    score_mod: ScoreMod | None,
+) -> Tensor:
+    """Plain attention of every query block to its own keys -> [B, Hkv, R, G, M, Dv].  A row that sees nothing gives 0."""
+    group, block = rows.shape[3:5]
+    computed = gate.dtype
+    flat = rows.flatten(3, 4).to(computed) * scale
+    scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
+    if score_mod is not None:
+        scores = _modified(scores, positions, slots, score_mod)
+    i = positions[:, :, None]
+    visible = (i >= birth.unsqueeze(-2)) & (i < death.unsqueeze(-2))  # [B, Hkv, R, M, C]
+    bias = torch.where(visible, gate.unsqueeze(-2), float("-inf"))
+    scores = scores + bias.unsqueeze(3)
+    largest = scores.detach().amax(-1, keepdim=True)
+    weights = torch.exp(scores - torch.where(largest == float("-inf"), 0.0, largest))
+    total = weights.sum(-1, keepdim=True)
+    output = (weights.flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
+    return (output / torch.where(total == 0, 1.0, total)).to(rows.dtype)
+
+
+def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:
+    """score_mod on whole tiles: its index arguments broadcast to [B, Hkv, R, G, M, C]."""
+    batch, heads, _, group = scores.shape[:4]
+
+    def index(count: int, dim: int) -> Tensor:
+        return torch.arange(count, device=scores.device).view([-1 if d == dim else 1 for d in range(6)])
+
+    head = index(heads, 1) * group + index(group, 3)
+    return score_mod(scores, index(batch, 0), head, positions[:, None, :, None], slots[:, :, :, None, None])
+
+
+def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
+    batch, heads, keys = birth.shape
+    shape = (batch, heads, ceil_div(queries, block), capacity + block)
+    return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape), birth.new_empty(shape)]
+
+
+@opaque_on_cpu("living_keys", _empty_living_keys)
+def _living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
+    """For each block of queries the keys that some query of it may see: [B, H, R, capacity + block] int64, and their
+    birth and death.  Slots without a key have death 0.  The last `block` slots are the block's own positions.
+    """
+    length = birth.shape[-1]
+    first_query = length - queries
+    blocks = ceil_div(queries, block)
+    positions = torch.arange(length, device=birth.device)
+    starts = first_query + block * torch.arange(blocks, device=birth.device)
+
+    # Number the keys that ever live by birth (their own position) and by death.
+    lives = death > birth
+    by_birth = lives.cumsum(-1) - 1
+    key_of_death = torch.where(lives, death.long(), 2 * length).sort(dim=-1, stable=True).indices
+    # The n-th born takes over from the (n - capacity)-th dead; a key without a predecessor is its own.
+    predecessor = key_of_death.gather(-1, (by_birth - capacity).clamp(min=0))
+    root = torch.where(lives & (by_birth >= capacity), predecessor, positions)
+    hops = 1
+    while hops < length:
+        root = root.gather(-1, root)
+        hops *= 2
+    slot = by_birth.gather(-1, root)  # < capacity for every living key
+
+    # last[r, s]: the last key in slot s born before block r starts, -1 for none.
+    block_after = (positions - first_query).div(block, rounding_mode="floor").clamp(min=-1) + 1  # 0 .. blocks
+    cell = torch.where(lives, block_after * capacity + slot, (blocks + 1) * capacity)
+    last = torch.full((*birth.shape[:-1], (blocks + 1) * capacity + 1), -1, device=birth.device)
+    last.scatter_reduce_(-1, cell, positions.expand_as(cell), "amax")
+    last = last[..., : blocks * capacity].unflatten(-1, (blocks, capacity)).cummax(-2).values
+
+    own = (starts[:, None] + torch.arange(block, device=birth.device)).expand(*birth.shape[:2], -1, -1)
+    keys = torch.cat([last, torch.where(own < length, own, -1)], -1)
+    index = keys.clamp(min=0)
+    flat = index.flatten(2)
+    death = death.gather(-1, flat).view_as(index)
+    return [index, birth.gather(-1, flat).view_as(index), torch.where(keys < 0, 0, death)]

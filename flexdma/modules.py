@@ -1,0 +1,109 @@
+"""Dynamic Mask Attention as a layer (arXiv 2508.02124): projections, gate, operator, output projection."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexdma import checks
+from flexdma.attention import dynamic_mask_attention
+from flexdma.gates import ValueGate
+from flexdma.signatures import ScoreMod
+
+
+class DynamicMaskAttention(nn.Module):
+    """hidden states [B, N, hidden_size] -> [B, N, hidden_size].
+
+    hidden_size, num_heads (Hq), num_kv_heads (Hkv, divides Hq), head_dim (D), window_size (w): the sizes.
+    form, recency, slopes: the gate's, see `ValueGate`.
+    selection, sinks, recent, lowering, block_size, kernel_options: the operator's, see `dynamic_mask_attention`.
+    qk_norm: root-mean-square normalisation of each query and key head before the rotary embedding (arXiv 2010.04245).
+    bias: whether the projections have one.
+
+    There is no attention dropout.  Parameters: q_proj, k_proj, v_proj, o_proj, gate.A, gate.dt_proj, ..., and with qk_norm
+    q_norm and k_norm.  Raises ValueError where the heads do not divide or a size is below 1.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window_size: int | Sequence[int] | None,
+        *,
+        form: str = "exp",
+        recency: str | None = None,
+        slopes: Sequence[float] | None = None,
+        selection: str = "causal",
+        sinks: int = 0,
+        recent: int = 0,
+        qk_norm: bool = False,
+        bias: bool = False,
+        lowering: str | None = None,
+        block_size: int | tuple[int, int] | None = None,
+        kernel_options: dict | None = None,
+    ) -> None:
+        super().__init__()
+        for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads),
+                           ("head_dim", head_dim)):  # fmt: skip
+            checks.positive_int(name, size)
+        if num_heads % num_kv_heads:
+            raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
+        self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
+        self.options: dict[str, Any] = dict(
+            window_size=window_size, selection=selection, sinks=sinks, recent=recent, lowering=lowering,
+            block_size=block_size, kernel_options=kernel_options,
+        )  # fmt: skip
+        self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
+        self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
+        self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
+        self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
+        self.gate = ValueGate(num_kv_heads, head_dim, form, recency, slopes=slopes)
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, 0))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        score_mod: ScoreMod | None = None,
+    ) -> Tensor:
+        """Causal self-attention over the N tokens.
+
+        position_embeddings: cos and sin of the rotary embedding (arXiv 2104.09864), each [N, D] or [B, N, D], the halves
+            repeated; None for no rotation.
+        key_padding_mask, document_ids [B, N], score_mod: as in `dynamic_mask_attention`.
+        """
+        query, key, value = self.project(hidden_states, position_embeddings)
+        output = dynamic_mask_attention(
+            query, key, value, self.gate(value), key_padding_mask=key_padding_mask, document_ids=document_ids,
+            score_mod=score_mod, **self.options,
+        )  # fmt: skip
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def project(
+        self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Query [B, Hq, N, D], key and value [B, Hkv, N, D], normalised and rotated, as the operator takes them."""
+        checks.tensor("hidden_states", hidden_states, ("B", "N", self.q_proj.in_features))
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)))
+        value = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
+        if position_embeddings is not None:
+            cos, sin = (t.unsqueeze(-2).to(query.dtype) for t in position_embeddings)
+            query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of [..., D] in the layout of Llama and Doge: the two halves of D are the coordinates."""
+    first, second = heads.chunk(2, -1)
+    return heads * cos + torch.cat([-second, first], -1) * sin

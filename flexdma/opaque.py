@@ -1,0 +1,49 @@
+"""Operators that Inductor calls instead of looking into.
+
+Two reasons, both of torch's and none of ours.  Inductor's C++ FlexAttention accepts a captured tensor only when it is a
+buffer, not an expression (NoValidChoicesError otherwise), and Triton's wants a fixed layout; and on a CPU the integer
+work of selection and packing runs as fast in ATen as compiled, so that tracing it would only cost compile time.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+Tensors = TypeVar("Tensors", bound=Callable[..., list[Tensor]])
+
+
+@torch.library.custom_op("flexdma::realize", mutates_args=())
+def realize(tensor: Tensor) -> Tensor:
+    """The same values as a contiguous buffer of their own, which every FlexAttention lowering can capture."""
+    return tensor.clone(memory_format=torch.contiguous_format)
+
+
+realize.register_fake(lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format))
+realize.register_autograd(lambda ctx, gradient: gradient)
+
+
+def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
+    """Decorator: on a CPU the function is one opaque operator `flexdma::name`; on other devices it is traced and fused.
+
+    The first argument is a tensor and decides.  `shapes` takes the same arguments and returns empty outputs.  Outputs
+    are made contiguous and carry no gradient.
+    """
+
+    def decorate(function: Tensors) -> Tensors:
+        def implementation(*arguments):
+            return [output.clone(memory_format=torch.contiguous_format) for output in function(*arguments)]
+
+        implementation.__annotations__ = dict(function.__annotations__)
+        schema = torch.library.infer_schema(function, mutates_args=())
+        operator = torch.library.custom_op(f"flexdma::{name}", implementation, mutates_args=(), schema=schema)
+        operator.register_fake(shapes)
+
+        def dispatch(first: Tensor, *rest):
+            return operator(first, *rest) if first.device.type == "cpu" else function(first, *rest)
+
+        dispatch.__doc__, dispatch.__name__ = function.__doc__, function.__name__
+        return dispatch  # type: ignore[return-value]
+
+    return decorate

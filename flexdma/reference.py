@@ -1,0 +1,68 @@
+"""The specification: Dynamic Mask Attention written as its definition, O(Q K) memory, no cleverness.
+
+arXiv 2508.02124.  Every lowering is tested against this, in float64.
+"""
+
+import torch
+from torch import Tensor
+
+from flexdma import checks
+
+
+def dense_visibility(
+    gate, *, window_size, selection="causal", sinks=0, recent=0, key_padding_mask=None, document_ids=None
+):
+    """[B, H, K, K] bool: query i (second to last) sees key j.  Arguments as in `flexdma.dynamic_mask_attention`."""
+    windows = checks.selection_arguments(
+        gate, window_size, sinks, recent, key_padding_mask, document_ids, needs_window=selection != "threshold"
+    )
+    gate = gate.detach() if gate.dtype == torch.float64 else gate.detach().float()
+    i, j = (torch.arange(gate.shape[-1], device=gate.device).view(shape) for shape in ((-1, 1), (1, -1)))
+    real = gate != -torch.inf
+    if key_padding_mask is not None:
+        real = real & key_padding_mask[:, None]
+    together = torch.ones_like(i >= j)[None, None]
+    if document_ids is not None:
+        document = (document_ids[:, 1:] != document_ids[:, :-1]).cumsum(-1)
+        document = torch.nn.functional.pad(document, (1, 0))[:, None]
+        together = document[..., :, None] == document[..., None, :]
+    allowed = (j <= i) & together & real[..., None, :]
+    eligible = real & ~(gate <= 0) if selection == "threshold" else real
+
+    # better[k, j]: key k outranks key j.  NaN is the largest of all numbers; of equal gates the newer wins.
+    a, b = gate[..., :, None], gate[..., None, :]
+    equal = (a == b) | (a.isnan() & b.isnan())
+    better = (a > b) | (a.isnan() & ~b.isnan()) | (equal & (i > j))
+    better = better & eligible[..., :, None] & together
+    count = better.sum(-2, keepdim=True) if selection == "global" else better.cumsum(-2)
+    window = torch.tensor(windows or [gate.shape[-1]], device=gate.device).view(-1, 1, 1)
+    chosen = (count < window) & eligible[..., None, :]
+
+    is_sink = (together & (j <= i) & real[..., None, :]).sum(-1) <= sinks
+    return allowed & (chosen | is_sink[..., None, :] | (i - j < recent))
+
+
+def dense_dynamic_mask_attention(query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None,
+                                 sinks=0, recent=0, key_padding_mask=None, document_ids=None) -> Tensor:  # fmt: skip
+    """`flexdma.dynamic_mask_attention`, as a formula.  Same arguments, shapes and result; any floating dtype."""
+    checks.attention_arguments(query, key, value, gate)
+    checks.one_of("selection", selection, checks.SELECTIONS)
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
+    visible = dense_visibility(gate, window_size=window_size, selection=selection, sinks=sinks, recent=recent,
+                               key_padding_mask=key_padding_mask, document_ids=document_ids)  # fmt: skip
+
+    def per_query_head(t: Tensor) -> Tensor:
+        return t.expand(batch, heads, *t.shape[2:]).repeat_interleave(query_heads // heads, 1)
+
+    key, value, gate, visible = map(per_query_head, (key, value, gate, visible))
+    scores = query @ key.mT * (size**-0.5 if scale is None else scale)
+    if score_mod is not None:
+        index = [torch.arange(n, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
+                 for dim, n in enumerate((batch, query_heads, queries, keys))]  # fmt: skip
+        scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3])
+    scores = (scores + gate[:, :, None, :]).masked_fill(~visible[:, :, keys - queries :], -torch.inf)
+    weights = torch.softmax(scores, -1)
+    # A query that sees no key gives 0, and gradient 0.
+    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
+    return (weights @ value).to(query.dtype)

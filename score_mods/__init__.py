@@ -1,0 +1,10 @@
+"""score_mod recipes for plain FlexAttention and for `dynamic_mask_attention(score_mod=...)`.
+
+Each returns a score_mod; compose them by calling one on the other's result.
+"""
+
+from flexdma.score_mods.alibi import alibi_score_mod
+from flexdma.score_mods.gate import gate_score_mod
+from flexdma.score_mods.softcap import softcap_score_mod
+
+__all__ = ["alibi_score_mod", "gate_score_mod", "softcap_score_mod"]
