@@ -58,16 +58,18 @@ def flex_attend(
     def per_head(tensor: Tensor) -> Tensor:
         return realize(tensor.expand(batch, heads, tensor.shape[-1]))
 
-    order, birth, death = order.expand(batch, heads, keys), per_head(birth), per_head(death)
-    packed_key = key.gather(2, order[..., None].expand(-1, -1, -1, size))
-    packed_value = value.gather(2, order[..., None].expand(-1, -1, -1, value.shape[-1]))
+    positions = torch.arange(keys, device=query.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order, positions)
+    order, inverse = order.expand(batch, heads, keys), inverse.expand(batch, heads, keys)
+    birth, death = per_head(birth), per_head(death)
+    packed_key, packed_value = _Permuted.apply(key, order, inverse), _Permuted.apply(value, order, inverse)
     rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
 
     gate = gate.expand(batch, heads, keys)
     reference_high, reference_low = split(reference_gate(gate)[..., first_query:])
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
-    high = realize(high.gather(-1, order))
+    high = realize(_Permuted.apply(high, order, inverse))
     low = None if low is None else realize(low.gather(-1, order))
     if score_mod is not None:
         key_position = realize(order)
@@ -104,6 +106,27 @@ def flex_attend(
 compiled_flex_attend = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
     torch.compile(flex_attend, fullgraph=True)
 )
+
+
+class _Permuted(torch.autograd.Function):
+    """Keys [B, H, K, ...] in another order.  The gradient is the inverse permutation.
+
+    `gather` alone does not know that `order` holds every key once: its gradient would add each element of dK and dV to
+    zeros with an atomic operation.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
+        ctx.save_for_backward(inverse)
+        return _along_keys(tensor, order)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _along_keys(gradient, ctx.saved_tensors[0]), None, None
+
+
+def _along_keys(tensor: Tensor, order: Tensor) -> Tensor:
+    return tensor.gather(2, order.view(*order.shape, *[1] * (tensor.dim() - 3)).expand_as(tensor))
 
 
 def _realize(tensor: Tensor | None) -> Tensor | None:
