@@ -5,6 +5,7 @@ backward).  The query heads of a group are folded into the rows of one head, row
 of a key block serve the whole group.
 """
 
+from collections.abc import Callable
 from operator import index
 
 import torch
@@ -58,21 +59,18 @@ def flex_attend(
     def per_head(tensor: Tensor) -> Tensor:
         return realize(tensor.expand(batch, heads, tensor.shape[-1]))
 
-    positions = torch.arange(keys, device=query.device).expand_as(order)
-    inverse = torch.empty_like(order).scatter_(-1, order, positions)
-    order, inverse = order.expand(batch, heads, keys), inverse.expand(batch, heads, keys)
     birth, death = per_head(birth), per_head(death)
-    packed_key, packed_value = _Permuted.apply(key, order, inverse), _Permuted.apply(value, order, inverse)
+    packed = _permutation(order.expand(batch, heads, keys), needs_gradient)
+    packed_key, packed_value = packed(key), packed(value)
     rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
 
     gate = gate.expand(batch, heads, keys)
     reference_high, reference_low = split(reference_gate(gate)[..., first_query:])
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
-    high = realize(_Permuted.apply(high, order, inverse))
-    low = None if low is None else realize(low.gather(-1, order))
+    high, low = realize(packed(high)), None if low is None else realize(packed(low))
     if score_mod is not None:
-        key_position = realize(order)
+        key_position = per_head(order)
         query_position = realize(torch.arange(first_query, keys, device=query.device))
 
     # Each captured tensor is indexed once and flat: FlexAttention differentiates no other form.
@@ -106,6 +104,15 @@ def flex_attend(
 compiled_flex_attend = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
     torch.compile(flex_attend, fullgraph=True)
 )
+
+
+def _permutation(order: Tensor, needs_gradient: bool) -> Callable[[Tensor], Tensor]:
+    """Keys [B, H, K, ...] -> the same in this order."""
+    if not needs_gradient:
+        return lambda tensor: _along_keys(tensor, order)
+    positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order, positions)
+    return lambda tensor: _Permuted.apply(tensor, order, inverse)
 
 
 class _Permuted(torch.autograd.Function):
