@@ -53,7 +53,7 @@ def gather_attend(
     capacity = min(capacity, keys)
     blocks = ceil_div(queries, block_size)
 
-    slots, birth, death = _living_keys(lifespans.birth, lifespans.death, queries, capacity, block_size)
+    slots, birth, death = living_keys(lifespans.birth, lifespans.death, queries, capacity, block_size)
     slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]
     birth, death = birth.expand_as(slots), death.expand_as(slots)
 
@@ -106,16 +106,21 @@ def _attend(
     flat = rows.flatten(3, 4).to(computed) * scale
     scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
     if score_mod is not None:
-        scores = _modified(scores, positions, slots, score_mod)
+        scores = _modified(scores, positions, slots, score_mod).expand_as(scores)
     i = positions[:, :, None]
     visible = (i >= birth.unsqueeze(-2)) & (i < death.unsqueeze(-2))  # [B, Hkv, R, M, C]
-    bias = torch.where(visible, gate.unsqueeze(-2), float("-inf"))
-    scores = scores + bias.unsqueeze(3)
-    largest = scores.detach().amax(-1, keepdim=True)
-    weights = torch.exp(scores - torch.where(largest == float("-inf"), 0.0, largest))
-    total = weights.sum(-1, keepdim=True)
-    output = (weights.flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
-    return (output / torch.where(total == 0, 1.0, total)).to(rows.dtype)
+    nothing = ~visible.any(-1, keepdim=True)
+    # Rows that see nothing attend to everything, finitely, and are dropped at the end: no NaN in the backward.
+    bias = torch.where(visible, gate.unsqueeze(-2), float("-inf")).masked_fill(nothing, 0.0).unsqueeze(3)
+    nothing = nothing.unsqueeze(3)
+    if score_mod is None:
+        scores = scores.add_(bias)
+    else:
+        scores = scores + bias
+        nothing = nothing | (scores == float("-inf")).all(-1, keepdim=True)
+        scores = scores.masked_fill(nothing, 0.0)
+    output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
+    return torch.where(nothing, 0.0, output).to(rows.dtype)
 
 
 def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:
@@ -136,7 +141,7 @@ def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int
 
 
 @opaque_on_cpu("living_keys", _empty_living_keys)
-def _living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
+def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
     """For each block of queries the keys that some query of it may see: [B, H, R, capacity + block] int64, and their
     birth and death.  Slots without a key have death 0.  The last `block` slots are the block's own positions.
     """
