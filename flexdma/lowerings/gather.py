@@ -9,6 +9,7 @@ position, so the n-th key to be born takes the slot that the (n - capacity)-th k
 block are then the last ones to have entered each slot: one sort, ceil(log2 K) rounds of pointer jumping, one cummax.
 """
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
@@ -53,29 +54,35 @@ def gather_attend(
     capacity = min(capacity, keys)
     blocks = ceil_div(queries, block_size)
 
-    slots, birth, death = living_keys(lifespans.birth, lifespans.death, queries, capacity, block_size)
-    slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]
-    birth, death = birth.expand_as(slots), death.expand_as(slots)
+    slots, death = living_keys(lifespans.birth, lifespans.death, queries, capacity, block_size)
+    slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]: positions of the keys
+    death = death.expand_as(slots)
 
     # Each block's gates relative to the gate of its first query: see offsets.py.
     gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
     relative = _take(gate, slots) - reference_gate(gate)[..., first_query::block_size].unsqueeze(-1)
-    computed = query.dtype if query.dtype == torch.float64 else torch.float32
+    relative = relative.to(query.dtype if query.dtype == torch.float64 else torch.float32)
     rows = pad(query, (0, 0, 0, blocks * block_size - queries))
     rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
     positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device)
+    inputs = (rows, relative, slots, death, positions.view(1, 1, blocks, block_size))
 
-    inputs = (rows, _take(key, slots), _take(value, slots), relative.to(computed), slots, birth, death)
-    positions = positions.unflatten(0, (blocks, block_size))
+    attend: Callable[..., Tensor] = _attend
     whole = batch * query_heads * queries * slots.shape[-1]
-    if torch.compiler.is_compiling() or whole <= CHUNK_ELEMENTS:
-        output = _attend(*inputs, positions, scale, score_mod)
+    step = max(1, CHUNK_ELEMENTS * blocks // whole)
+    if torch.compiler.is_compiling() or step >= blocks:
+        output = _attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
+    elif not torch.is_grad_enabled():
+        chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
+        attended = [attend(_take(key, c[2]), _take(value, c[2]), *c, scale, score_mod) for c in chunks]
+        output = torch.cat(attended, 2)
     else:
-        step = max(1, CHUNK_ELEMENTS * blocks // whole)
-        keep = not torch.is_grad_enabled() or whole <= KEPT_ELEMENTS
-        attend = _attend if keep else partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-        chunks = zip(*(tensor.split(step, 2) for tensor in inputs), positions.split(step), strict=True)
-        output = torch.cat([attend(*chunk, scale, score_mod) for chunk in chunks], 2)  # type: ignore[call-arg]
+        # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
+        if whole > KEPT_ELEMENTS:
+            attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
+        taken = (_take(key, slots), _take(value, slots), *inputs)
+        chunks = zip(*(tensor.split(step, 2) for tensor in taken), strict=True)
+        output = torch.cat([attend(*chunk, scale, score_mod) for chunk in chunks], 2)
     output = output.transpose(2, 3).flatten(3, 4)[:, :, :, :queries]  # [B, Hkv, G, Q, Dv]
     return output.flatten(1, 2)
 
@@ -89,29 +96,30 @@ def _take(tensor: Tensor, slots: Tensor) -> Tensor:
 
 
 def _attend(
-    rows: Tensor,  # [B, Hkv, R, G, M, D]
     keys: Tensor,  # [B, Hkv, R, C, D]
     values: Tensor,  # [B, Hkv, R, C, Dv]
+    rows: Tensor,  # [B, Hkv, R, G, M, D]
     gate: Tensor,  # [B, Hkv, R, C]
-    slots: Tensor,  # [B, Hkv, R, C]: original positions of the keys
-    birth: Tensor,
-    death: Tensor,
-    positions: Tensor,  # [R, M]: positions of the queries
+    slots: Tensor,  # [B, Hkv, R, C]: positions of the keys, the block's own M last
+    death: Tensor,  # [B, Hkv, R, C]
+    positions: Tensor,  # [1, 1, R, M]: of the queries
     scale: float,
     score_mod: ScoreMod | None,
 ) -> Tensor:
     """Plain attention of every query block to its own keys -> [B, Hkv, R, G, M, Dv].  A row that sees nothing gives 0."""
     group, block = rows.shape[3:5]
-    computed = gate.dtype
-    flat = rows.flatten(3, 4).to(computed) * scale
-    scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
+    flat = rows.flatten(3, 4).to(gate.dtype) * scale
+    scores = (flat @ keys.to(gate.dtype).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
     if score_mod is not None:
         scores = _modified(scores, positions, slots, score_mod).expand_as(scores)
-    i = positions[:, :, None]
-    visible = (i >= birth.unsqueeze(-2)) & (i < death.unsqueeze(-2))  # [B, Hkv, R, M, C]
-    nothing = ~visible.any(-1, keepdim=True)
+    visible = positions[..., None] < death.unsqueeze(-2)  # [B, Hkv, R, M, C]
+    # All but the block's own keys are born before the block.
+    visible[..., -block:].logical_and_(torch.ones(block, block, dtype=torch.bool, device=rows.device).tril())
+    # Whether row i sees anything, without a pass over the rows: the latest death among the keys born by i.
+    latest = torch.maximum(death[..., :-block].amax(-1, keepdim=True), death[..., -block:].cummax(-1).values)
+    nothing = (latest <= positions)[..., None]  # [B, Hkv, R, M, 1]
     # Rows that see nothing attend to everything, finitely, and are dropped at the end: no NaN in the backward.
-    bias = torch.where(visible, gate.unsqueeze(-2), float("-inf")).masked_fill(nothing, 0.0).unsqueeze(3)
+    bias = torch.where(visible, gate.unsqueeze(-2), torch.where(nothing, 0.0, float("-inf"))).unsqueeze(3)
     nothing = nothing.unsqueeze(3)
     if score_mod is None:
         scores = scores.add_(bias)
@@ -119,7 +127,7 @@ def _attend(
         scores = scores + bias
         nothing = nothing | (scores == float("-inf")).all(-1, keepdim=True)
         scores = scores.masked_fill(nothing, 0.0)
-    output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
+    output = (scores.softmax(-1).flatten(3, 4) @ values.to(gate.dtype)).unflatten(3, (group, block))
     return torch.where(nothing, 0.0, output).to(rows.dtype)
 
 
@@ -131,19 +139,21 @@ def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: Score
         return torch.arange(count, device=scores.device).view([-1 if d == dim else 1 for d in range(6)])
 
     head = index(heads, 1) * group + index(group, 3)
-    return score_mod(scores, index(batch, 0), head, positions[:, None, :, None], slots[:, :, :, None, None])
+    return score_mod(scores, index(batch, 0), head, positions[:, :, :, None, :, None], slots[:, :, :, None, None])
 
 
 def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
     batch, heads, _keys = birth.shape
     shape = (batch, heads, ceil_div(queries, block), capacity + block)
-    return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape), birth.new_empty(shape)]
+    return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape)]
 
 
 @opaque_on_cpu("living_keys", _empty_living_keys)
 def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
-    """For each block of queries the keys that some query of it may see: [B, H, R, capacity + block] int64, and their
-    birth and death.  Slots without a key have death 0.  The last `block` slots are the block's own positions.
+    """For each block of queries the keys that some query of it may see, and their death.
+
+    Returns positions [B, H, R, capacity + block] int64 and death, int32.  First `capacity` slots of keys born before the
+    block, then the block's own positions in order; a slot without a key has death 0.
     """
     length = birth.shape[-1]
     first_query = length - queries
@@ -174,6 +184,5 @@ def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block
     own = (starts[:, None] + torch.arange(block, device=birth.device)).expand(*birth.shape[:2], -1, -1)
     keys = torch.cat([last, torch.where(own < length, own, -1)], -1)
     index = keys.clamp(min=0)
-    flat = index.flatten(2)
-    death = death.gather(-1, flat).view_as(index)
-    return [index, birth.gather(-1, flat).view_as(index), torch.where(keys < 0, 0, death)]
+    death = death.gather(-1, index.flatten(2)).view_as(index)
+    return [index, torch.where(keys < 0, 0, death)]
