@@ -1,9 +1,9 @@
-"""The part of the CUDA stand-ins that a CPU-only build of torch needs: C++ objects that the build leaves empty.
+"""The part of the CUDA stand-ins that Python cannot reach: C++ objects that ask for a driver, or that a CPU build lacks.
 
-Tracing a CUDA tensor needs a device guard (to copy) and an accelerator (to run autograd).  torch puts a guard that does
-nothing in place of one without devices, and asks a table of CUDA hooks whether CUDA is built in.  Both are set through
-ctypes, at offsets that are known for the versions in `TESTED` only; the process must not be used for anything else.  A
-CUDA build of torch needs none of this.
+Tracing a CUDA tensor needs a device guard (to copy) and a table of hooks (autograd asks it for streams in use).  Without a
+device torch puts a guard that does nothing in place of its own.  A CPU build has no guard to replace, so that it is given
+one; and two hooks are answered here.  The hooks are entries of a C++ vtable, whose positions are known for the tested
+builds of torch only; the process must not be used for anything else afterwards.
 """
 
 import ctypes
@@ -11,45 +11,52 @@ import os
 
 import torch
 
-TESTED = ("2.13.0",)
-# Positions in torch 2.13's vtables.
-REGISTRY_SLOT, VTABLE_ENTRIES, IS_BUILT, HAS_PRIMARY_CONTEXT = 1, 64, 2, 4
+# Version and whether it is a CUDA build.
+TESTED = (("2.11.0", True), ("2.13.0", False))
+# Positions in the vtable of at::CUDAHooksInterface, the same in both; two words before it (offset to top, RTTI) belong to it.
+VTABLE_ENTRIES, WORDS_BEFORE, IS_BUILT, HAS_PRIMARY_CONTEXT = 64, 2, 2, 4
+CUDA_DEVICE_TYPE = 1  # c10::DeviceType::CUDA, the index into the registry of guards
 _kept_alive: list[object] = []
 
 
 def install_device_guard() -> None:
-    """Make this CPU build of torch believe that it has CUDA, for tensors without data."""
-    version = torch.__version__.split("+")[0]
-    if version not in TESTED:
-        raise RuntimeError(
-            f"target: on a CPU build of torch, kernels can be compiled for a GPU with torch {', '.join(TESTED)} only, got "
-            f"{torch.__version__}; a CUDA build of torch works without a GPU (pip install torch)"
-        )
+    """Make torch work with CUDA tensors that have no data, on a machine without a CUDA driver."""
+    cuda_build = bool(torch.version.cuda)
+    if (torch.__version__.split("+")[0], cuda_build) not in TESTED:
+        tested = " or ".join(f"{version} ({'CUDA' if cuda else 'CPU'} build)" for version, cuda in TESTED)
+        raise RuntimeError(f"target: compiling for a GPU that is not there takes torch {tested}, got {torch.__version__}")
     libraries = os.path.join(os.path.dirname(torch.__file__), "lib")
-    core = ctypes.CDLL(os.path.join(libraries, "libc10.so"))
+    if not cuda_build:
+        _give_a_guard_without_devices(ctypes.CDLL(os.path.join(libraries, "libc10.so")))
+    # Replaces the guard by one that does nothing, where it counts no devices.
+    torch._C._ensureCUDADeviceGuardSet()
+    _answer_hooks(ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so")))
+    accelerator = torch._C._accelerator_getAccelerator()
+    if accelerator.type != "cuda":
+        raise RuntimeError(f"torch {torch.__version__} did not take the stand-ins for CUDA: its device is {accelerator}")
+
+
+def _give_a_guard_without_devices(core: ctypes.CDLL) -> None:
+    """Register a guard all of whose methods return 0, so that it counts 0 devices."""
     table = (ctypes.c_void_p * VTABLE_ENTRIES)(*[_returning(0)] * VTABLE_ENTRIES)
     guard = ctypes.c_void_p(ctypes.addressof(table))
     _kept_alive.extend([table, guard])
     registry = (ctypes.c_void_p * 32).in_dll(core, "_ZN3c104impl26device_guard_impl_registryE")
-    registry[REGISTRY_SLOT] = ctypes.addressof(guard)
-    # A guard that counts 0 devices: torch replaces it by its own that does nothing.
-    torch._C._ensureCUDADeviceGuardSet()  # type: ignore[attr-defined]
-    if not registry[REGISTRY_SLOT] or registry[REGISTRY_SLOT] == ctypes.addressof(guard):
-        raise RuntimeError(f"torch {torch.__version__} did not take the stand-in for its CUDA device guard")
+    registry[CUDA_DEVICE_TYPE] = ctypes.addressof(guard)
 
-    get_hooks = ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so"))._ZN2at6detail12getCUDAHooksEv
+
+def _answer_hooks(library: ctypes.CDLL) -> None:
+    """CUDA is built in, and no device has a context."""
+    get_hooks = library._ZN2at6detail12getCUDAHooksEv
     get_hooks.restype = ctypes.c_void_p
     hooks = get_hooks()
-    original = ctypes.c_void_p.from_address(hooks).value or 0
-    # Two words before the table (offset to top, RTTI) belong to it.
-    copy = (ctypes.c_void_p * (VTABLE_ENTRIES + 2)).from_buffer_copy(
-        ctypes.string_at(original - 16, (VTABLE_ENTRIES + 2) * 8)
-    )
-    copy[2 + IS_BUILT], copy[2 + HAS_PRIMARY_CONTEXT] = _returning(1), _returning(0)
-    _kept_alive.append(copy)
-    ctypes.c_void_p.from_address(hooks).value = ctypes.addressof(copy) + 16
-    if torch._C._accelerator_getAccelerator().type != "cuda":
-        raise RuntimeError(f"torch {torch.__version__} did not take the stand-in for its CUDA hooks")
+    before = (ctypes.c_void_p.from_address(hooks).value or 0) - WORDS_BEFORE * 8
+    words = VTABLE_ENTRIES + WORDS_BEFORE
+    table = (ctypes.c_void_p * words).from_buffer_copy(ctypes.string_at(before, words * 8))
+    table[WORDS_BEFORE + IS_BUILT] = _returning(1)
+    table[WORDS_BEFORE + HAS_PRIMARY_CONTEXT] = _returning(0)
+    _kept_alive.append(table)
+    ctypes.c_void_p.from_address(hooks).value = ctypes.addressof(table) + WORDS_BEFORE * 8
 
 
 def _returning(value: int) -> int:

@@ -18,8 +18,7 @@ TESTED = "torch 2.13.0+cpu with triton 3.9.0, torch 2.11.0+cu130 with triton 3.6
 
 def install(target: Target) -> None:
     """Make this process believe in one CUDA device of this kind.  Tensors on it must be fake."""
-    if not torch.version.cuda:
-        install_device_guard()
+    install_device_guard()
     # Backward in this thread: a thread per device would ask the driver for its device.
     torch._C._set_multithreading_enabled(False)  # type: ignore[attr-defined]
     _answer_for_the_device(target)
@@ -68,6 +67,8 @@ def _answer_for_the_device(target: Target) -> None:
         setattr(torch.cuda, name, answer)
     for name in ("current_device", "device_count", "synchronize", "get_device_properties"):
         setattr(CudaInterface, name, staticmethod(answers[name]))
+    # Dynamo would ask the accelerator for its current stream.
+    torch.accelerator.is_available = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
 
 
@@ -90,7 +91,10 @@ def _answer_for_the_driver(target: Target) -> None:
 def _leave_out_what_needs_data() -> None:
     from torch._inductor import config
     from torch._inductor.fx_passes import joint_graph
+    from torch._subclasses import fake_tensor
 
+    # A CUDA build opens a context with the first fake tensor.
+    fake_tensor.init_gpu_context = lambda device: None
     # Looking for attention written out by hand traces on real CUDA tensors; folding constants computes on them.
     joint_graph.lazy_init = lambda *_, **__: None
     config.joint_graph_constant_folding = False
