@@ -56,16 +56,16 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
         seen.kernels.append(kernel)
         return kernel
 
-    def triton_kernel(self: Any, name: str, source: str, device_str: str = "cuda") -> "_TritonLaunches":
+    def triton_kernel(self: Any, name: str, source: str, device_str: str = "cuda") -> "TritonLaunches":
         kernel = recorded(name, "Triton", source)
         tuner = getattr(PyCodeCache.load(source), name)
         seen.tuners[len(seen.kernels) - 1] = tuner
-        return _TritonLaunches(kernel, tuner, launch)
+        return TritonLaunches(kernel, tuner, launch)
 
-    def cpp_kernel(self: Any, argument_types: list[str], source: str) -> "_CppLaunches":
+    def cpp_kernel(self: Any, argument_types: list[str], source: str) -> "CppLaunches":
         # Inductor writes "kernel" for the name inside the source; the variable that it assigns is found below.
         kernel = recorded("kernel", "C++", source)
-        return _CppLaunches(kernel, compile_cpp(self, argument_types, source))
+        return CppLaunches(kernel, compile_cpp(self, argument_types, source))
 
     def compile_to_module(self: Any) -> Any:
         nonlocal phase
@@ -75,7 +75,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
         seen.graphs.setdefault(phase, []).append(Path(module.__file__).read_text())
         namespace = getattr(module.call, "__func__", module.call).__globals__
         for name, value in namespace.items():
-            if isinstance(value, _CppLaunches):
+            if isinstance(value, CppLaunches):
                 value.kernel.name = name
         if not launch:
             # These two bypass fake tensors.
@@ -105,7 +105,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
             PyCodeCache.cache_clear()
 
 
-class _TritonLaunches:
+class TritonLaunches:
     """Stands where the generated module expects a Triton kernel."""
 
     def __init__(self, kernel: Kernel, tuner: Any, launch: bool) -> None:
@@ -127,7 +127,7 @@ class _TritonLaunches:
         self.kernel.block_sizes = {name: value for name, value in chosen.kwargs.items() if isinstance(value, int)}
 
 
-class _CppLaunches:
+class CppLaunches:
     """Stands where the generated module expects a compiled C++ function."""
 
     def __init__(self, kernel: Kernel, function: Callable) -> None:
