@@ -6,6 +6,7 @@
 """
 
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -67,27 +68,24 @@ def dynamic_mask_attention(
     chosen = lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=needs_gradient)
     _check_lowering_options(chosen, block_size, kernel_options)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    choice = dict(sinks=sinks, recent=recent, key_padding_mask=key_padding_mask, document_ids=document_ids)
-
+    choice: dict[str, Any] = {
+        "sinks": sinks,
+        "recent": recent,
+        "key_padding_mask": key_padding_mask,
+        "document_ids": document_ids,
+    }
     if chosen == "dense":
-        return dense_dynamic_mask_attention(
-            query,
-            key,
-            value,
-            gate,
-            window_size=window_size,
-            selection=selection,
-            scale=scale,
-            score_mod=score_mod,
-            **choice,
-        )
+        choice |= {"window_size": window_size, "selection": selection, "scale": scale, "score_mod": score_mod}
+        return dense_dynamic_mask_attention(query, key, value, gate, **choice)
+
     alive = _select(selection, gate, window_size, choice)
-    widest = key.shape[2] if window_size is None else window_size if isinstance(window_size, int) else max(window_size)
-    capacity = widest + sinks + recent
-    shared = dict(scale=scale, score_mod=score_mod)
+    # No query sees more keys than this.
+    capacity = sinks + recent + (key.shape[2] if window_size is None else _widest(window_size))
     if chosen == "gather":
-        size = block_size if block_size is not None else GATHER_BLOCK_SIZE
-        return gather_attend(query, key, value, gate, alive, capacity=capacity, block_size=size, **shared)
+        block = GATHER_BLOCK_SIZE if block_size is None else checks.block_sizes(block_size)[0]
+        return gather_attend(
+            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block
+        )  # fmt: skip
 
     if query.device.type == "cpu":
         if needs_gradient:
@@ -95,24 +93,17 @@ def dynamic_mask_attention(
                 "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
             )
         query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
-    blocks = (
-        FLEX_BLOCK_SIZE.get(query.device.type, FLEX_BLOCK_SIZE["cuda"])
-        if block_size is None
-        else checks.block_sizes(block_size)
-    )
+    default = FLEX_BLOCK_SIZE.get(query.device.type, FLEX_BLOCK_SIZE["cuda"])
     attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
     return attend(
-        query,
-        key,
-        value,
-        gate,
-        alive,
-        unit=capacity,
-        block_size=blocks,
-        kernel_options=kernel_options,
-        needs_gradient=needs_gradient,
-        **shared,
-    )
+        query, key, value, gate, alive, unit=capacity, scale=scale, score_mod=score_mod,
+        block_size=default if block_size is None else checks.block_sizes(block_size),
+        kernel_options=kernel_options, needs_gradient=needs_gradient,
+    )  # fmt: skip
+
+
+def _widest(window_size: int | Sequence[int]) -> int:
+    return max(window_size) if isinstance(window_size, list | tuple) else cast(int, window_size)
 
 
 def _select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:
@@ -133,6 +124,6 @@ def _check_lowering_options(
     if lowering == "dense":
         raise ValueError(f"block_size: expected None for lowering='dense', got {block_size!r}")
     if lowering == "gather":
-        checks.positive_int("block_size", block_size)
+        checks.positive_int("block_size", block_size)  # of queries; keys have no blocks here
     else:
         checks.block_sizes(block_size)

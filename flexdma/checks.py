@@ -20,7 +20,7 @@ def positive_int(name: str, value: object, minimum: int = 1) -> None:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
 
 
-def one_of(name: str, value: object, choices: Sequence[str]) -> None:
+def one_of(name: str, value: object, choices: Sequence[str | None]) -> None:
     """Raise unless `value` is one of `choices`."""
     if value not in choices:
         raise ValueError(f"{name}: expected one of {', '.join(map(repr, choices))}, got {value!r}")

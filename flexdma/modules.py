@@ -52,10 +52,10 @@ class DynamicMaskAttention(nn.Module):
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.options: dict[str, Any] = dict(
-            window_size=window_size, selection=selection, sinks=sinks, recent=recent, lowering=lowering,
-            block_size=block_size, kernel_options=kernel_options,
-        )  # fmt: skip
+        self.options: dict[str, Any] = {
+            "window_size": window_size, "selection": selection, "sinks": sinks, "recent": recent, "lowering": lowering,
+            "block_size": block_size, "kernel_options": kernel_options,
+        }  # fmt: skip
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)

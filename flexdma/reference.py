@@ -65,4 +65,4 @@ def dense_dynamic_mask_attention(query, key, value, gate, *, window_size, select
     weights = torch.softmax(scores, -1)
     # A query that sees no key gives 0, and gradient 0.
     weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
-    return (weights @ value).to(query.dtype)
+    return weights.to(value.dtype) @ value

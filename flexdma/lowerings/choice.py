@@ -2,7 +2,8 @@
 
 import torch
 
-# What FlexAttention's kernels compute in; its C++ kernel needs AVX2.
+# Asked once: inside torch.compile the question cannot be traced.  The C++ kernel is written for AVX2 and up.
+CPU_HAS_FLEX = torch.cpu._is_avx2_supported()
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -19,6 +20,6 @@ def choose_lowering(device_type: str, dtype: torch.dtype, *, needs_gradient: boo
         return "gather"
     if device_type == "cuda":
         return "flex"
-    if device_type == "cpu" and torch.compiler.is_compiling() and not needs_gradient and torch.cpu._is_avx2_supported():
+    if device_type == "cpu" and torch.compiler.is_compiling() and not needs_gradient and CPU_HAS_FLEX:
         return "flex"
     return "gather"

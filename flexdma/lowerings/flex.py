@@ -5,6 +5,9 @@ backward).  The query heads of a group are folded into the rows of one head, row
 of a key block serve the whole group.
 """
 
+from collections.abc import Callable
+from operator import index
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
@@ -18,6 +21,8 @@ from flexdma.signatures import ScoreMod
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
 BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
+# Compilations of one process's eager calls: one per dtype, head layout, score_mod and, on a CPU, shape.
+RECOMPILE_LIMIT = 64
 
 
 def flex_attend(
@@ -41,6 +46,9 @@ def flex_attend(
     """
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
+    if query.device.type == "cpu":
+        # Constants in the graph: Inductor's C++ kernel mistakes one symbolic size for another (torch 2.11 to 2.13).
+        batch, queries, keys = index(batch), index(queries), index(keys)
     group = query_heads // heads
     first_query = keys - queries
 
@@ -51,20 +59,18 @@ def flex_attend(
     def per_head(tensor: Tensor) -> Tensor:
         return realize(tensor.expand(batch, heads, tensor.shape[-1]))
 
-    positions = torch.arange(keys, device=query.device).expand_as(order)
-    inverse = torch.empty_like(order).scatter_(-1, order, positions)
-    order, inverse = order.expand(batch, heads, keys), inverse.expand(batch, heads, keys)
     birth, death = per_head(birth), per_head(death)
-    packed_key, packed_value = _Permuted.apply(key, order, inverse), _Permuted.apply(value, order, inverse)
+    packed = _permutation(order.expand(batch, heads, keys), needs_gradient)
+    packed_key, packed_value = packed(key), packed(value)
     rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
 
     gate = gate.expand(batch, heads, keys)
-    reference_high, reference_low = map(_realize, split(reference_gate(gate)[..., first_query:]))
+    reference_high, reference_low = split(reference_gate(gate)[..., first_query:])
+    reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
-    high = realize(_Permuted.apply(high, order, inverse))
-    low = None if low is None else realize(low.gather(-1, order))
+    high, low = realize(packed(high)), None if low is None else realize(packed(low))
     if score_mod is not None:
-        key_position = realize(order)
+        key_position = per_head(order)
         query_position = realize(torch.arange(first_query, keys, device=query.device))
 
     # Each captured tensor is indexed once and flat: FlexAttention differentiates no other form.
@@ -73,7 +79,7 @@ def flex_attend(
         if score_mod is not None:
             score = score_mod(score, b, h * group + row % group, query_position[i], key_position[b, h, column])
         difference = high[b, h, column] - reference_high[b, h, i]
-        if low is not None:
+        if low is not None and reference_low is not None:
             difference = difference + (low[b, h, column] - reference_low[b, h, i])
         return score + difference
 
@@ -89,13 +95,24 @@ def flex_attend(
         score_mod=packed_score_mod,
         block_mask=block_mask,
         scale=scale,
-        kernel_options=kernel_options,
+        kernel_options=kernel_options,  # type: ignore[arg-type]
     )
     return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 
 
-# One compiled function for eager callers.  fullgraph: never eager FlexAttention by surprise; past the limit it raises.
-compiled_flex_attend = torch.compile(flex_attend, fullgraph=True)
+# One compiled function for eager callers.  fullgraph: past the limit it raises, and is never eager FlexAttention instead.
+compiled_flex_attend = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
+    torch.compile(flex_attend, fullgraph=True)
+)
+
+
+def _permutation(order: Tensor, needs_gradient: bool) -> Callable[[Tensor], Tensor]:
+    """Keys [B, H, K, ...] -> the same in this order."""
+    if not needs_gradient:
+        return lambda tensor: _along_keys(tensor, order)
+    positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    inverse = torch.empty_like(order).scatter_(-1, order, positions)
+    return lambda tensor: _Permuted.apply(tensor, order, inverse)
 
 
 class _Permuted(torch.autograd.Function):

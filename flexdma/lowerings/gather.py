@@ -9,6 +9,8 @@ position, so the n-th key to be born takes the slot that the (n - capacity)-th k
 block are then the last ones to have entered each slot: one sort, ceil(log2 K) rounds of pointer jumping, one cummax.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -44,7 +46,7 @@ def gather_attend(
 
     capacity: no position has more living keys than this.
     """
-    batch, query_heads, queries, size = query.shape
+    batch, query_heads, queries, _size = query.shape
     heads, keys = key.shape[1:3]
     group = query_heads // heads
     first_query = keys - queries
@@ -71,14 +73,9 @@ def gather_attend(
     else:
         step = max(1, CHUNK_ELEMENTS * blocks // whole)
         keep = not torch.is_grad_enabled() or whole <= KEPT_ELEMENTS
+        attend = _attend if keep else partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
         chunks = zip(*(tensor.split(step, 2) for tensor in inputs), positions.split(step), strict=True)
-        attended = [
-            _attend(*chunk, scale, score_mod)
-            if keep
-            else checkpoint(_attend, *chunk, scale, score_mod, use_reentrant=False, preserve_rng_state=False)
-            for chunk in chunks
-        ]
-        output = torch.cat(attended, 2)
+        output = torch.cat([attend(*chunk, scale, score_mod) for chunk in chunks], 2)  # type: ignore[call-arg]
     output = output.transpose(2, 3).flatten(3, 4)[:, :, :, :queries]  # [B, Hkv, G, Q, Dv]
     return output.flatten(1, 2)
 
@@ -133,7 +130,7 @@ def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: Score
 
 
 def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
-    batch, heads, keys = birth.shape
+    batch, heads, _keys = birth.shape
     shape = (batch, heads, ceil_div(queries, block), capacity + block)
     return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape), birth.new_empty(shape)]
 

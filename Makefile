@@ -1,0 +1,48 @@
+# make test    what CI runs: environment, lint, types, tests
+# make demo    train four small byte models on real text and draw what they learned (about five minutes)
+# make bench   the benchmark of docs/benchmarks.md
+# make clean   remove everything that the targets above made
+#
+# TORCH is installed first, because what pulls a plain torch brings gigabytes of CUDA; override it for another build:
+#   make test TORCH=torch==2.11.0
+PYTHON ?= python3
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+WORKERS ?= 2
+BIN = $(VENV)/bin
+
+.PHONY: test lint pytest demo bench clean
+
+test: lint pytest
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+pytest: $(VENV)/.dev
+	$(BIN)/python -m pytest -n $(WORKERS)
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m flexdma demo $(ARGS)
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m flexdma bench $(ARGS)
+
+$(VENV)/.torch:
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
+	$(BIN)/python -m pip install --quiet $(TORCH)
+	touch $@
+
+# Without build isolation: the build would otherwise fetch its own setuptools each time.
+$(VENV)/.demo: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[demo]"
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,dev]"
+	touch $@
+
+clean:
+	rm -rf $(VENV) .inductor-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-report

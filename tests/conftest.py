@@ -1,0 +1,38 @@
+"""Session-wide settings: one Inductor cache for all tests, two threads, hypothesis without deadlines."""
+
+import os
+import tempfile
+from pathlib import Path
+
+# Before torch is imported.  Kernels compiled by one test are reused by the next, and by the next run.
+_cache = Path(__file__).parent.parent / ".inductor-cache"
+os.environ.setdefault(
+    "TORCHINDUCTOR_CACHE_DIR", str(_cache if os.access(_cache.parent, os.W_OK) else tempfile.gettempdir())
+)
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+settings.register_profile(
+    "flexdma", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+)
+settings.load_profile("flexdma")
+
+
+def pytest_collection_modifyitems(items):
+    """Skip by default what needs a GPU, the network or minutes; `-m gpu`, `-m slow`, `-m network` run it."""
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+        for marker in ("slow", "network"):
+            if item.get_closest_marker(marker) and marker not in item.config.getoption("markexpr"):
+                item.add_marker(pytest.mark.skip(reason=f"{marker}: run with -m {marker}"))
+
+
+@pytest.fixture(autouse=True)
+def _fixed_seed():
+    torch.manual_seed(0)
+    yield
+    # Each test compiles on its own account: no test may hit the recompile limit because of another.
+    torch._dynamo.reset()

@@ -1,0 +1,42 @@
+"""Hypothesis strategies: gates of every kind the mask must survive, and what masks them."""
+
+import torch
+from hypothesis import strategies as st
+
+VALUES = {
+    "ties": st.sampled_from([-1.0, 0.0, 1.0]),
+    "constant": st.just(0.5),
+    "floats": st.floats(width=32),  # with -0.0, subnormals, NaN and both infinities
+    "special": st.sampled_from([-torch.inf, torch.inf, torch.nan, 0.0, 1.0]),
+}
+
+
+@st.composite
+def gates(draw, max_length=40, kinds=(*VALUES, "sorted", "reversed")):
+    """[1, 1 or 2, K] float32."""
+    kind = draw(st.sampled_from(kinds))
+    heads, length = draw(st.integers(1, 2)), draw(st.integers(1, max_length))
+    if kind in VALUES:
+        rows = [draw(st.lists(VALUES[kind], min_size=length, max_size=length)) for _ in range(heads)]
+    else:
+        step = 1.0 if kind == "sorted" else -1.0
+        rows = [[step * j for j in range(length)]] * heads
+    return torch.tensor([rows], dtype=torch.float32)
+
+
+@st.composite
+def selections(draw, length):
+    """Keyword arguments of causal_top_w besides the window: sinks, recent, padding, documents."""
+    options = {"sinks": draw(st.integers(0, 3)), "recent": draw(st.integers(0, 4))}
+    if draw(st.booleans()):
+        left, right = draw(st.integers(0, length)), draw(st.integers(0, length))
+        mask = torch.zeros(1, length, dtype=torch.bool)
+        mask[0, min(left, right) : max(left, right)] = True
+        options["key_padding_mask"] = mask
+    if draw(st.booleans()):
+        # Ids come back after another document: only runs count.
+        options["document_ids"] = torch.tensor(
+            [sorted(draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)))]
+        )
+        options["document_ids"] %= 3
+    return options

@@ -1,0 +1,147 @@
+"""The flex lowering on a CPU: compiled forward through Inductor's C++ kernel, and the same code uncompiled with gradients.
+
+Uncompiled FlexAttention differentiates on a CPU once its device check is out of the way; that is the same graph which Triton
+kernels are generated from on CUDA.
+"""
+
+import pytest
+import torch
+import torch.nn.attention.flex_attention as torch_flex
+from torch._dynamo.testing import CompileCounterWithBackend
+
+import flexdma
+from flexdma.lowerings import flex
+from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.score_mods import alibi_score_mod, softcap_score_mod
+from tests.comparison import assert_same, inputs
+from tests.test_operator import VARIANTS
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
+    pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf Tensor"),
+]
+
+
+def attend(*tensors, **options):
+    """The operator by the flex lowering; compiled, as every eager call is."""
+    return flexdma.dynamic_mask_attention(*tensors, lowering="flex", **options)
+
+
+@pytest.fixture
+def uncompiled(monkeypatch):
+    """The flex lowering as plain PyTorch, gradients included."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    # Before 2.13 the check for gradients on a CPU stood by itself.
+    monkeypatch.setattr(torch_flex, "_validate_nestedness", lambda *tensors: None, raising=False)
+
+    def function(query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, **choice):
+        select = {"causal": flexdma.causal_top_w, "global": flexdma.global_top_w}.get(selection)
+        if selection == "threshold":
+            lifespans = flexdma.above_threshold(gate, window_size=window_size, **choice)
+        else:
+            lifespans = select(gate, window_size, **choice)
+        return flex.flex_attend(
+            query, key, value, gate, lifespans, unit=20, scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            score_mod=score_mod, block_size=(32, 16), kernel_options=None, needs_gradient=True,
+        )  # fmt: skip
+
+    return function
+
+
+@pytest.mark.parametrize("queries", [129, 45])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_uncompiled_with_gradients_equals_the_specification(uncompiled, name, queries):
+    tensors = inputs(2, 4, 2, queries, 129, 16)
+    # Differences of gates are taken in float32 by this lowering; all the rest of this test is float64.
+    assert_same(uncompiled, tensors, tolerance=1e-6, **{"window_size": 20, **VARIANTS[name]})
+
+
+def test_uncompiled_float64_gates_carry_their_low_part(uncompiled):
+    tensors = inputs(1, 2, 1, 100, 100, 16)
+    large = [*tensors[:3], tensors[3] + 1e9]
+    got = uncompiled(*large, window_size=20)
+    want = dense_dynamic_mask_attention(*tensors, window_size=20)
+    assert (got - want).abs().max() < 1e-6
+
+
+def test_new_gates_do_not_recompile_and_new_lengths_equal_the_specification():
+    """One compilation per shape on a CPU; nothing falls back to eager FlexAttention."""
+    counter = CompileCounterWithBackend("inductor")
+    compiled = torch.compile(flex.flex_attend, fullgraph=True, backend=counter)
+    for n, (queries, keys) in enumerate([(129, 129)] * 3 + [(127, 1025)]):
+        query, key, value, gate = inputs(2, 4, 2, queries, keys, 16, dtype=torch.float32, seed=n)
+        with torch.no_grad():
+            got = compiled(
+                query, key, value, gate, flexdma.causal_top_w(gate, 20), unit=20, scale=0.25, score_mod=None,
+                block_size=(128, 32), kernel_options=None, needs_gradient=False,
+            )  # fmt: skip
+            want = dense_dynamic_mask_attention(*[t.double() for t in (query, key, value, gate)], window_size=20)
+        assert (got - want).abs().max() < 5e-6
+    assert counter.frame_count == 2
+
+
+@pytest.mark.parametrize(
+    ("dtype", "query_heads", "heads", "size", "value_size"),
+    [(torch.float32, 2, 2, 80, 48), (torch.bfloat16, 4, 1, 64, 64), (torch.float16, 6, 2, 16, 256)],
+)
+def test_compiled_dtypes_heads_and_sizes(dtype, query_heads, heads, size, value_size):
+    tensors = inputs(1, query_heads, heads, 200, 200, size, value_size, dtype=dtype)
+    with torch.no_grad():
+        exact = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=30)
+        plain = dense_dynamic_mask_attention(*tensors, window_size=30)
+        got = attend(*tensors, window_size=30)
+    assert got.dtype == dtype
+    # float32: Inductor's exp is good to 20 units in the last place, so the plain implementation is no measure there.
+    allowed = 5e-6 if dtype == torch.float32 else 2 * (plain.double() - exact).abs().max()
+    assert (got.double() - exact).abs().max() <= allowed
+
+
+def test_compiled_options_in_one_kernel():
+    """Padding, documents, sinks, recent, a score_mod with captures, fewer queries than keys, float64 gates."""
+    tensors = inputs(2, 4, 2, 77, 129, 16, dtype=torch.float32)
+    tensors[3] = tensors[3].double() + 1e6
+    slopes, cap = torch.rand(4), softcap_score_mod(3.0)
+    alibi = alibi_score_mod(slopes)
+    assert_same(
+        attend,
+        tensors,
+        tolerance=1e-5,
+        gradients=False,
+        dense_options={"score_mod": lambda s, *i: cap(alibi_score_mod(slopes.double())(s, *i), *i)},
+        score_mod=lambda s, *i: cap(alibi(s, *i), *i),
+        window_size=20,
+        **VARIANTS["documents"],
+        key_padding_mask=VARIANTS["left padding"]["key_padding_mask"],
+    )
+
+
+def test_a_query_that_sees_nothing_gives_zero():
+    tensors = inputs(1, 2, 1, 300, 300, 16, dtype=torch.float32)
+    mask = (torch.arange(300) >= 200)[None]
+    with torch.no_grad():
+        output = attend(*tensors, window_size=20, key_padding_mask=mask)
+    assert torch.equal(output[:, :, :200], torch.zeros(1, 2, 200, 16))
+    assert output[:, :, 200:].abs().amax(-1).min() > 0
+
+
+def test_a_nan_gate_shows():
+    query, key, value, gate = inputs(1, 2, 1, 300, 300, 16, dtype=torch.float32)
+    gate[..., 100] = torch.nan
+    with torch.no_grad():
+        output = attend(query, key, value, gate, window_size=20)
+    assert output[:, :, 100:].isnan().all()
+    assert not output[:, :, :100].isnan().any()
+
+
+def test_parameters_may_require_gradients_under_no_grad():
+    tensors = [t.requires_grad_() for t in inputs(1, 2, 1, 300, 300, 16, dtype=torch.float32)]
+    with torch.no_grad():
+        got = attend(*tensors, window_size=20)
+        want = dense_dynamic_mask_attention(*tensors, window_size=20)
+    torch.testing.assert_close(got, want, atol=5e-6, rtol=0)
+
+
+def test_gradients_on_a_cpu_are_refused_by_name():
+    tensors = [t.requires_grad_() for t in inputs(1, 1, 1, 8, 8, 16, dtype=torch.float32)]
+    with pytest.raises(ValueError, match="lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense'"):
+        attend(*tensors, window_size=2)

@@ -1,0 +1,170 @@
+"""The operator by the gather lowering, which runs everywhere, against the dense specification in float64."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import flexdma
+from flexdma.lowerings import gather as gather_module
+from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.score_mods import alibi_score_mod, softcap_score_mod
+from tests.comparison import assert_same, gather, inputs, with_gradients
+from tests.gate_strategies import selections
+
+documents = torch.tensor([[0] * 50 + [1] * 3 + [2] * 76, [4] * 129])
+left_padding = torch.arange(129) >= torch.tensor([[0], [40]])
+right_padding = torch.arange(129) < torch.tensor([[129], [77]])
+
+VARIANTS = {
+    "causal": {},
+    "global": {"selection": "global"},
+    "threshold": {"selection": "threshold", "window_size": None},
+    "threshold and window": {"selection": "threshold"},
+    "sinks": {"sinks": 3},
+    "recent": {"recent": 5},
+    "left padding": {"key_padding_mask": left_padding},
+    "right padding": {"key_padding_mask": right_padding, "sinks": 1},
+    "documents": {"document_ids": documents, "sinks": 2, "recent": 2},
+    "documents and padding, global": {
+        "document_ids": documents,
+        "key_padding_mask": right_padding,
+        "selection": "global",
+    },
+    "scale": {"scale": 0.7},
+    "softcap": {"score_mod": softcap_score_mod(2.0)},
+    "windows per head": {"window_size": [4, 60]},
+}
+
+
+@pytest.mark.parametrize("queries", [129, 45, 1])
+@pytest.mark.parametrize("name", VARIANTS)
+def test_every_option_equals_the_specification(name, queries):
+    tensors = inputs(2, 4, 2, queries, 129, 16)
+    assert_same(gather, tensors, tolerance=1e-12, **{"window_size": 20, **VARIANTS[name]})
+
+
+@pytest.mark.parametrize(
+    ("query_heads", "heads", "gate_heads", "size", "value_size"),
+    [(3, 3, 3, 16, 16), (4, 1, 1, 32, 16), (6, 2, 1, 16, 48), (2, 2, 1, 256, 128), (5, 5, 5, 80, 96)],
+)
+def test_heads_and_sizes(query_heads, heads, gate_heads, size, value_size):
+    tensors = inputs(1, query_heads, heads, 65, 65, size, value_size, gate_heads=gate_heads)
+    assert_same(gather, tensors, tolerance=1e-12, window_size=9)
+
+
+@pytest.mark.parametrize("length", [1, 127, 128, 129, 1025])
+@pytest.mark.parametrize("block_size", [None, 32])
+def test_lengths(length, block_size):
+    tensors = inputs(1, 2, 1, length, length, 16)
+
+    def attend(*tensors, **options):
+        return gather(*tensors, block_size=block_size, **options)
+
+    assert_same(attend, tensors, tolerance=1e-12, window_size=40)
+
+
+@given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 17), st.data())
+def test_any_shape_and_selection(keys, window, block_size, data):
+    options = data.draw(selections(keys))
+    options["selection"] = data.draw(st.sampled_from(["causal", "global", "threshold"]))
+    queries = data.draw(st.integers(1, keys))
+    tensors = inputs(1, 2, 2, queries, keys, 4, seed=keys * 100 + window)
+    tensors[3][..., data.draw(st.integers(0, keys - 1))] = data.draw(st.sampled_from([-torch.inf, 0.0, 1.0]))
+
+    def attend(*tensors, **options):
+        return gather(*tensors, block_size=block_size, **options)
+
+    assert_same(attend, tensors, tolerance=1e-12, window_size=window, **options)
+
+
+@pytest.mark.parametrize("kept", [2**40, 0])
+def test_chunks_and_checkpoints_change_nothing(monkeypatch, kept):
+    tensors = inputs(2, 4, 2, 129, 129, 16)
+    monkeypatch.setattr(gather_module, "CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(gather_module, "KEPT_ELEMENTS", kept)
+
+    def attend(*tensors, **options):
+        return gather(*tensors, block_size=16, **options)
+
+    assert_same(attend, tensors, tolerance=1e-12, window_size=20)
+
+
+def test_gradients_by_finite_differences():
+    tensors = [t.requires_grad_() for t in inputs(1, 2, 1, 5, 7, 3, 2)]
+
+    def attend(*tensors):
+        return gather(*tensors, window_size=3, recent=1, block_size=4)
+
+    assert torch.autograd.gradcheck(attend, tensors)
+
+
+def test_a_score_mod_sees_original_positions_and_heads_and_its_captures_are_trained():
+    tensors = inputs(2, 4, 2, 45, 129, 16)
+    slopes = torch.rand(4, dtype=torch.float64, requires_grad=True)
+    score_mod = alibi_score_mod(slopes)
+    got = with_gradients(gather, tensors, slopes, window_size=20, score_mod=score_mod)
+    want = with_gradients(dense_dynamic_mask_attention, tensors, slopes, window_size=20, score_mod=score_mod)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-10, rtol=1e-10)
+
+
+def test_a_query_that_sees_nothing_gives_zero_and_gradient_zero():
+    tensors = inputs(1, 2, 1, 8, 8, 4)
+    mask = torch.tensor([[False] * 3 + [True] * 5])
+    output, dq, dk, dv, dg = with_gradients(gather, tensors, window_size=2, key_padding_mask=mask)
+    for tensor in (output[:, :, :3], dq[:, :, :3], dk[:, :, :3], dv[:, :, :3], dg[:, :, :3]):
+        assert torch.equal(tensor, torch.zeros_like(tensor))
+    assert output[:, :, 3:].abs().min() > 0
+    everything_masked = with_gradients(gather, tensors, window_size=2, key_padding_mask=torch.zeros_like(mask))
+    assert all(torch.equal(t, torch.zeros_like(t)) for t in everything_masked)
+
+
+def test_a_nan_gate_shows():
+    query, key, value, gate = inputs(1, 1, 1, 8, 8, 4)
+    gate[..., 3] = torch.nan
+    output = gather(query, key, value, gate, window_size=2)
+    assert output[0, 0, 3:].isnan().all()
+    assert not output[0, 0, :3].isnan().any()
+
+
+def test_block_order_of_keys_does_not_matter():
+    """Attention under lifespans is the same in packed order: what the flex lowering relies on."""
+    tensors = inputs(1, 2, 1, 64, 64, 8)
+    query, key, value, gate = tensors
+    lifespans = flexdma.causal_top_w(gate, 9)
+    order = flexdma.pack(lifespans, 9)[0, 0]
+    i = torch.arange(64)[:, None]
+    birth, death = (t[0, 0, order] for t in lifespans)
+    scores = query @ key[:, :, order].mT / 8**0.5 + gate[..., order]
+    scores = scores.masked_fill(~((i >= birth) & (i < death)), -torch.inf)
+    want = dense_dynamic_mask_attention(*tensors, window_size=9)
+    torch.testing.assert_close(scores.softmax(-1) @ value[:, :, order], want, atol=1e-12, rtol=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_low_precision_is_at_most_twice_as_wrong_as_plain_pytorch(dtype):
+    tensors = inputs(1, 4, 2, 129, 129, 64, dtype=dtype)
+    exact = with_gradients(dense_dynamic_mask_attention, [t.double() for t in tensors], window_size=20)
+    plain = with_gradients(dense_dynamic_mask_attention, tensors, window_size=20)
+    got = with_gradients(gather, tensors, window_size=20)
+    for name, a, b, c in zip(("output", "query", "key", "value", "gate"), got, plain, exact, strict=True):
+        error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max()
+        assert error <= allowed, f"{name}: {error} > {allowed}"
+
+
+def test_bfloat16_gates_are_ranked_and_added_in_float32():
+    query, key, value, gate = inputs(1, 2, 1, 40, 40, 8, dtype=torch.float32)
+    rounded = gate.bfloat16()
+    got = gather(query, key, value, rounded, window_size=5)
+    torch.testing.assert_close(got, gather(query, key, value, rounded.float(), window_size=5), atol=0, rtol=0)
+
+
+@pytest.mark.parametrize("size", [1e4, 1e9])
+def test_the_size_of_the_gates_costs_no_precision(size):
+    tensors = inputs(1, 2, 1, 100, 100, 16, dtype=torch.float32)
+    small = [t.double() for t in tensors]
+    large = [*tensors[:3], small[3] + size]
+    want = dense_dynamic_mask_attention(*small, window_size=20)
+    got = gather(*large, window_size=20)
+    assert (got - want).abs().max() < 2e-6
