@@ -57,7 +57,8 @@ def inspect_kernels(
 def run_once(fn_or_module: Callable | nn.Module, args: tuple, kwargs: dict) -> None:
     """Compile and call, then take the gradients of everything that asks for them."""
     # A backend of its own: Dynamo reuses compiled code only for the same backend, and there is then nothing to watch.
-    compiled = torch.compile(fn_or_module, backend=lambda graph, inputs: _inductor(graph, inputs))
+    # Static shapes, as for a first call, also where the function was compiled for others before.
+    compiled = torch.compile(fn_or_module, backend=lambda graph, inputs: _inductor(graph, inputs), dynamic=False)
     outputs = [
         leaf for leaf in tree_leaves(compiled(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
     ]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexdma.inspection.call import run_once
@@ -32,7 +33,9 @@ class InterpretedCall:
             raise RuntimeError("expected TRITON_INTERPRET=1 in the environment of the process, before Triton is imported")
         install(known_target(target))
         _multiply_bfloat16_as_float32()
-        with FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
+        # Fake tensors have no address, and would be copied as misaligned.
+        aligned = config.patch(assume_aligned_inputs=True)
+        with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
             fakes = [
                 torch.empty_strided(t.shape, t.stride(), dtype=t.dtype, device="cuda", requires_grad=t.requires_grad)
                 for t in tensors
