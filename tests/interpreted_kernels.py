@@ -58,7 +58,13 @@ def inputs(shape, dtype, gate_dtype, gate_heads, documents, gates, generator):
         gate = gate.sort(-1, descending=gates == "falling").values
     if not documents:
         return [query, key, value, gate]
-    return [query, key, value, gate, torch.tensor([0] * 37 + [1] * (keys - 50) + [2] * 13).expand(batch, keys).contiguous()]
+    return [
+        query,
+        key,
+        value,
+        gate,
+        torch.tensor([0] * 37 + [1] * (keys - 50) + [2] * 13).expand(batch, keys).contiguous(),
+    ]
 
 
 def visited(gate, window_size, selection, shape, document_ids=None):
@@ -84,7 +90,14 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
 
     def attend(query, key, value, gate, document_ids=None):
         return dynamic_mask_attention(
-            query, key, value, gate, document_ids=document_ids, lowering="flex", kernel_options=kernel_options, **options
+            query,
+            key,
+            value,
+            gate,
+            document_ids=document_ids,
+            lowering="flex",
+            kernel_options=kernel_options,
+            **options,
         )
 
     def reference(tensors, gradient):

@@ -24,7 +24,9 @@ def install_device_guard() -> None:
     cuda_build = bool(torch.version.cuda)
     if (torch.__version__.split("+")[0], cuda_build) not in TESTED:
         tested = " or ".join(f"{version} ({'CUDA' if cuda else 'CPU'} build)" for version, cuda in TESTED)
-        raise RuntimeError(f"target: compiling for a GPU that is not there takes torch {tested}, got {torch.__version__}")
+        raise RuntimeError(
+            f"target: compiling for a GPU that is not there takes torch {tested}, got {torch.__version__}"
+        )
     libraries = os.path.join(os.path.dirname(torch.__file__), "lib")
     if not cuda_build:
         _give_a_guard_without_devices(ctypes.CDLL(os.path.join(libraries, "libc10.so")))
@@ -33,7 +35,9 @@ def install_device_guard() -> None:
     _answer_hooks(ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so")))
     accelerator = torch._C._accelerator_getAccelerator()
     if accelerator.type != "cuda":
-        raise RuntimeError(f"torch {torch.__version__} did not take the stand-ins for CUDA: its device is {accelerator}")
+        raise RuntimeError(
+            f"torch {torch.__version__} did not take the stand-ins for CUDA: its device is {accelerator}"
+        )
 
 
 def _give_a_guard_without_devices(core: ctypes.CDLL) -> None:

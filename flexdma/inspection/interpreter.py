@@ -30,7 +30,9 @@ class InterpretedCall:
 
     def __init__(self, function: Callable, tensors: Sequence[Tensor], target: str = "sm_90") -> None:
         if os.environ.get("TRITON_INTERPRET") != "1":
-            raise RuntimeError("expected TRITON_INTERPRET=1 in the environment of the process, before Triton is imported")
+            raise RuntimeError(
+                "expected TRITON_INTERPRET=1 in the environment of the process, before Triton is imported"
+            )
         install(known_target(target))
         _multiply_bfloat16_as_float32()
         # Fake tensors have no address, and would be copied as misaligned.
@@ -62,7 +64,9 @@ class InterpretedCall:
         arguments = [*saved, gradient]
         for have, want in zip(arguments, self.seen.calls[1][2], strict=True):
             if (have.shape, have.stride(), have.dtype) != (want.shape, want.stride(), want.dtype):
-                raise RuntimeError(f"the backward expects {want.dtype} {list(want.shape)}, the forward left {list(have.shape)}")
+                raise RuntimeError(
+                    f"the backward expects {want.dtype} {list(want.shape)}, the forward left {list(have.shape)}"
+                )
         gradients = dict(zip(self._order, self._backward[0](arguments), strict=True))
         return [output, *(gradients[n] for n, wanted in enumerate(self._differentiable) if wanted)]
 
