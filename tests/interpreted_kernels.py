@@ -30,19 +30,21 @@ def squashed(score, b, h, q_idx, kv_idx):
 
 
 CASES = {
-    "causal, grouped, documents, float64 gates, float32": dict(
-        shape=(1, 4, 2, 141, 141, 16), dtype="float32", gate_dtype="float64", window_size=40, documents=True,
-        score_mod=squashed, kernel_options=WIDE, gates=("random", "rising"), controls=True,
-    ),
-    "global, grouped, odd length, bfloat16": dict(
-        shape=(1, 4, 2, 201, 201, 32), dtype="bfloat16", window_size=180, selection="global", gates=("random",),
-    ),
-    "causal, batch, fewer queries than keys, bfloat16": dict(
-        shape=(2, 2, 2, 131, 190, 16), dtype="bfloat16", window_size=70, gates=("falling",),
-    ),
-    "inference, one gate for all heads, bfloat16": dict(
-        shape=(1, 4, 2, 200, 200, 32), dtype="bfloat16", window_size=50, gate_heads=1, training=False, gates=("random",),
-    ),
+    "causal, grouped, documents, float64 gates, float32": {
+        "shape": (1, 4, 2, 141, 141, 16), "dtype": "float32", "gate_dtype": "float64", "window_size": 40, "documents": True,
+        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random", "rising"), "controls": True,
+    },
+    "global, grouped, odd length, bfloat16": {
+        "shape": (1, 4, 2, 201, 201, 32), "dtype": "bfloat16", "window_size": 180, "selection": "global",
+        "gates": ("random",),
+    },
+    "causal, batch, fewer queries than keys, bfloat16": {
+        "shape": (2, 2, 2, 131, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("falling",),
+    },
+    "inference, one gate for all heads, bfloat16": {
+        "shape": (1, 4, 2, 200, 200, 32), "dtype": "bfloat16", "window_size": 50, "gate_heads": 1, "training": False,
+        "gates": ("random",),
+    },
 }  # fmt: skip
 
 
@@ -86,7 +88,7 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
     """Print one line per input."""
     dtype, gate_dtype = getattr(torch, dtype), getattr(torch, gate_dtype)
     generator = torch.Generator().manual_seed(0)
-    options = dict(window_size=window_size, selection=selection, score_mod=score_mod)
+    options = {"window_size": window_size, "selection": selection, "score_mod": score_mod}
 
     def attend(query, key, value, gate, document_ids=None):
         return dynamic_mask_attention(
@@ -112,7 +114,7 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
         got = call.run(tensors, gradient if training else None)
         want = reference(tensors, gradient)
         partial, full = visited(tensors[3], window_size, selection, shape, *tensors[4:])
-        result = dict(case=name, gates=kind, control=control, partial_blocks=partial, full_blocks=full)
+        result = {"case": name, "gates": kind, "control": control, "partial_blocks": partial, "full_blocks": full}
         result["errors"] = {n: relative(a, b) for n, a, b in zip(NAMES, got, want, strict=False)}
         result["epsilon"] = torch.finfo(dtype).eps
         print(json.dumps(result), flush=True)

@@ -16,8 +16,8 @@ from flexdma import dynamic_mask_attention, inspect_kernels
 RECORD = Path(__file__).parent / "kernels.json"
 # 8 query heads on 2 KV heads, 4096 tokens, D = 64, w = 512.
 SETTINGS = {
-    "training, bfloat16": dict(dtype="bfloat16", gate_dtype="float32"),
-    "training, bfloat16, float64 gates": dict(dtype="bfloat16", gate_dtype="float64"),
+    "training, bfloat16": {"dtype": "bfloat16", "gate_dtype": "float32"},
+    "training, bfloat16, float64 gates": {"dtype": "bfloat16", "gate_dtype": "float64"},
 }
 
 

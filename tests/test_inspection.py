@@ -108,7 +108,7 @@ def test_an_unknown_target_lists_the_known_ones():
 
 
 def test_something_that_is_no_function_is_refused():
-    with pytest.raises(TypeError, match="expected a function or an nn.Module, got Tensor"):
+    with pytest.raises(TypeError, match=r"expected a function or an nn\.Module, got Tensor"):
         flexdma.inspect_kernels(torch.ones(2), torch.ones(2))
 
 
@@ -116,7 +116,7 @@ def test_a_function_without_attention_is_named():
     def doubled(x):
         return torch.relu(x) * 2
 
-    with pytest.raises(ValueError, match="calls flexdma or FlexAttention, but in .*doubled there is 1 other kernel"):
+    with pytest.raises(ValueError, match=r"calls flexdma or FlexAttention, but in .*doubled there is 1 other kernel"):
         flexdma.inspect_kernels(doubled, torch.ones(64))
 
 

@@ -76,7 +76,11 @@ def without_attention(x):
     return torch.relu(x) * 2
 
 
-def test_a_function_without_attention_is_named():
+@pytest.mark.parametrize(
+    ("called", "named"),
+    [(without_attention, "without_attention there is 1 other"), (torch.nn.Linear(64, 8), "Linear there is")],
+)
+def test_a_function_without_attention_is_named(called, named):
     with pytest.raises(
         ValueError, match="calls flexdma or FlexAttention, but in without_attention there is 1 other kernel"
     ):

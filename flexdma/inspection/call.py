@@ -86,7 +86,7 @@ def report_of(
     return KernelReport(device, torch.__version__, _triton_version(), seen.kernels, seen.other_calls(), seen.graphs)
 
 
-def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs)
@@ -99,7 +99,7 @@ def _tensors(fn_or_module: Callable | nn.Module, args: tuple, kwargs: dict) -> l
 
 def _target_of_this_device() -> Target:
     """The figures of the GPU at hand, for the occupancy."""
-    real = torch.cuda.get_device_properties()
+    real: Any = torch.cuda.get_device_properties()
     known = TARGETS.get(f"sm_{real.major}{real.minor}", TARGETS["sm_90"])
     return known._replace(
         name=real.name,

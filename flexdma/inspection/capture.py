@@ -70,7 +70,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
     def compile_to_module(self: Any) -> Any:
         nonlocal phase
         phase = "backward" if self.is_backward else "forward"
-        module = generate(self)
+        module: Any = generate(self)
         seen.uses_attention |= any(map(_is_attention, self.orig_gm.graph.nodes))
         seen.graphs.setdefault(phase, []).append(Path(module.__file__).read_text())
         namespace = getattr(module.call, "__func__", module.call).__globals__

@@ -27,20 +27,19 @@ def main(request: str, answer: str) -> None:
     warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor.*")
     try:
         with open(request, "rb") as file:
-            unpickler = _FakeUnpickler(file)
-            result = {"report": _inspect(unpickler)}
+            result = {"report": _inspect(file)}
     except (ValueError, TypeError, RuntimeError) as error:
         traceback.print_exc()
         result = {"error": type(error).__name__, "message": str(error)[:4000]}
     Path(answer).write_text(json.dumps(result))
 
 
-def _inspect(unpickler: "_FakeUnpickler") -> str:
-    target_name, figures, gradients = unpickler.load()
+def _inspect(request: IO[bytes]) -> str:
+    target_name, figures, gradients = pickle.load(request)
     target = known_target(target_name)
     install(target)
     with FakeTensorMode(), watching(launch=False, device="cuda") as seen:
-        fn_or_module, args, kwargs = unpickler.load()
+        fn_or_module, args, kwargs = _FakeUnpickler(request).load()
         with torch.set_grad_enabled(gradients):
             run_once(fn_or_module, args, kwargs)
     device = f"{target.name} ({target_name}), compiled without one"

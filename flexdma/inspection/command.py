@@ -36,7 +36,7 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     for name, (kind, default, text) in SETTINGS.items():
-        choice: dict[str, Any] = dict(type=kind) if kind is int else dict(choices=kind)
+        choice: dict[str, Any] = {"type": kind} if kind is int else {"choices": kind}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **choice)
     parser.add_argument(
         "--kernel-option", action="append", default=[], metavar="NAME=INT", help="FlexAttention's, e.g. num_warps=8"

@@ -89,7 +89,7 @@ def _move_to_the_cpu(call: Callable) -> None:
 
 
 def _namespace(call: Callable) -> dict[str, Any]:
-    return getattr(call, "__func__", call).__globals__  # type: ignore[attr-defined]
+    return getattr(call, "__func__", call).__globals__
 
 
 def _multiply_bfloat16_as_float32() -> None:

@@ -39,7 +39,7 @@ def inspect_in_another_process(
         try:
             with request.open("wb") as file:
                 # In two parts: the device must be there before the tensors.
-                _ShapePickler(file).dump((target, figures, torch.is_grad_enabled()))
+                pickle.dump((target, figures, torch.is_grad_enabled()), file)
                 _ShapePickler(file).dump((fn_or_module, args, kwargs))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
             raise TypeError(

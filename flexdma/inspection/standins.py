@@ -20,7 +20,7 @@ def install(target: Target) -> None:
     """Make this process believe in one CUDA device of this kind.  Tensors on it must be fake."""
     install_device_guard()
     # Backward in this thread: a thread per device would ask the driver for its device.
-    torch._C._set_multithreading_enabled(False)  # type: ignore[attr-defined]
+    torch._C._set_multithreading_enabled(False)
     _answer_for_the_device(target)
     _answer_for_the_driver(target)
     _leave_out_what_needs_data()
@@ -69,7 +69,7 @@ def _answer_for_the_device(target: Target) -> None:
         setattr(CudaInterface, name, staticmethod(answers[name]))
     # Dynamo would ask the accelerator for its current stream.
     torch.accelerator.is_available = lambda: False
-    torch._C._cuda_getCurrentRawStream = lambda device: 0  # type: ignore[attr-defined]
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
 
 
 def _answer_for_the_driver(target: Target) -> None:
@@ -94,7 +94,7 @@ def _leave_out_what_needs_data() -> None:
     from torch._subclasses import fake_tensor
 
     # A CUDA build opens a context with the first fake tensor.
-    fake_tensor.init_gpu_context = lambda device: None
+    setattr(fake_tensor, "init_gpu_context", lambda device: None)  # noqa: B010 (typed as a cached function)
     # Looking for attention written out by hand traces on real CUDA tensors; folding constants computes on them.
     joint_graph.lazy_init = lambda *_, **__: None
     config.joint_graph_constant_folding = False
