@@ -30,6 +30,7 @@ def figures(setting: str) -> dict:
     return {
         kernel.phase: {
             "launches of the phase": report.launches(kernel.phase),
+            "other calls of the phase": len(report.other_calls[kernel.phase]),
             "tiles": kernel.tiles,
             "warps": kernel.warps,
             "stages": kernel.stages,
