@@ -36,6 +36,10 @@ pytestmark = [
 ]
 
 
+# Triton 3.6's interpreter turns arrays of one element into Python numbers, which NumPy 2.4 refuses.
+@pytest.mark.skipif(
+    HAS_TRITON and importlib.metadata.version("triton").startswith("3.6"), reason="needs the interpreter of Triton 3.9"
+)
 @pytest.mark.parametrize("case", CASES)
 def test_generated_kernels_agree_with_the_specification(case):
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}

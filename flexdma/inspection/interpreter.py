@@ -93,7 +93,7 @@ def _namespace(call: Callable) -> dict[str, Any]:
 
 
 def _multiply_bfloat16_as_float32() -> None:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 matrices as integers (3.6 and 3.9)."""
+    """Triton's interpreter multiplies the bit patterns of bfloat16 matrices as integers (3.9)."""
     import numpy
     from triton import language
     from triton.runtime import interpreter
