@@ -209,7 +209,8 @@ def _death_by_rank(ranked: Tensor, start: Tensor, end: Tensor, windows: Tensor, 
     `shared`: its end for the w best keys of the document, j (never visible) for the others.
     """
     positions = torch.arange(ranked.shape[-1], device=ranked.device)
-    rank = torch.empty_like(ranked).scatter_(-1, ranked, positions.expand_as(ranked))
+    # int32 in the scatter, as in kth_smallest.
+    rank = torch.empty_like(ranked, dtype=torch.int32).scatter_(-1, ranked, positions.int().expand_as(ranked)).long()
     survives = rank - start < windows
     if shared:
         return torch.where(survives, end, positions)

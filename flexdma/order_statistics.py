@@ -21,6 +21,8 @@ def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tens
     """
     length = values.shape[-1]
     positions = torch.arange(length, device=values.device)
+    # int32: Inductor writes no int64 scatter of its own, and would call ATen's in every round, after a fill.
+    values = values.to(torch.int32)
     result = torch.zeros_like(k)
     bit = 1
     # Written as a comparison, not as bit_length(): a symbolic length is then guarded per power of two, not per length.

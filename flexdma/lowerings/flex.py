@@ -110,8 +110,9 @@ def _permutation(order: Tensor, needs_gradient: bool) -> Callable[[Tensor], Tens
     """Keys [B, H, K, ...] -> the same in this order."""
     if not needs_gradient:
         return lambda tensor: _along_keys(tensor, order)
-    positions = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    inverse = torch.empty_like(order).scatter_(-1, order, positions)
+    positions = torch.arange(order.shape[-1], device=order.device, dtype=torch.int32).expand_as(order)
+    # int32: Inductor writes no int64 scatter of its own.
+    inverse = torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, positions).long()
     return lambda tensor: _Permuted.apply(tensor, order, inverse)
 
 

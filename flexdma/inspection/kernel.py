@@ -1,0 +1,129 @@
+"""One generated kernel: its source, and what can be read off the source.
+
+Line numbers count from 1 in `source`, which is what Inductor wrote, unchanged.
+"""
+
+import re
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+# Constants of Inductor's attention templates that are tile sizes, and those of its other kernels.
+TILE_NAMES = re.compile(r"(BLOCK_[MN][12]?|SPARSE_(?:Q|KV)_BLOCK_SIZE|[XYZ]BLOCK|R\d*_BLOCK)")
+CONSTANT = re.compile(r"^\s+(\w+) *: *tl\.constexpr = (\d+)\s*$", re.MULTILINE)
+CPP_TILE = re.compile(r"int64_t (qBlockSize|kvBlockSize) = (\d+);")
+
+
+@dataclass
+class Compiled:
+    """Figures of the machine code, read off the compiled file: nothing ran."""
+
+    registers: int  # per thread
+    stack_bytes: int  # per thread; spilled registers live here
+    spill_stores: int  # instructions that write to the stack
+    spill_loads: int  # instructions that read it
+    shared_bytes: int  # per block
+    tensor_core_instructions: int
+    global_reductions: int  # atomic instructions on global memory
+    occupancy: float  # resident warps / the most that a multiprocessor holds
+
+    def __str__(self) -> str:
+        return (
+            f"{self.registers} registers, {self.spill_stores} spill stores, {self.spill_loads} spill loads, "
+            f"{self.shared_bytes} B shared, {self.tensor_core_instructions} tensor-core instructions, "
+            f"{self.global_reductions} atomic instructions, occupancy {self.occupancy:.0%}"
+        )
+
+
+@dataclass
+class Kernel:
+    """A kernel as generated, and compiled where it was compiled."""
+
+    name: str
+    phase: str  # "forward" or "backward"
+    language: str  # "Triton" or "C++"
+    source: str
+    launches: int = 0
+    grid: tuple[int, ...] | None = None  # of the first launch
+    warps: int | None = None
+    stages: int | None = None
+    block_sizes: dict[str, int] = field(default_factory=dict)  # of kernels whose launch chooses them
+    compiled: Compiled | None = None
+
+    @property
+    def is_attention(self) -> bool:
+        """Whether this is a FlexAttention kernel, not one of those that prepare its inputs."""
+        return "SPARSE_KV_BLOCK_SIZE" in self.source or "kvBlockSize" in self.source
+
+    @property
+    def tiles(self) -> dict[str, int]:
+        """Tile sizes by the names that the source gives them."""
+        written = CPP_TILE if self.language == "C++" else CONSTANT
+        found = {name: int(value) for name, value in written.findall(self.source)}
+        if self.language == "Triton":
+            found = {name: value for name, value in found.items() if TILE_NAMES.fullmatch(name)}
+        return found | self.block_sizes
+
+    @property
+    def gate_lines(self) -> list[int]:
+        """Where an attention kernel loads what its score_mod captures: in flexdma's the gate and its reference."""
+        return _section_loads(self.source, self.language) if self.is_attention else []
+
+    @property
+    def mask_lines(self) -> list[int]:
+        """Where an attention kernel sets the scores outside the mask to -inf, and their gradients to 0."""
+        marks = ("tl.where(mask_mod_output",) if self.language == "Triton" else ("// Apply block mask",)
+        return self._lines_with(*marks) if self.is_attention else []
+
+    @property
+    def atomic_lines(self) -> list[int]:
+        """Where memory is added to atomically: a cost, and sums that differ from run to run."""
+        return self._lines_with("tl.atomic_add(", "atomic_add(")
+
+    def _lines_with(self, *marks: str) -> list[int]:
+        return [n for n, line in enumerate(self.source.splitlines(), 1) if any(mark in line for mark in marks)]
+
+    def __str__(self) -> str:
+        launches = f"{self.launches} launch{'' if self.launches == 1 else 'es'}"
+        grid = "" if self.grid is None else f" of grid {'x'.join(map(str, self.grid))}"
+        lines = [f"{self.name}", f"  {self.phase}, {self.language}, {launches}{grid}"]
+        if self.warps is not None:
+            lines[1] += f", {self.warps} warps, {self.stages} stages"
+        if self.tiles:
+            lines.append("  tiles: " + ", ".join(f"{name} {value}" for name, value in self.tiles.items()))
+        for label, where in (
+            ("gate loaded", self.gate_lines), ("mask applied", self.mask_lines), ("atomics", self.atomic_lines)
+        ):  # fmt: skip
+            if where:
+                lines.append(f"  {label}: line{'s' if len(where) > 1 else ''} {', '.join(map(str, where))}")
+        if self.compiled is not None:
+            lines.append(f"  compiled: {self.compiled}")
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain data, for JSON: the fields, and what was read off the source."""
+        derived = ("is_attention", "tiles", "gate_lines", "mask_lines", "atomic_lines")
+        return asdict(self) | {name: getattr(self, name) for name in derived}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Kernel":
+        """The inverse of `to_dict`."""
+        values = {entry.name: data[entry.name] for entry in fields(cls)}
+        values["grid"] = None if values["grid"] is None else tuple(values["grid"])
+        values["compiled"] = None if values["compiled"] is None else Compiled(**values["compiled"])
+        return cls(**values)
+
+
+def _section_loads(source: str, language: str) -> list[int]:
+    """Lines that load a captured tensor between the start of the score_mod and its result."""
+    triton = language == "Triton"
+    start, end = (
+        ("Apply score modification", "post_mod_scores =") if triton else ("// apply score mod", "// Apply block mask")
+    )
+    load = re.compile(r"tl\.load\((in_ptr|arg_)" if triton else r"= in_ptr\d+\[")
+    inside, found = False, []
+    for number, line in enumerate(source.splitlines(), 1):
+        inside = (inside or start in line) and end not in line
+        # The C++ kernel reads its indices with the same syntax as the captured tensors, but at 0 or at the loop variable.
+        if inside and load.search(line) and (triton or "tmp" in line.split("in_ptr")[1]):
+            found.append(number)
+    return found

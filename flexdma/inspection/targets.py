@@ -1,0 +1,51 @@
+"""Targets: the GPUs that kernels can be compiled for without having one, and the occupancy that they allow.
+
+Figures from the CUDA programming guide (compute capabilities) and NVIDIA's data sheets.  They steer Inductor's choice of
+tile sizes exactly as the same figures read from a real device do.
+"""
+
+from typing import NamedTuple
+
+
+class Target(NamedTuple):
+    """What Inductor and Triton ask of a device."""
+
+    name: str
+    capability: int  # 90 = compute capability 9.0
+    multiprocessors: int
+    shared_memory_per_block: int  # bytes, with opt-in
+    shared_memory_per_multiprocessor: int
+    total_memory: int
+    l2_bytes: int
+    threads_per_multiprocessor: int = 2048
+    blocks_per_multiprocessor: int = 32
+    registers_per_multiprocessor: int = 65536
+
+
+TARGETS = {
+    "sm_80": Target("NVIDIA A100", 80, 108, 166912, 167936, 80 * 2**30, 40 * 2**20),
+    "sm_90": Target("NVIDIA H100", 90, 132, 232448, 233472, 80 * 2**30, 50 * 2**20),
+    "sm_100": Target("NVIDIA B200", 100, 148, 232448, 233472, 180 * 2**30, 126 * 2**20),
+}
+
+
+def known_target(name: str) -> Target:
+    """The target of this name; ValueError listing the known ones otherwise."""
+    if name not in TARGETS:
+        known = ", ".join(f"{key!r} ({target.name})" for key, target in TARGETS.items())
+        raise ValueError(f"target: expected one of {known}, or None for the device of the tensors; got {name!r}")
+    return TARGETS[name]
+
+
+def occupancy(target: Target, registers: int, shared_bytes: int, warps: int) -> float:
+    """The share of a multiprocessor's warps that can be resident at once, as CUDA's occupancy calculator has it.
+
+    Registers are handed out to warps in units of 256, shared memory to blocks in units of 128 bytes plus 1 KiB that the
+    system keeps.
+    """
+    registers_per_warp = -(-registers * 32 // 256) * 256
+    warps_by_registers = target.registers_per_multiprocessor // max(1, registers_per_warp)
+    blocks_by_shared = target.shared_memory_per_multiprocessor // (-(-shared_bytes // 128) * 128 + 1024)
+    warp_slots = target.threads_per_multiprocessor // 32
+    blocks = min(warps_by_registers // warps, blocks_by_shared, warp_slots // warps, target.blocks_per_multiprocessor)
+    return blocks * warps / warp_slots

@@ -1,0 +1,47 @@
+"""A program: `python -m tests.recorded_kernels` compiles the attention kernels for sm_90 and writes kernels.json.
+
+The figures are those of the compiled files, nothing ran.  test_kernels.py compares them exactly, so that a change that
+costs registers, spills or atomics is seen, and refreshed on purpose.
+"""
+
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from flexdma import dynamic_mask_attention, inspect_kernels
+
+RECORD = Path(__file__).parent / "kernels.json"
+# 8 query heads on 2 KV heads, 4096 tokens, D = 64, w = 512.
+SETTINGS = {
+    "training, bfloat16": {"dtype": "bfloat16", "gate_dtype": "float32"},
+    "training, bfloat16, float64 gates": {"dtype": "bfloat16", "gate_dtype": "float64"},
+}
+
+
+def figures(setting: str) -> dict:
+    """Phase -> figures of its attention kernel, and the launches of the whole operator."""
+    dtype, gate_dtype = (getattr(torch, name) for name in SETTINGS[setting].values())
+    query, key, value = (torch.empty(1, heads, 4096, 64, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
+    gate = torch.empty(1, 2, 4096, dtype=gate_dtype, requires_grad=True)
+    report = inspect_kernels(dynamic_mask_attention, query, key, value, gate, window_size=512, target="sm_90")
+    return {
+        kernel.phase: {
+            "launches of the phase": report.launches(kernel.phase),
+            "other calls of the phase": len(report.other_calls[kernel.phase]),
+            "tiles": kernel.tiles,
+            "warps": kernel.warps,
+            "stages": kernel.stages,
+            "atomic lines": len(kernel.atomic_lines),
+            **asdict(kernel.compiled),
+        }
+        for kernel in report.attention
+    }
+
+
+if __name__ == "__main__":
+    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    record = {"versions": versions, "target": "sm_90", "settings": {name: figures(name) for name in SETTINGS}}
+    RECORD.write_text(json.dumps(record, indent=2) + "\n")

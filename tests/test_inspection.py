@@ -1,0 +1,155 @@
+"""Seeing what was generated: reports of the C++ kernels of this machine, and of kernels written down here."""
+
+import argparse
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import flexdma
+from flexdma.inspection import Compiled, Kernel, KernelReport, command
+from flexdma.inspection.targets import TARGETS, occupancy
+
+TRITON = """\
+BLOCK_M : tl.constexpr = 128
+    BLOCK_M : tl.constexpr = 128
+    SPARSE_KV_BLOCK_SIZE : tl.constexpr = 128
+    QK_HEAD_DIM : tl.constexpr = 64
+    # Apply score modification
+    tmp5 = tl.load(in_ptr9 + tmp4)
+    post_mod_scores = tmp5
+    tmp6 = tl.load(in_ptr10 + tmp4)
+    post_mod_scores = tl.where(mask_mod_output, post_mod_scores, float("-inf"))
+    tl.atomic_add(in_ptr11, tmp5)
+"""
+
+
+def attention_kernel(warps=4, registers=100):
+    compiled = Compiled(registers, 0, 0, 0, 1000, 48, 0, 0.5)
+    return Kernel("triton_tem_3", "forward", "Triton", TRITON, 1, (4, 1, 1), warps, 3, compiled=compiled)
+
+
+def report_of(*kernels):
+    return KernelReport(
+        "a device", "2.13.0", "3.9.0", list(kernels), {"forward": ["aten.sort.stable"] * 2}, {"forward": ["pass"]}
+    )
+
+
+@pytest.fixture(scope="module")
+def report():
+    query, key, gate = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64)
+    with torch.no_grad():
+        return flexdma.inspect_kernels(
+            flexdma.dynamic_mask_attention, query, key, key, gate, window_size=8, lowering="flex"
+        )
+
+
+def test_what_is_read_off_a_source():
+    kernel = attention_kernel()
+    assert kernel.tiles == {"BLOCK_M": 128, "SPARSE_KV_BLOCK_SIZE": 128}
+    assert (kernel.gate_lines, kernel.mask_lines, kernel.atomic_lines) == ([6], [9], [10])
+
+
+def test_a_report_of_this_machine(report):
+    (kernel,) = report.attention
+    assert (kernel.language, kernel.phase, kernel.launches) == ("C++", "forward", 1)
+    assert kernel.tiles == {"qBlockSize": 128, "kvBlockSize": 32}
+    lines = kernel.source.splitlines()
+    assert kernel.gate_lines
+    assert all("in_ptr" in lines[number - 1] for number in kernel.gate_lines)
+    assert ["block mask" in lines[number - 1] for number in kernel.mask_lines] == [True]
+    assert kernel.name in str(report)
+    assert "flexdma.lifespans.default" in report.other_calls["forward"]
+
+
+def test_a_second_look_sees_the_same(report):
+    tensors = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64)
+    with torch.no_grad():
+        again = flexdma.inspect_kernels(flexdma.dynamic_mask_attention, *tensors, window_size=8, lowering="flex")
+    assert report.diff(again).changes() == {}
+    assert report.diff(again).source() == ""
+
+
+def test_the_backward_of_a_module_is_seen():
+    module = flexdma.DynamicMaskAttention(32, 2, 1, 16, window_size=8)
+    seen = flexdma.inspect_kernels(module, torch.randn(1, 48, 32))
+    assert seen.launches("forward") > 0
+    assert seen.launches("backward") > 0
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+def test_a_report_survives_json_and_is_saved(report, tmp_path):
+    again = KernelReport.from_json(report.to_json())
+    assert again == report
+    files = report.save(tmp_path / "kernels")
+    assert {path.suffix for path in files} == {".cpp", ".py", ".json"}
+    assert all(path.read_text() for path in files)
+
+
+def test_a_diff_names_what_changed():
+    difference = report_of(attention_kernel()).diff(report_of(attention_kernel(warps=8, registers=64)))
+    assert difference.changes() == {"forward warps": (4, 8), "forward registers": (100, 64)}
+    assert "forward warps      4 -> 8" in str(difference)
+    assert str(report_of().diff(report_of())) == "no difference in the figures"
+
+
+def test_occupancy_counts_registers_shared_memory_and_warps():
+    target = TARGETS["sm_90"]
+    assert occupancy(target, registers=32, shared_bytes=0, warps=4) == 1.0
+    assert occupancy(target, registers=255, shared_bytes=0, warps=4) == 8 / 64
+    assert occupancy(target, registers=32, shared_bytes=117760, warps=4) == 4 / 64
+
+
+def test_an_unknown_target_lists_the_known_ones():
+    with pytest.raises(ValueError, match=r"'sm_80' .*'sm_90' .*'sm_100' .*got 'sm_75'"):
+        flexdma.inspect_kernels(torch.relu, torch.ones(2), target="sm_75")
+
+
+def test_something_that_is_no_function_is_refused():
+    with pytest.raises(TypeError, match=r"expected a function or an nn\.Module, got Tensor"):
+        flexdma.inspect_kernels(torch.ones(2), torch.ones(2))
+
+
+def test_a_function_without_attention_is_named():
+    def doubled(x):
+        return torch.relu(x) * 2
+
+    with pytest.raises(ValueError, match=r"calls flexdma or FlexAttention, but in .*doubled there is 1 other kernel"):
+        flexdma.inspect_kernels(doubled, torch.ones(64))
+
+
+def test_importing_flexdma_does_not_import_the_compiler():
+    code = (
+        "import flexdma, sys; sys.exit('torch._inductor.graph' in sys.modules or 'flexdma.inspection' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def parsed(*arguments):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    return parser.parse_args([*SMALL, *arguments])
+
+
+SMALL = ["--keys", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--window", "8", "--training", "no"]
+
+
+def test_the_command_compares_two_settings(capsys):
+    assert command.run(parsed("--lowering", "flex", "--diff", "block-size=64", "--json")) == 0
+    assert json.loads(capsys.readouterr().out)["forward kvBlockSize"] == [32, 64]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--diff", "window"], "expected KEY=VALUE, got 'window'"),
+        (["--diff", "window=wide"], "expected NAME=INT, got 'window=wide'"),
+        (["--diff", "selection=best"], "expected selection to be one of causal, global, threshold, got 'best'"),
+        (["--heads", "3", "--kv-heads", "2"], "expected a multiple of key's 2 heads, got 3"),
+    ],
+)
+def test_the_command_says_what_is_wrong(arguments, message, capsys):
+    assert command.run(parsed(*arguments)) == 2
+    assert message in capsys.readouterr().out
