@@ -12,6 +12,7 @@ from flexdma._version import __version__
 
 # name: (module, what it does)
 COMMANDS = {
+    "inspect": ("flexdma.inspection.command", "show the kernels that the compiler generates"),
     "bench": ("flexdma.bench.command", "measure the operator against attention to everything"),
     "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),
 }

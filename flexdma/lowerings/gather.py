@@ -71,7 +71,7 @@ def gather_attend(
     whole = batch * query_heads * queries * slots.shape[-1]
     step = max(1, CHUNK_ELEMENTS * blocks // whole)
     if torch.compiler.is_compiling() or step >= blocks:
-        output = _attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
+        output = attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
     elif not torch.is_grad_enabled():
         chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
         attended = [attend(_take(key, c[2]), _take(value, c[2]), *c, scale, score_mod) for c in chunks]
