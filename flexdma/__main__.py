@@ -1,0 +1,42 @@
+"""python -m flexdma COMMAND: what can be run without writing code.
+
+A command is a module with `add_arguments(parser)` and `run(arguments) -> int`; only the one asked for is imported.
+"""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from flexdma._version import __version__
+
+# name: (module, what it does)
+COMMANDS = {
+    "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),
+}
+INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0 done, 2 a request that cannot be met, 130 interrupted."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(prog="python -m flexdma", description="Dynamic Mask Attention, from a command line.")
+    parser.add_argument("--version", action="version", version=f"flexdma {__version__}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, (module, summary) in COMMANDS.items():
+        subparser = commands.add_parser(
+            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
+        )
+        if arguments[:1] == [name]:
+            chosen = importlib.import_module(module)
+            chosen.add_arguments(subparser)
+    parsed = parser.parse_args(arguments)
+    try:
+        return chosen.run(parsed)
+    except KeyboardInterrupt:
+        print(f"python -m flexdma {parsed.command}: interrupted", file=sys.stderr)
+        return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())
