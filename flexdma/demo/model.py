@@ -2,7 +2,7 @@
 
 import math
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -42,6 +42,14 @@ class Block(nn.Module):
         return hidden + self.mlp(self.mlp_norm(hidden))
 
 
+def run_block(block: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """The block, as a function that can be compiled once for all layers."""
+    return block(hidden, position_embeddings)
+
+
+RunBlock = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
 class ByteModel(nn.Module):
     """bytes [B, N] int64 -> logits [B, N, 256] of the next byte.
 
@@ -72,12 +80,12 @@ class ByteModel(nn.Module):
         self.head = nn.Linear(sizes.width, 256, bias=False)
         _initialise(self, seed)
 
-    def forward(self, tokens: Tensor) -> Tensor:
-        """Logits of the byte after each."""
+    def forward(self, tokens: Tensor, run_block: RunBlock = run_block) -> Tensor:
+        """Logits of the byte after each; `run_block` may be a compiled one (see training.py)."""
         hidden = self.embedding(tokens)
         embeddings = rotary_embedding(tokens.shape[1], self.sizes.width // self.sizes.heads, tokens.device)
         for block in self.blocks:
-            hidden = block(hidden, embeddings)
+            hidden = run_block(block, hidden, embeddings)
         return self.head(self.norm(hidden))
 
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flexdma.demo.model import ByteModel
+from flexdma.demo.model import ByteModel, run_block
 from flexdma.demo.text import Text, training_windows
 
 BITS = 1 / math.log(2)  # nats to bits
@@ -21,7 +21,7 @@ class Budget:
 
     steps: int
     context: int
-    batch: int = 8
+    batch: int = 4
     learning_rate: float = 3e-3
     warmup: int = 30
     weight_decay: float = 0.01
@@ -48,7 +48,8 @@ def train(
 ) -> Course:
     """Train in place; `after_step` sees the course after every step."""
     device = model.embedding.weight.device
-    forward = torch.compile(model, fullgraph=True, dynamic=False) if compiled else model
+    # By the block: the layers are alike, so one compilation serves them all.
+    block = torch.compile(run_block, fullgraph=True, dynamic=False) if compiled else run_block
     optimizer = torch.optim.AdamW(
         model.parameters(), lr=budget.learning_rate, betas=(0.9, 0.95), weight_decay=budget.weight_decay
     )
@@ -58,7 +59,7 @@ def train(
     started = time.perf_counter()
     for step in range(budget.steps):
         windows = training_windows(text, budget.context, budget.batch, generator).to(device)
-        loss = _loss(forward(windows[:, :-1]), windows)
+        loss = _loss(model(windows[:, :-1], block), windows)
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
