@@ -20,7 +20,9 @@ INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a request that cannot be met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = argparse.ArgumentParser(prog="python -m flexdma", description="Dynamic Mask Attention, from a command line.")
+    parser = argparse.ArgumentParser(
+        prog="python -m flexdma", description="Dynamic Mask Attention, from a command line."
+    )
     parser.add_argument("--version", action="version", version=f"flexdma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():

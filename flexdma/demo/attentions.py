@@ -29,7 +29,7 @@ class SlopeGate(nn.Module):
         self.slope = nn.Parameter(torch.tensor(slopes))
 
     def forward(self, value: Tensor) -> Tensor:
-        """value [B, Hkv, K, Dv] -> [B, Hkv, K] float64."""
+        """Value [B, Hkv, K, Dv] -> [B, Hkv, K] float64."""
         position = torch.arange(value.shape[2], device=value.device)
         return (self.slope.double()[:, None] * position).expand(value.shape[:3])
 

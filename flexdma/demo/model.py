@@ -90,7 +90,7 @@ class ByteModel(nn.Module):
 
 
 def rotary_embedding(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """cos and sin [length, head_dim] of the rotary embedding (arXiv 2104.09864)."""
+    """Cosine and sine [length, head_dim] of the rotary embedding (arXiv 2104.09864)."""
     exponent = torch.arange(0, head_dim, 2, device=device) / head_dim
     angle = torch.arange(length, device=device)[:, None] * ROTARY_BASE**-exponent
     angle = torch.cat([angle, angle], -1)
@@ -113,7 +113,7 @@ def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
 
 
 def _initialise(model: nn.Module, seed: int) -> None:
-    """Each matrix from a generator of its own, seeded by its name: a module more in one model shifts no other's numbers."""
+    """Each matrix from a generator of its own, seeded by its name: an extra module shifts no other's."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue

@@ -1,0 +1,28 @@
+"""Text from a trained model, byte by byte."""
+
+import torch
+from torch import Tensor
+
+from flexdma.demo.model import ByteModel
+
+
+@torch.no_grad()
+def sample(
+    model: ByteModel, prompt: Tensor, length: int, *, seed: int, context: int, temperature: float = 0.6
+) -> tuple[str, str]:
+    """The prompt [P] and `length` bytes drawn to follow it, both as text.
+
+    Each byte re-evaluates the last `context` bytes: the plainest loop that is right, and quick enough for a sample.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    tokens = prompt.tolist()
+    device = model.embedding.weight.device
+    for _ in range(length):
+        logits = model(torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
+        probabilities = torch.softmax(logits / temperature, -1)
+        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+    return _as_text(tokens[: len(prompt)]), _as_text(tokens[len(prompt) :])
+
+
+def _as_text(values: list[int]) -> str:
+    return bytes(values).decode("utf-8", errors="replace")
