@@ -1,4 +1,4 @@
-"""The demonstration: `python -m flexdma demo` trains four small byte-level language models and compares their attention.
+"""The demonstration: `python -m flexdma demo` trains four small language models, alike but for attention.
 
 text        bytes to train and to validate on
 attentions  the four kinds of attention

@@ -39,7 +39,7 @@ class FullAttention(DynamicMaskAttention):
 
     def __init__(self, *sizes: int, slopes: list[float], **options) -> None:
         super().__init__(*sizes, **options)
-        self.gate = SlopeGate(slopes)
+        self.gate = SlopeGate(slopes)  # type: ignore[assignment]
 
     def forward(self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:  # type: ignore[override]
         """hidden_states [B, N, hidden_size] -> the same."""
@@ -82,7 +82,7 @@ is_compiling = torch.compiler.is_compiling
 def make_attention(
     kind: str, width: int, heads: int, kv_heads: int, window: int, *, recency: str, slopes: list[float]
 ) -> DynamicMaskAttention:
-    """The layer of one of KINDS; `recency` is that of dma-recency, `slopes` the initial ones of every kind with slopes."""
+    """The layer of one of KINDS. recency: of dma-recency; slopes: the initial ones, where it has slopes."""
     sizes = (width, heads, kv_heads, width // heads, window)
     if kind == "dma":
         return DynamicMaskAttention(*sizes, qk_norm=True)

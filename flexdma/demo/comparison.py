@@ -29,10 +29,10 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     """Train, measure, print, write."""
     console = Console()
     labels = {
-        "dma": "DMA, as in the paper",
-        "dma-recency": f"DMA with recency ({options.recency})",
-        "full": "full attention, slopes",
-        "window": "sliding window, slopes",
+        "dma": "DMA (paper)",
+        "dma-recency": f"DMA + {options.recency}",
+        "full": "full + slope",
+        "window": "window + slope",
     }
     budget = Budget(options.steps, options.context, seed=options.seed)
     models, outcomes = _train_all(options, text, budget, labels, console)

@@ -1,4 +1,4 @@
-"""What the trained gates keep: lifespans on validation text, visible keys per query, blocks visited before and after packing."""
+"""What the trained gates keep: lifespans, visible keys per query, tiles visited before and after packing."""
 
 from typing import NamedTuple
 
@@ -45,7 +45,7 @@ def tile_maps(lifespans: Lifespans, window: int, block: int) -> TileMaps:
 
 
 def most_scattered_head(layers: list[Lifespans], window: int, block: int) -> tuple[int, int, TileMaps]:
-    """(layer, head, its tile maps) of the head that visits most tiles in natural order: where packing has most to do."""
+    """(layer, head, its tile maps) of the head that visits most tiles: where packing has most to do."""
     candidates = [
         (layer, head, tile_maps(Lifespans(alive.birth[0, head], alive.death[0, head]), window, block))
         for layer, alive in enumerate(layers)

@@ -9,7 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexdma.demo.attentions import make_attention
+from flexdma import ValueGate
+from flexdma.demo.attentions import SlopeGate, make_attention
 
 ROTARY_BASE = 10_000.0
 
@@ -34,7 +35,7 @@ class Block(nn.Module):
         super().__init__()
         self.attention_norm, self.attention = nn.RMSNorm(width), attention
         self.mlp_norm = nn.RMSNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, False), nn.GELU(), nn.Linear(4 * width, width, False))
 
     def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, width] -> the same."""
@@ -102,8 +103,9 @@ def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
     """The gates [B, Hkv, N] of each layer, filled in by running the (uncompiled) model inside the context."""
     gates: list[Tensor] = []
     hooks = [
-        block.attention.gate.register_forward_hook(lambda module, inputs, gate: gates.append(gate.detach()))
-        for block in model.blocks
+        gate.register_forward_hook(lambda module, inputs, output: gates.append(output.detach()))
+        for gate in model.modules()
+        if isinstance(block, (ValueGate, SlopeGate))
     ]
     try:
         yield gates
