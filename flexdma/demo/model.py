@@ -105,7 +105,7 @@ def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
     hooks = [
         gate.register_forward_hook(lambda module, inputs, output: gates.append(output.detach()))
         for gate in model.modules()
-        if isinstance(block, (ValueGate, SlopeGate))
+        if isinstance(gate, (ValueGate, SlopeGate))
     ]
     try:
         yield gates

@@ -54,7 +54,7 @@ def block_figure(tiles: dict[str, tuple[str, TileMaps]], block: int, length: int
         for axes, tile_map, order in zip(row, maps, ("natural order", "packed by lifespan"), strict=True):
             count = visited(tile_map)
             axes.imshow(tile_map, cmap=ListedColormap(TILE_COLOURS), vmin=0, vmax=2, interpolation="nearest")
-            axes.set_title(f"{label}, {head}\nkeys in {order}: {count:,} tiles visited", fontsize=11)
+            axes.set_title(f"{label}, {head}, {order}:\n{count:,} tiles visited", fontsize=11)
             axes.set_xlabel(f"key block ({block} keys, {order})")
             axes.set_ylabel(f"query block ({block} queries)")
     names = ("skipped", "visited, partly visible", "visited, wholly visible")
@@ -83,7 +83,10 @@ def lifetime_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
             axes.plot(
                 share, color=COLOURS[index % 4], marker="o", markersize=4, label=f"layer {layer + 1}, head {head + 1}"
             )
-        axes.set_xticks(range(len(names)), names, rotation=60)
+        axes.set_yscale("symlog", linthresh=0.001, linscale=0.5)
+        axes.set_ylim(0, 1.5)
+        axes.set_yticks([0, 0.001, 0.01, 0.1, 1], ["0", "0.1 %", "1 %", "10 %", "100 %"])
+        axes.set_xticks(range(len(names)), names, rotation=45)
         axes.axvline(_bin(edges, window), color="#999999", linestyle="--", linewidth=1, label=f"w = {window}")
         axes.set_title(label)
         axes.set_xlabel("lifetime of a key, in queries (0: never visible)")
