@@ -65,7 +65,10 @@ class WindowAttention(FullAttention):
         scale = query.shape[-1] ** -0.5
         needs_gradient = torch.is_grad_enabled()
         device = query.device.type
-        if choose_lowering(device, query.dtype, needs_gradient=needs_gradient) == "gather" or not is_compiling():
+        if (
+            choose_lowering(device, query.dtype, needs_gradient=needs_gradient) == "gather"
+            or not torch.compiler.is_compiling()
+        ):
             return gather_attend(
                 query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None,
                 block_size=GATHER_BLOCK_SIZE,
@@ -74,9 +77,6 @@ class WindowAttention(FullAttention):
             query, key, value, gate, lifespans, unit=window, scale=scale, score_mod=None, kernel_options=None,
             block_size=FLEX_BLOCK_SIZE[device], needs_gradient=needs_gradient,
         )  # fmt: skip
-
-
-is_compiling = torch.compiler.is_compiling
 
 
 def make_attention(

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexdma import ValueGate
-from flexdma.demo.attentions import SlopeGate, make_attention
+from flexdma import DynamicMaskAttention
+from flexdma.demo.attentions import make_attention
 
 ROTARY_BASE = 10_000.0
 
@@ -81,6 +81,10 @@ class ByteModel(nn.Module):
         self.head = nn.Linear(sizes.width, 256, bias=False)
         _initialise(self, seed)
 
+    def attentions(self) -> list[DynamicMaskAttention]:
+        """The attention of each layer."""
+        return [module for module in self.modules() if isinstance(module, DynamicMaskAttention)]
+
     def forward(self, tokens: Tensor, run_block: RunBlock = run_block) -> Tensor:
         """Logits of the byte after each; `run_block` may be a compiled one (see training.py)."""
         hidden = self.embedding(tokens)
@@ -103,9 +107,8 @@ def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
     """The gates [B, Hkv, N] of each layer, filled in by running the (uncompiled) model inside the context."""
     gates: list[Tensor] = []
     hooks = [
-        gate.register_forward_hook(lambda module, inputs, output: gates.append(output.detach()))
-        for gate in model.modules()
-        if isinstance(gate, (ValueGate, SlopeGate))
+        attention.gate.register_forward_hook(lambda module, inputs, output: gates.append(output.detach()))
+        for attention in model.attentions()
     ]
     try:
         yield gates

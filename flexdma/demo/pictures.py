@@ -9,6 +9,7 @@ import torch
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from flexdma import Lifespans
@@ -35,7 +36,7 @@ def mask_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
             birth, death = (t[0, head].cpu() for t in alive[layer])
             visible = (query >= birth) & (query < death)
             lifetime = torch.where(visible, (death - birth).float(), torch.nan)
-            image = axes.imshow(lifetime, cmap="plasma_r", norm=LogNorm(1, length), interpolation="nearest")
+            image = axes.imshow(lifetime.numpy(), cmap="plasma_r", norm=LogNorm(1, length), interpolation="nearest")
             axes.set_title(f"{label}\nlayer {layer + 1}, head {head + 1}", fontsize=10)
             axes.set_xlabel("key (position in the text)")
         row[0].set_ylabel("query (position in the text)")
@@ -53,7 +54,7 @@ def block_figure(tiles: dict[str, tuple[str, TileMaps]], block: int, length: int
     for row, (label, (head, maps)) in zip(grid, tiles.items(), strict=True):
         for axes, tile_map, order in zip(row, maps, ("natural order", "packed by lifespan"), strict=True):
             count = visited(tile_map)
-            axes.imshow(tile_map, cmap=ListedColormap(TILE_COLOURS), vmin=0, vmax=2, interpolation="nearest")
+            axes.imshow(tile_map.numpy(), cmap=ListedColormap(TILE_COLOURS), vmin=0, vmax=2, interpolation="nearest")
             axes.set_title(f"{label}, {head}, {order}:\n{count:,} tiles visited", fontsize=11)
             axes.set_xlabel(f"key block ({block} keys, {order})")
             axes.set_ylabel(f"query block ({block} queries)")
@@ -66,7 +67,7 @@ def block_figure(tiles: dict[str, tuple[str, TileMaps]], block: int, length: int
 
 def lifetime_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
     """Histogram of lifetimes, one panel per model, one line per layer and head; lifespans [1, Hkv, N] of each layer."""
-    length = next(iter(masks.values()))[0].birth.shape[-1]
+    heads, length = next(iter(masks.values()))[0].birth.shape[1:]
     # Keys of the first half have half the text before them to die in: nothing else is cut off by the end.
     born = length // 2
     figure = Figure(figsize=(6 * len(masks), 4.4), layout="constrained")
@@ -75,17 +76,22 @@ def lifetime_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
     edges = torch.tensor([*powers, length + 1])
     names = ["0", *(f"{low}+" for low in powers[1:-1]), f"≥ {powers[-1]}"]
     for axes, (label, layers) in zip(panels, masks.items(), strict=True):
-        for index, (layer, head) in enumerate(
-            (n, h) for n, alive in enumerate(layers) for h in range(alive.birth.shape[1])
-        ):
+        for index in range(len(layers) * heads):
+            layer, head = divmod(index, heads)
             lifetime = (layers[layer].death - layers[layer].birth)[0, head, :born].cpu()
             share = torch.histogram(lifetime.float(), bins=edges.float()).hist / born
-            axes.plot(
-                share, color=COLOURS[index % 4], marker="o", markersize=4, label=f"layer {layer + 1}, head {head + 1}"
+            offset = (index + 0.5) / (len(layers) * heads) - 0.5
+            axes.bar(
+                (torch.arange(len(share)) + 0.8 * offset).numpy(),
+                share.numpy(),
+                width=0.8 / (len(layers) * heads),
+                color=COLOURS[index % 4],
+                label=f"layer {layer + 1}, head {head + 1}",
             )
-        axes.set_yscale("symlog", linthresh=0.001, linscale=0.5)
-        axes.set_ylim(0, 1.5)
-        axes.set_yticks([0, 0.001, 0.01, 0.1, 1], ["0", "0.1 %", "1 %", "10 %", "100 %"])
+        # Logarithmic: the few keys that live long are what selection is about.
+        axes.set_yscale("log")
+        axes.set_ylim(0.5 / born, 1.5)
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
         axes.set_xticks(range(len(names)), names, rotation=45)
         axes.axvline(_bin(edges, window), color="#999999", linestyle="--", linewidth=1, label=f"w = {window}")
         axes.set_title(label)
@@ -103,7 +109,7 @@ def loss_figure(losses: dict[str, Sequence[float]], validation: dict[str, float]
     axes = figure.subplots()
     for colour, (label, values) in zip(COLOURS, losses.items(), strict=True):
         smooth = _smoothed(torch.tensor(values))
-        axes.plot(range(1, len(smooth) + 1), smooth, color=colour, label=f"{label}: {validation[label]:.3f}")
+        axes.plot(range(1, len(smooth) + 1), smooth.tolist(), color=colour, label=f"{label}: {validation[label]:.3f}")
         axes.plot(len(smooth) * 1.02, validation[label], color=colour, marker="D", markersize=6, clip_on=False)
     axes.set_xlabel("training step")
     axes.set_ylabel("bits per byte")
