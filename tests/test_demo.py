@@ -180,9 +180,9 @@ def test_the_baselines_are_plain_attention_under_their_mask(kind):
 def test_visible_keys_are_counted_as_in_the_dense_mask(kind):
     model = tiny_model(kind)
     with torch.no_grad():
-        for block in model.blocks:
+        for attention in model.attentions():
             if kind.startswith("dma"):
-                block.attention.gate.A.normal_()
+                attention.gate.A.normal_()
     windows = torch.randint(256, (3, 18), generator=torch.Generator().manual_seed(0))
     with torch.no_grad(), recorded_gates(model) as gates:
         model(windows[:, :-1])
@@ -199,8 +199,8 @@ def test_visible_keys_are_counted_as_in_the_dense_mask(kind):
 def test_tile_maps_are_those_of_the_dense_mask():
     model = tiny_model("dma")
     with torch.no_grad():
-        for block in model.blocks:
-            block.attention.gate.A.fill_(2.0)
+        for attention in model.attentions():
+            attention.gate.A.fill_(2.0)
     tokens = torch.randint(256, (1, 64), generator=torch.Generator().manual_seed(0))
     birth, death = (t[0, 0] for t in layer_lifespans(model, tokens)[1])
     maps = tile_maps(Lifespans(birth, death), TINY.window, 8)

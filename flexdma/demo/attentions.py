@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexdma import DynamicMaskAttention, Lifespans, causal_top_w, choose_lowering, sliding_window
 from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
-from flexdma.lowerings.flex import flex_attend
+from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
 from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
 from flexdma.lowerings.gather import gather_attend
 
@@ -65,15 +65,13 @@ class WindowAttention(FullAttention):
         scale = query.shape[-1] ** -0.5
         needs_gradient = torch.is_grad_enabled()
         device = query.device.type
-        if (
-            choose_lowering(device, query.dtype, needs_gradient=needs_gradient) == "gather"
-            or not torch.compiler.is_compiling()
-        ):
+        if choose_lowering(device, query.dtype, needs_gradient=needs_gradient) == "gather":
             return gather_attend(
                 query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None,
                 block_size=GATHER_BLOCK_SIZE,
             )  # fmt: skip
-        return flex_attend(
+        attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
+        return attend(
             query, key, value, gate, lifespans, unit=window, scale=scale, score_mod=None, kernel_options=None,
             block_size=FLEX_BLOCK_SIZE[device], needs_gradient=needs_gradient,
         )  # fmt: skip

@@ -22,7 +22,8 @@ from flexdma.demo.training import Budget, train, validate
 VALIDATION_WINDOWS = 64
 MASK_STRETCH = 256  # bytes in the pictures of the masks: more would be finer than a pixel
 PICTURE_BLOCK = 32
-PROMPT = 80
+PROMPT = 256
+SHOWN = 80  # bytes of the prompt that are printed
 
 
 def compare(options: argparse.Namespace, text: Text) -> None:
@@ -47,15 +48,14 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     )
     prompt, continuation = sample(
         models["dma-recency"],
-        text.validation[:PROMPT],
+        text.validation[: min(options.context, PROMPT)],
         options.sample,
         seed=options.seed,
-        context=min(options.context, 4 * options.window),
     )
     console.print(
         Panel(
-            RichText.assemble((prompt, "dim"), continuation),
-            title=f"{labels['dma-recency']}: given the first {len(prompt)} characters, it wrote",
+            RichText.assemble((prompt[-SHOWN:], "dim"), continuation),
+            title=f"{labels['dma-recency']} continues validation text (dim)",
             title_align="left",
         )
     )

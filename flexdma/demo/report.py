@@ -56,7 +56,10 @@ def outcome_table(outcomes: dict[str, Outcome], title: str) -> Table:
             f"{course.compile_seconds:.0f} + {course.seconds - course.compile_seconds:.0f}",
             style="bold" if outcome.bits_per_byte == best else None,
         )
-    table.caption = "bits per byte of validation text; visible keys per query;\nseconds of training: the first step, which compiles, + all others"
+    table.caption = (
+        "bits per byte of validation text; visible keys per query;\n"
+        "seconds of training: the first step, which compiles, + all others"
+    )
     return table
 
 

@@ -7,18 +7,17 @@ from flexdma.demo.model import ByteModel
 
 
 @torch.no_grad()
-def sample(
-    model: ByteModel, prompt: Tensor, length: int, *, seed: int, context: int, temperature: float = 0.6
-) -> tuple[str, str]:
+def sample(model: ByteModel, prompt: Tensor, length: int, *, seed: int, temperature: float = 0.6) -> tuple[str, str]:
     """The prompt [P] and `length` bytes drawn to follow it, both as text.
 
-    Each byte re-evaluates the last `context` bytes: the plainest loop that is right, and quick enough for a sample.
+    Each byte re-evaluates the P bytes before it: the plainest loop that is right, quick enough for a sample, and of one
+    shape, so that a device which compiles the attention does so once.
     """
     generator = torch.Generator().manual_seed(seed)
     tokens = prompt.tolist()
     device = model.embedding.weight.device
     for _ in range(length):
-        logits = model(torch.tensor([tokens[-context:]], device=device))[0, -1].float().cpu()
+        logits = model(torch.tensor([tokens[-len(prompt) :]], device=device))[0, -1].float().cpu()
         probabilities = torch.softmax(logits / temperature, -1)
         tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
     return _as_text(tokens[: len(prompt)]), _as_text(tokens[len(prompt) :])
