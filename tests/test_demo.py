@@ -20,6 +20,7 @@ from flexdma.demo.masks import FULL, PARTIAL, SKIPPED, layer_lifespans, tile_map
 from flexdma.demo.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
 from flexdma.demo.report import write_whole
 from flexdma.demo.text import TextError, load_text, training_windows, validation_windows
+from flexdma.demo.training import Budget, train
 from flexdma.reference import dense_visibility
 
 TINY = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=4)
@@ -69,8 +70,12 @@ def test_a_run_writes_the_whole_report_and_the_same_seed_writes_the_same_numbers
     assert json.loads((outs[0] / "results.json").read_text())["arguments"]["steps"] == 2
 
 
-def test_forget_gates_run_too(text_file, tmp_path):
-    assert run_demo(text_file, tmp_path / "out", "--recency", "forget", "--seed", "3") == 0
+@pytest.mark.parametrize("recency", ["slope", "forget"])
+def test_training_lowers_the_loss_with_either_recency(recency, text_file):
+    text, budget = load_text(str(text_file), 32), Budget(steps=8, context=32, warmup=1)
+    course = train(tiny_model("dma-recency", recency), text, budget, compiled=False)
+    assert course.losses[-1] < course.losses[0]
+    assert course.tokens_per_second > 0
 
 
 @pytest.mark.parametrize(
