@@ -79,7 +79,7 @@ def test_training_lowers_the_loss_with_either_recency(recency, text_file):
 
 
 @pytest.mark.parametrize(
-    ("content", "says"), [(None, "No such file"), (b"", "got 0"), (b"too short" * 20, "expected at least 330 bytes")]
+    ("content", "says"), [(None, "No such file"), (b"", "got 0"), (b"too short" * 20, "expected at least 640 bytes")]
 )
 def test_text_that_cannot_be_used_is_one_line_exit_code_2_and_nothing_written(content, says, tmp_path, capsys):
     text, out = tmp_path / "text", tmp_path / "out"

@@ -36,7 +36,9 @@ def mask_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
             birth, death = (t[0, head].cpu() for t in alive[layer])
             visible = (query >= birth) & (query < death)
             lifetime = torch.where(visible, (death - birth).float(), torch.nan)
-            image = axes.imshow(lifetime.numpy(), cmap="plasma_r", norm=LogNorm(1, length), interpolation="nearest")
+            image = axes.imshow(
+                lifetime.numpy(), cmap="plasma_r", norm=LogNorm(1, max(length, 2)), interpolation="nearest"
+            )
             axes.set_title(f"{label}\nlayer {layer + 1}, head {head + 1}", fontsize=10)
             axes.set_xlabel("key (position in the text)")
         row[0].set_ylabel("query (position in the text)")

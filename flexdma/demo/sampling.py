@@ -24,4 +24,8 @@ def sample(model: ByteModel, prompt: Tensor, length: int, *, seed: int, temperat
 
 
 def _as_text(values: list[int]) -> str:
-    return bytes(values).decode("utf-8", errors="replace")
+    """What a terminal may safely print: no broken UTF-8, no control characters but line breaks."""
+    text = bytes(values).decode("utf-8", errors="replace").expandtabs()
+    return "".join(
+        character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text
+    )

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 VALIDATION_SHARE = 10  # one byte in ten
+SHORTEST_VALIDATION = 64  # bytes, however short the context: below that the pictures show nothing
 
 
 class TextError(ValueError):
@@ -27,10 +28,10 @@ def load_text(path: str | None, context: int) -> Text:
     Raises TextError if there is no such file, or it is too short for windows of `context` bytes in both parts.
     """
     name, content = _python_topics() if path is None else (path, _read(path))
-    needed = VALIDATION_SHARE * (context + 1)
+    needed = VALIDATION_SHARE * max(context + 1, SHORTEST_VALIDATION)
     if len(content) < needed:
         raise TextError(
-            f"--text: expected at least {needed:,} bytes ({VALIDATION_SHARE} windows of context {context} + 1), "
+            f"--text: expected at least {needed:,} bytes for context {context}, a tenth of them to validate on, "
             f"got {len(content):,} in {name}"
         )
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
