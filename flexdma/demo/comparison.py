@@ -146,5 +146,6 @@ def _figures(
         "losses": pictures.loss_figure(
             {outcome.label: outcome.course.losses for outcome in outcomes.values()},
             {outcome.label: outcome.bits_per_byte for outcome in outcomes.values()},
+            baseline=outcomes["full"].label,
         ),
     }, counts

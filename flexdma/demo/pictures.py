@@ -9,7 +9,6 @@ import torch
 from matplotlib.colors import ListedColormap, LogNorm
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
-from matplotlib.ticker import PercentFormatter
 from torch import Tensor
 
 from flexdma import Lifespans
@@ -93,8 +92,8 @@ def lifetime_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
         # Logarithmic: the few keys that live long are what selection is about.
         axes.set_yscale("log")
         axes.set_ylim(0.5 / born, 1.5)
-        axes.yaxis.set_major_formatter(PercentFormatter(1))
-        axes.set_xticks(range(len(names)), names, rotation=45)
+        axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")
+        axes.set_xticks(range(len(names)), names, rotation=45, ha="right", rotation_mode="anchor")
         axes.axvline(_bin(edges, window), color="#999999", linestyle="--", linewidth=1, label=f"w = {window}")
         axes.set_title(label)
         axes.set_xlabel("lifetime of a key, in queries (0: never visible)")
@@ -105,19 +104,30 @@ def lifetime_figure(masks: dict[str, list[Lifespans]], window: int) -> Figure:
     return figure
 
 
-def loss_figure(losses: dict[str, Sequence[float]], validation: dict[str, float]) -> Figure:
-    """Training losses, smoothed, and each model's validation figure at the right."""
-    figure = Figure(figsize=(8.5, 5), layout="constrained")
-    axes = figure.subplots()
-    for colour, (label, values) in zip(COLOURS, losses.items(), strict=True):
-        smooth = _smoothed(torch.tensor(values))
-        axes.plot(range(1, len(smooth) + 1), smooth.tolist(), color=colour, label=f"{label}: {validation[label]:.3f}")
-        axes.plot(len(smooth) * 1.02, validation[label], color=colour, marker="D", markersize=6, clip_on=False)
-    axes.set_xlabel("training step")
-    axes.set_ylabel("bits per byte")
-    axes.set_title(f"Training loss (mean of {SMOOTHING} steps); diamonds: validation after training")
-    axes.legend(title="validation bits per byte")
-    axes.grid(alpha=0.25)
+def loss_figure(losses: dict[str, Sequence[float]], validation: dict[str, float], baseline: str) -> Figure:
+    """Left the training losses; right how far each is from that of the model labelled `baseline`, batch by batch."""
+    figure = Figure(figsize=(12, 4.8), layout="constrained")
+    left, right = figure.subplots(1, 2)
+    smooth = {label: _smoothed(torch.tensor(values)) for label, values in losses.items()}
+    steps = range(1, len(smooth[baseline]) + 1)
+    gaps = {label: values - smooth[baseline] for label, values in smooth.items()}
+    # Wide lines below narrow ones: curves that coincide all stay visible.
+    for colour, width, label in zip(COLOURS, (2.0, 5.0, 2.5, 1.2), smooth, strict=True):
+        style = {"color": colour, "linewidth": width}
+        left.plot(steps, smooth[label].tolist(), label=f"{label}: {validation[label]:.3f}", **style)
+        right.plot(steps, gaps[label].tolist(), **style)
+    left.set_ylabel(f"training loss, bits per byte (mean of {SMOOTHING} steps)")
+    left.set_title("Training loss")
+    left.legend(title="validation, bits per byte")
+    # Without the model that is furthest away, which the left panel shows well enough.
+    near = sorted(gaps.values(), key=lambda gap: gap.abs().max().item())[:-1]
+    reach = 1.2 * max(0.01, *(gap.abs().max().item() for gap in near))
+    right.set_ylim(-reach, reach)
+    right.set_ylabel(f"bits per byte more than {baseline}")
+    right.set_title(f"The same, less the loss of {baseline} on the same batches")
+    for axes in (left, right):
+        axes.set_xlabel("training step")
+        axes.grid(alpha=0.25)
     return figure
 
 
