@@ -26,9 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flexdma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = commands.add_parser(name, help=summary, description=summary)
         if arguments[:1] == [name]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(subparser)

@@ -38,15 +38,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--text", metavar="FILE", help="text to learn, any bytes (default: the documentation in pydoc_data.topics)"
     )
-    parser.add_argument("--out", metavar="DIR", default="demo-report", help="folder for pictures and results.json")
     parser.add_argument(
-        "--recency", choices=RECENCIES, default="slope", help="how the gate of the second model prefers recent keys"
+        "--out",
+        metavar="DIR",
+        default="demo-report",
+        help="folder for pictures and results.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recency",
+        choices=RECENCIES,
+        default="slope",
+        help="how the gate of the second model prefers recent keys (default: %(default)s)",
     )
     sized("--steps", "steps", "training steps of each model")
     sized("--context", "context", "bytes a model sees at a time")
     sized("--window", "window", "w: keys a query sees")
-    parser.add_argument("--seed", type=int, metavar="N", default=0, help="of weights, batches and sample")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ...")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of weights, batches and sample (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
     parser.add_argument(
         "--no-compile", action="store_true", help="train without torch.compile: starts at once, runs slower"
     )
