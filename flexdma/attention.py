@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks, lifespans
-from flexdma.lowerings.choice import choose_lowering
+from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
 from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
 from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
 from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
@@ -65,8 +65,14 @@ def dynamic_mask_attention(
     if lowering is not None:
         checks.one_of("lowering", lowering, checks.LOWERINGS)
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
-    chosen = lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=needs_gradient)
-    _check_lowering_options(chosen, block_size, kernel_options)
+    # What a score_mod captures may need gradients too, and cannot be asked while tracing.
+    may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
+    chosen = lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=may_need_gradient)
+    _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(f"score_mod: expected a function, got {type(score_mod).__name__}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     choice: dict[str, Any] = {
         "sinks": sinks,
@@ -98,7 +104,7 @@ def dynamic_mask_attention(
     return attend(
         query, key, value, gate, alive, unit=capacity, scale=scale, score_mod=score_mod,
         block_size=default if block_size is None else checks.block_sizes(block_size),
-        kernel_options=kernel_options, needs_gradient=needs_gradient,
+        kernel_options=kernel_options, needs_gradient=may_need_gradient,
     )  # fmt: skip
 
 
@@ -113,8 +119,12 @@ def _select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespan
 
 
 def _check_lowering_options(
-    lowering: str, block_size: int | tuple[int, int] | None, kernel_options: dict | None
+    lowering: str, dtype: torch.dtype, block_size: int | tuple[int, int] | None, kernel_options: dict | None
 ) -> None:
+    if lowering == "flex" and dtype not in FLEX_DTYPES:
+        raise TypeError(f"lowering: 'flex' computes in float32, bfloat16 and float16, got {dtype}; expected 'gather'")
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise TypeError(f"kernel_options: expected a dict, got {type(kernel_options).__name__}")
     if kernel_options is not None and lowering != "flex":
         raise ValueError(
             f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"

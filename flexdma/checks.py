@@ -10,6 +10,7 @@ from torch import Tensor
 
 SELECTIONS = ("causal", "global", "threshold")
 LOWERINGS = ("flex", "gather", "dense")
+LARGEST = 2**31 - 1
 
 
 def positive_int(name: str, value: object, minimum: int = 1) -> None:
@@ -18,6 +19,8 @@ def positive_int(name: str, value: object, minimum: int = 1) -> None:
         raise TypeError(f"{name}: expected an int, got {type(value).__name__}")
     if value < minimum:
         raise ValueError(f"{name}: expected at least {minimum}, got {value}")
+    if value > LARGEST:
+        raise ValueError(f"{name}: expected at most {LARGEST}, as positions are int32, got {value}")
 
 
 def one_of(name: str, value: object, choices: Sequence[str | None]) -> None:
@@ -58,7 +61,10 @@ def group_size(name: str, heads: int, num_query_heads: int | None) -> int:
 
 def block_sizes(block_size: int | tuple[int, int]) -> tuple[int, int]:
     """(rows, columns) of a block given as one int or as a pair."""
-    rows, columns = (block_size, block_size) if isinstance(block_size, int) else block_size
+    pair = block_size if isinstance(block_size, tuple | list) else (block_size, block_size)
+    if len(pair) != 2:
+        raise ValueError(f"block_size: expected one int or (rows, keys), got {block_size!r}")
+    rows, columns = pair
     positive_int("block_size", rows)
     positive_int("block_size", columns)
     return rows, columns
@@ -80,7 +86,7 @@ def selection_arguments(
     """Check what selects keys; returns the window sizes as a list of 1 or H ints, empty for no window."""
     batch, heads, length = tensor("gate", gate, ("B", "Hkv", "K")).shape
     floating("gate", gate)
-    windows = _windows(window_size, heads, needs_window)
+    sizes = windows(window_size, heads, needs_window)
     positive_int("sinks", sinks, 0)
     positive_int("recent", recent, 0)
     if key_padding_mask is not None:
@@ -91,10 +97,11 @@ def selection_arguments(
         tensor("document_ids", document_ids, (batch, length), gate)
         if document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool:
             raise TypeError(f"document_ids: expected an integer dtype, got {document_ids.dtype}")
-    return windows
+    return sizes
 
 
-def _windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -> list[int]:
+def windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -> list[int]:
+    """The window sizes as a list of 1 or `heads` ints, empty for None where no window is needed."""
     if window_size is None:
         if needed:
             raise TypeError("window_size: expected an int or one int per key/value head, got None")
@@ -123,6 +130,9 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor, gate: Tensor)
     for name, argument in (("key", key), ("value", value)):
         if argument.dtype != query.dtype:
             raise TypeError(f"{name}: expected {query.dtype} as query has, got {argument.dtype}")
+    for name, size in (("query", queries), ("key", heads)):
+        if size < 1:
+            raise ValueError(f"{name}: expected at least 1 {'position' if name == 'query' else 'head'}, got {size}")
     if query_heads % heads:
         raise ValueError(f"query: expected a multiple of key's {heads} heads, got {query_heads} heads")
     if queries > keys:

@@ -51,6 +51,9 @@ class DynamicMaskAttention(nn.Module):
             checks.positive_int(name, size)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
+        checks.one_of("selection", selection, checks.SELECTIONS)
+        checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
+        checks.windows(window_size, num_kv_heads, needed=selection != "threshold")
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.options: dict[str, Any] = {
             "window_size": window_size, "selection": selection, "sinks": sinks, "recent": recent, "lowering": lowering,
@@ -98,6 +101,11 @@ class DynamicMaskAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if position_embeddings is not None:
+            for name, table in zip(("cos", "sin"), position_embeddings, strict=True):
+                leading = hidden_states.shape[2 - (table.dim() - 1) : 2] if table.dim() in (2, 3) else ("N",)
+                checks.tensor(f"position_embeddings, {name}", table, (*leading, self.head_dim), hidden_states)
+            if self.head_dim % 2:
+                raise ValueError(f"position_embeddings: expected None as head_dim = {self.head_dim} is odd")
             cos, sin = (t.unsqueeze(-2).to(query.dtype) for t in position_embeddings)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

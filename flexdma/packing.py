@@ -5,7 +5,7 @@ neighbours keeps their whole block alive; packed, keys of similar lifespans shar
 
 Keys are put in classes by lifetime: at most 2 w steps, then up to 8 w, 32 w, ...; inside a class they stand in order of
 death; keys that no query sees go last.  For every input (proof in docs/packing.md) a query block of q positions, q <= w,
-visits on average at most  (6.5 w + q) / kv_block + 2 (ceil(log4(K / 2w)) + 1)  key blocks; measured over seven gate
+visits on average at most  (7 w + 2 q) / kv_block + 2 (max(0, ceil(log4(K / 2w))) + 1)  key blocks; measured over seven gate
 families it is 1.3 to 2.1 times the ideal w / kv_block in blocks of 128 x 128.
 """
 

@@ -62,7 +62,7 @@ def dense_dynamic_mask_attention(query, key, value, gate, *, window_size, select
                  for dim, n in enumerate((batch, query_heads, queries, keys))]  # fmt: skip
         scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3])
     scores = (scores + gate[:, :, None, :]).masked_fill(~visible[:, :, keys - queries :], -torch.inf)
-    weights = torch.softmax(scores, -1)
     # A query that sees no key gives 0, and gradient 0.
-    weights = torch.where((scores == -torch.inf).all(-1, keepdim=True), 0.0, weights)
+    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
     return weights.to(value.dtype) @ value

@@ -44,6 +44,12 @@ CASES = [
     ({"document_ids": z(8).int()}, ValueError, r"document_ids: expected \[2, 8\], got \[8\]"),
 ]
 ONLY_OPERATOR = [
+    ({"recent": 2**40}, ValueError, "recent: expected at most 2147483647, as positions are int32, got 1099511627776"),
+    ({"query": z(2, 4, 0, 16)}, ValueError, "query: expected at least 1 position, got 0"),
+    ({"block_size": (1, 2, 3), "lowering": "flex"}, ValueError, r"block_size: expected one int or \(rows, keys\)"),
+    ({"scale": "x"}, TypeError, "scale: expected a number, got str"),
+    ({"score_mod": 3}, TypeError, "score_mod: expected a function, got int"),
+    ({"kernel_options": 5, "lowering": "flex"}, TypeError, "kernel_options: expected a dict, got int"),
     ({"lowering": "cuda"}, ValueError, "lowering: expected one of 'flex', 'gather', 'dense', got 'cuda'"),
     ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
     ({"block_size": (64, 64), "lowering": "gather"}, TypeError, "block_size: expected an int, got tuple"),

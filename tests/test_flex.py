@@ -145,3 +145,17 @@ def test_gradients_on_a_cpu_are_refused_by_name():
     tensors = [t.requires_grad_() for t in inputs(1, 1, 1, 8, 8, 16, dtype=torch.float32)]
     with pytest.raises(ValueError, match="lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense'"):
         attend(*tensors, window_size=2)
+
+
+def test_float64_is_refused_by_name():
+    with pytest.raises(TypeError, match=r"lowering: 'flex' computes in .*, got torch"):
+        attend(*inputs(1, 1, 1, 8, 8, 16), window_size=2)
+
+
+def test_uncompiled_outliers_cost_the_others_nothing(uncompiled):
+    tensors = inputs(1, 2, 1, 100, 100, 16, dtype=torch.float32)
+    tensors[3][..., 10], tensors[3][..., 50] = 1e9, -1e9
+    ids = (torch.arange(100)[None] > 20).long()
+    got = uncompiled(*tensors, window_size=16, document_ids=ids)[:, :, 21:]
+    want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=16, document_ids=ids)[:, :, 21:]
+    assert (got - want).abs().max() < 3e-6

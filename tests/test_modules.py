@@ -153,6 +153,10 @@ def test_wrong_arguments_are_named():
         ValueGate(2, 4)(torch.zeros(1, 3, 5, 4))
     with pytest.raises(ValueError, match="num_heads: expected a multiple of num_kv_heads = 2, got 3"):
         DynamicMaskAttention(32, 3, 2, 8, 4)
+    with pytest.raises(ValueError, match="window_size: expected at least 1, got 0"):
+        DynamicMaskAttention(32, 4, 2, 8, 0)
+    with pytest.raises(ValueError, match=r"position_embeddings, cos: expected \[5, 8\], got \[5, 4\]"):
+        DynamicMaskAttention(32, 4, 2, 8, 4)(torch.zeros(2, 5, 32), (torch.zeros(5, 4), torch.zeros(5, 4)))
     with pytest.raises(TypeError, match="dropout"):
         DynamicMaskAttention(32, 4, 2, 8, 4, dropout=0.1)
     with pytest.raises(ValueError, match=r"hidden_states: expected \[B, N, 32\], got \[2, 5, 16\]"):

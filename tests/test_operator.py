@@ -168,3 +168,49 @@ def test_the_size_of_the_gates_costs_no_precision(size):
     want = dense_dynamic_mask_attention(*small, window_size=20)
     got = gather(*large, window_size=20)
     assert (got - want).abs().max() < 2e-6
+
+
+@pytest.mark.parametrize("outlier", [-1e9, torch.finfo(torch.float32).min, 1e9])
+def test_an_outlier_that_is_not_seen_costs_the_others_nothing(outlier):
+    """A key hidden by padding, by another document, or by its rank."""
+    tensors = inputs(1, 2, 1, 100, 100, 16, dtype=torch.float32)
+    tensors[3][..., 10] = outlier
+    for options in (
+        {"key_padding_mask": torch.arange(100)[None] > 20},
+        {"document_ids": (torch.arange(100)[None] > 20).long()},
+        {} if outlier < 0 else {"key_padding_mask": torch.arange(100)[None] != 10},
+    ):
+        got = gather(*tensors, window_size=16, **options)[:, :, 40:]
+        want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=16, **options)[:, :, 40:]
+        assert (got - want).abs().max() < 3e-6
+
+
+def test_a_score_mod_may_look_up_a_table_of_positions():
+    tensors = inputs(1, 2, 1, 100, 100, 16)
+    table = torch.randn(100, 100, dtype=torch.float64)
+    assert_same(gather, tensors, tolerance=1e-12, window_size=16, score_mod=lambda s, b, h, i, j: s + table[i, j])
+
+
+def test_a_score_mod_may_hide_whole_rows():
+    tensors = inputs(1, 2, 1, 20, 20, 8)
+
+    def score_mod(score, b, h, q_idx, kv_idx):
+        return torch.where(q_idx < 3, -torch.inf, score)
+
+    assert_same(gather, tensors, tolerance=1e-12, window_size=6, score_mod=score_mod)
+
+
+def test_keys_that_are_not_seen_may_hold_anything():
+    tensors = inputs(1, 2, 1, 60, 60, 8)
+    mask = torch.arange(60)[None] >= 10
+    want = gather(*tensors, window_size=6, key_padding_mask=mask)
+    tensors[1][:, :, :10] = torch.nan
+    assert torch.equal(gather(*tensors, window_size=6, key_padding_mask=mask), want)
+
+
+def test_autocast_leaves_the_logits_in_float32():
+    query, key, value, gate = inputs(1, 2, 1, 256, 256, 16, dtype=torch.float32)
+    gate = gate.double() + 2.0 * torch.arange(256)
+    want = gather(query, key, value, gate, window_size=64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(gather(query, key, value, gate, window_size=64), want)

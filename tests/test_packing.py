@@ -41,7 +41,7 @@ def test_is_a_permutation_with_the_never_visible_last(gate, window):
 
 def bound(length, window, rows, columns):
     classes = max(0, math.ceil(math.log(length / (FIRST_CLASS * window), CLASS_BASE))) + 1
-    return (6.5 * window + rows) / columns + 2 * classes
+    return (7 * window + 2 * rows) / columns + 2 * classes
 
 
 def hostile_gates(length, window):

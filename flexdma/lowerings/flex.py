@@ -65,7 +65,7 @@ def flex_attend(
     rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
 
     gate = gate.expand(batch, heads, keys)
-    reference_high, reference_low = split(reference_gate(gate)[..., first_query:])
+    reference_high, reference_low = split(reference_gate(gate, lifespans)[..., first_query:])
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
     high, low = realize(packed(high)), None if low is None else realize(packed(low))

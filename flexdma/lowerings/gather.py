@@ -29,6 +29,8 @@ BLOCK_SIZE = 128
 # training recomputes them in the backward instead of keeping them (256 MiB).
 CHUNK_ELEMENTS = 2**21
 KEPT_ELEMENTS = 2**26
+# Added to hide a key: no logit reaches it, and finite, so that a row that sees nothing has a softmax, and gradient 0.
+HIDDEN = -1e30
 
 
 def gather_attend(
@@ -58,14 +60,17 @@ def gather_attend(
     slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]: positions of the keys
     death = death.expand_as(slots)
 
-    # Each block's gates relative to the gate of its first query: see offsets.py.
     gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
-    relative = _take(gate, slots) - reference_gate(gate)[..., first_query::block_size].unsqueeze(-1)
-    relative = relative.to(query.dtype if query.dtype == torch.float64 else torch.float32)
-    rows = pad(query, (0, 0, 0, blocks * block_size - queries))
+    beyond = (0, blocks * block_size - queries)
+    reference = pad(reference_gate(gate, lifespans)[..., first_query:], beyond).unflatten(-1, (blocks, block_size))
+    # A NaN in a padded key would reach all queries that gather it, by being added to.
+    never = (lifespans.death <= lifespans.birth)[..., None]
+    key, value = key.masked_fill(never, 0.0), value.masked_fill(never, 0.0)
+    rows = pad(query, (0, 0, *beyond))
     rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
-    positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device)
-    inputs = (rows, relative, slots, death, positions.view(1, 1, blocks, block_size))
+    # Rows beyond the last query repeat its position, so that a score_mod never sees one out of range; they are dropped.
+    positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device).clamp(max=keys - 1)
+    inputs = (rows, _take(gate, slots), reference, slots, death, positions.view(1, 1, blocks, block_size))
 
     elements = batch * query_heads * blocks * block_size * slots.shape[-1]
     if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:
@@ -80,12 +85,12 @@ def _in_chunks(
     key: Tensor, value: Tensor, inputs: tuple[Tensor, ...], elements: int, scale: float, score_mod: ScoreMod | None
 ) -> list[Tensor]:
     """`_attend` on CHUNK_ELEMENTS scores at a time, of `elements` in all."""
-    slots = inputs[2]
+    slots = inputs[3]
     step = max(1, CHUNK_ELEMENTS * slots.shape[2] // elements)
     attend: Callable[..., Tensor] = _attend
     if not torch.is_grad_enabled():
         chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
-        return [attend(_take(key, chunk[2]), _take(value, chunk[2]), *chunk, scale, score_mod) for chunk in chunks]
+        return [attend(_take(key, chunk[3]), _take(value, chunk[3]), *chunk, scale, score_mod) for chunk in chunks]
     if elements > KEPT_ELEMENTS:
         attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
@@ -107,6 +112,7 @@ def _attend(
     values: Tensor,  # [B, Hkv, R, C, Dv]
     rows: Tensor,  # [B, Hkv, R, G, M, D]
     gate: Tensor,  # [B, Hkv, R, C]
+    reference: Tensor,  # [B, Hkv, R, M]: what each query's gates are relative to
     slots: Tensor,  # [B, Hkv, R, C]: positions of the keys, the block's own M last
     death: Tensor,  # [B, Hkv, R, C]
     positions: Tensor,  # [1, 1, R, M]: of the queries
@@ -115,26 +121,26 @@ def _attend(
 ) -> Tensor:
     """Plain attention of every query block to its own keys -> [B, Hkv, R, G, M, Dv].  A row that sees nothing gives 0."""
     group, block = rows.shape[3:5]
-    flat = rows.flatten(3, 4).to(gate.dtype) * scale
-    scores = (flat @ keys.to(gate.dtype).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
-    if score_mod is not None:
-        scores = _modified(scores, positions, slots, score_mod).expand_as(scores)
+    computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
     visible = positions[..., None] < death.unsqueeze(-2)  # [B, Hkv, R, M, C]
     # All but the block's own keys are born before the block.
     visible[..., -block:].logical_and_(torch.ones(block, block, dtype=torch.bool, device=rows.device).tril())
     # Whether row i sees anything, without a pass over the rows: the latest death among the keys born by i.
     latest = torch.maximum(death[..., :-block].amax(-1, keepdim=True), death[..., -block:].cummax(-1).values)
-    nothing = (latest <= positions)[..., None]  # [B, Hkv, R, M, 1]
-    # Rows that see nothing attend to everything, finitely, and are dropped at the end: no NaN in the backward.
-    bias = torch.where(visible, gate.unsqueeze(-2), torch.where(nothing, 0.0, float("-inf"))).unsqueeze(3)
-    nothing = nothing.unsqueeze(3)
-    if score_mod is None:
-        scores = scores.add_(bias)
-    else:
-        scores = scores + bias
-        nothing = nothing | (scores == float("-inf")).all(-1, keepdim=True)
-        scores = scores.masked_fill(nothing, 0.0)
-    output = (scores.softmax(-1).flatten(3, 4) @ values.to(gate.dtype)).unflatten(3, (group, block))
+    nothing = (latest <= positions)[:, :, :, None, :, None]
+    difference = (gate.unsqueeze(-2) - reference.unsqueeze(-1)).to(computed)
+    bias = torch.where(visible, difference, HIDDEN).unsqueeze(3)  # [B, Hkv, R, 1, M, C]
+
+    with torch.autocast(rows.device.type, enabled=False):
+        flat = rows.flatten(3, 4).to(computed) * scale
+        scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
+        if score_mod is None:
+            scores = scores.add_(bias)
+        else:
+            scores = _modified(scores, positions, slots, score_mod).expand_as(scores) + bias
+            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
+            scores = scores.masked_fill(nothing, 0.0)
+        output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
     return torch.where(nothing, 0.0, output).to(rows.dtype)
 
 
