@@ -19,6 +19,14 @@ COMMANDS = {
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
 
 
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, where there is one and the help does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = action.default is not None and action.default is not False and "default" not in (action.help or "")
+        return super()._get_help_string(action) if unsaid else action.help
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a request that cannot be met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -28,9 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flexdma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         if arguments[:1] == [name]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(subparser)
