@@ -11,9 +11,9 @@ SEQUENCE_LENGTHS = ((0b1000_0000, 0, 1), (0b1110_0000, 0b1100_0000, 2), (0b1111_
 
 
 def byte_labels(content: bytes) -> list[str]:
-    """As many labels as bytes.
+    r"""As many labels as bytes.
 
-    b"a\\n\\xc3\\xa9\\xff"   ->   ["a", "↵", "é", "·", "⟨FF⟩"]
+    b"a\n\xc3\xa9\xff"   ->   ["a", "↵", "é", "·", "⟨FF⟩"]
 
     A byte that is not UTF-8 shows in hexadecimal, a character that does not print as ⟨its code⟩: nothing in a label
     can end a line, turn the direction of the text, or join the label before it.
@@ -41,6 +41,6 @@ def _sequence_length(first: int) -> int:
 def _label(character: str) -> str:
     if character in NAMED:
         return NAMED[character]
-    if unicodedata.combining(character):
+    if unicodedata.category(character).startswith("M"):  # a mark, which would join the label before it
         return f"◌{character}"
     return character if character.isprintable() else f"⟨{ord(character):X}⟩"

@@ -19,6 +19,17 @@ from flexdma.demo.model import ByteModel, ModelSizes
 from flexdma.demo.settings import RECENCIES
 
 FORMAT = 1
+# What torch.load, the model and load_state_dict raise for files that are cut short, foreign or of other sizes.
+FOREIGN = (
+    RuntimeError,
+    ValueError,
+    TypeError,
+    LookupError,
+    ArithmeticError,
+    AttributeError,
+    EOFError,
+    pickle.UnpicklingError,
+)
 
 
 class CheckpointError(ValueError):
@@ -87,8 +98,7 @@ def _load_model(folder: Path, kind: str, description: dict[str, Any]) -> Trained
         model.load_state_dict(weights)
     except OSError as error:
         raise CheckpointError(f"expected weights in {path} ({error.strerror or _first_line(error)})") from None
-    # What torch.load, the model and load_state_dict raise for files that are cut short, foreign or of other sizes.
-    except (RuntimeError, ValueError, TypeError, KeyError, EOFError, AttributeError, pickle.UnpicklingError) as error:
+    except FOREIGN as error:
         raise CheckpointError(f"expected the weights that {where} describes in {path} ({_first_line(error)})") from None
     return Trained(label, model.eval())
 

@@ -14,10 +14,11 @@ from flexdma.demo.checkpoint import save_checkpoint
 from flexdma.demo.model import ByteModel, ModelSizes
 from flexdma.demo.pictures import report_figures
 from flexdma.demo.progress import TrainingProgress
-from flexdma.demo.report import Outcome, machine, outcome_table, write_json, write_whole
+from flexdma.demo.report import Outcome, machine, outcome_table, write_json
 from flexdma.demo.sampling import sample
 from flexdma.demo.text import Text, validation_windows
 from flexdma.demo.training import Budget, train, validate
+from flexdma.whole_files import write_whole
 
 VALIDATION_WINDOWS = 64
 RECORDS = 20  # of the sparsity, over the training

@@ -81,7 +81,10 @@ def report_figures(
         ),
         "sparsity": plots.sparsity_figure(
             outcomes["dma"].course.recorded_steps,
-            {outcomes[kind].label: torch.tensor(outcomes[kind].course.never_visible) for kind in ("dma", "dma-recency")},
+            {
+                outcomes[kind].label: torch.tensor(outcomes[kind].course.never_visible)
+                for kind in ("dma", "dma-recency")
+            },
             title="What the gates reject on arrival, as they are trained (0 %: a sliding window)",
         ),
         "losses": loss_figure(

@@ -36,8 +36,8 @@ def labelled_layers(lifespans: Layers) -> dict[str, list[Lifespans]]:
 
 
 def head_name(layer: int, head: int, *, layers: int = 2) -> str:
-    """Counted from 1; the layer is left out where there is one."""
-    return f"layer {layer + 1}, head {head + 1}" if layers > 1 else f"head {head + 1}"
+    """As they are indexed, from 0; the layer is left out where there is one."""
+    return f"layer {layer}, head {head}" if layers > 1 else f"head {head}"
 
 
 def _row(name: str, numbers: Tensor, batch: int, head: int) -> Tensor:

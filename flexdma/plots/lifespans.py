@@ -39,7 +39,9 @@ def lifespan_figure(
     figure = Figure(figsize=(10, min(12.0, max(4.5, 0.13 * length + 1.5))), layout="constrained")
     axes = figure.subplots()
     rows = range(length)
-    segments = [[(start, key), (end, key)] for key, start, end in zip(rows, birth.tolist(), death.tolist(), strict=True)]
+    segments = [
+        [(start, key), (end, key)] for key, start, end in zip(rows, birth.tolist(), death.tolist(), strict=True)
+    ]
     colours = lifetime if gate is None else one_row("gate", gate, batch, head, length)
     finite = colours[seen & colours.isfinite()]
     low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 1.0)

@@ -16,9 +16,7 @@ def never_visible(layers: Sequence[Lifespans]) -> Tensor:
     return torch.stack([(alive.death <= alive.birth).float().mean((0, 2)).cpu() for alive in layers])
 
 
-def sparsity_figure(
-    steps: Sequence[int], shares: Tensor | Mapping[str, Tensor], *, title: str | None = None
-) -> Figure:
+def sparsity_figure(steps: Sequence[int], shares: Tensor | Mapping[str, Tensor], *, title: str | None = None) -> Figure:
     """One line per layer and head, one panel per label.
 
     steps: n training steps; shares: [n, layers, H] (`never_visible` at each of them), or {label: such}.
