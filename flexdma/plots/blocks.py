@@ -51,7 +51,8 @@ def block_figure(
     lifespans: [K] of one head, or [B, H, K] of which `batch` and `head` are drawn, or {label: one of these}.
     """
     rows = lifespans if isinstance(lifespans, Mapping) else {"": lifespans}
-    figure = Figure(figsize=(10.5, 5.2 * len(rows) + 0.8), layout="constrained")
+    figure = Figure(figsize=(10.5, 5.2 * len(rows) + 0.8))
+    figure.set_layout_engine("constrained", h_pad=0.1)
     grid = figure.subplots(len(rows), 2, squeeze=False)
     length = 0
     for row, (label, alive) in zip(grid, rows.items(), strict=True):

@@ -36,7 +36,8 @@ def lifespan_figure(
     length = len(birth)
     lifetime = (death - birth).double()
     seen = lifetime > 0
-    figure = Figure(figsize=(10, min(12.0, max(4.5, 0.13 * length + 1.5))), layout="constrained")
+    named = tokens is not None and length <= NAMED_KEYS
+    figure = Figure(figsize=(10, max(4.5, 0.13 * length + 1.5) if named else 7), layout="constrained")
     axes = figure.subplots()
     rows = range(length)
     segments = [
@@ -64,13 +65,16 @@ def lifespan_figure(
         axes.axvline(query + 0.5, color=QUERY, linewidth=1.2, label=f"query {query} crosses the {count} keys it sees")
     axes.set_xlim(0, length)
     axes.set_ylim(length - 0.5, -0.5)
-    if tokens is not None and length <= NAMED_KEYS:
-        axes.set_yticks(rows, [drawable(token) for token in tokens], fontsize=6, family="DejaVu Sans Mono")
+    if tokens is not None and named:
+        axes.set_yticks(rows, [drawable(token) for token in tokens], fontsize=8, family="DejaVu Sans Mono")
+        axes.tick_params(axis="y", length=0)
     axes.set_xlabel("position of the query")
     axes.set_ylabel("key (position in the text)")
     if axes.get_legend_handles_labels()[1]:
-        axes.legend(loc="lower left", fontsize=9)
-    axes.set_title(title or "Lifespans: each key is visible from its birth until better ones evict it, once")
+        axes.legend(loc="lower left", fontsize=9, framealpha=1)
+    axes.set_title(
+        title or "Lifespans: each key is visible from its birth until better ones evict it, once", fontsize=11
+    )
     return figure
 
 

@@ -14,6 +14,7 @@
   const within = (value, low, high) => Math.min(high, Math.max(low, value));
   const wholeNumber = (text, otherwise) => (/^\d+$/.test(text ?? "") ? Number(text) : otherwise);
   const short = (value) => (Number.isFinite(value) ? String(Number(value.toPrecision(4))) : String(value));
+  const named = (key) => (data.tokens[key] === " " ? "␣" : data.tokens[key]);
   const isVisible = (head, key, query) => data.birth[key] <= query && query < head.death[key];
 
   // Gates as numbers; JSON carries NaN and the infinities as strings.
@@ -70,7 +71,7 @@
     at("rows").replaceChildren(...kept.slice(0, TABLE_ROWS).map((key) => {
       const row = document.createElement("tr");
       const until = head.death[key] >= length ? "the end" : head.death[key] - 1;
-      const cells = [key, data.tokens[key], short(head.gate[key]), short(head.gate[key] - own), `… ${until}`];
+      const cells = [key, named(key), short(head.gate[key]), short(head.gate[key] - own), until];
       row.append(...cells.map((content, column) => {
         const cell = document.createElement("td");
         const place = column === 1 ? document.createElement("span") : cell;
@@ -100,7 +101,7 @@
     for (const key of kept) bar(key, "#2b7bba");
     context.fillStyle = colours.getPropertyValue("--accent");
     context.fillRect(state.query * width - 1, 0, 3, canvas.height);
-    at("range").textContent = `gate of every key along the text, ${short(low)} to ${short(high)}; blue: kept`;
+    at("range").textContent = `gates along the text, ${short(low)} to ${short(high)}; blue: kept`;
   }
 
   function show(remember) {
@@ -116,7 +117,7 @@
     at("pinned").classList.toggle("on", state.pinned);
     const past = state.query + 1;
     at("status").textContent =
-      `Query ${state.query} “${data.tokens[state.query]}” in layer ${state.layer}, head ${state.head} keeps ${kept.length} of ` +
+      `Query ${state.query} “${named(state.query)}” in layer ${state.layer}, head ${state.head} keeps ${kept.length} of ` +
       `the ${past} ${past === 1 ? "key" : "keys"} up to it (w = ${data.models[state.model].window}); ${past - kept.length} are evicted or were never visible.`;
     drawRows(head, kept);
     drawStrip(head, kept);
