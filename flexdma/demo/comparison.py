@@ -1,6 +1,7 @@
 """The demonstration itself: four models, one budget; then table, sample, pictures and results.json."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -17,12 +18,12 @@ from flexdma.demo.progress import TrainingProgress
 from flexdma.demo.report import Outcome, machine, outcome_table, write_json
 from flexdma.demo.sampling import sample
 from flexdma.demo.text import Text, validation_windows
-from flexdma.demo.training import Budget, train, validate
+from flexdma.demo.training import Budget, Course, train, validate
 from flexdma.whole_files import write_whole
 
 VALIDATION_WINDOWS = 64
-RECORDS = 20  # of the sparsity, over the training
-RECORDED_WINDOWS = 2
+DYNAMIC = ("dma", "dma-recency")  # kinds whose gates select, so that their sparsity can change
+RECORDS = 15  # of the sparsity over a training: each runs the uncompiled model on one window
 PROMPT = 256
 SHOWN = 80  # bytes of the prompt that are printed
 
@@ -113,8 +114,10 @@ def _train_all(
             progress.begin(labels[kind])
             model = ByteModel(kind, sizes, recency=options.recency, seed=options.seed).to(options.device)
             every = max(1, options.steps // RECORDS)
-            record = masks.SparsityRecord(model, windows[:RECORDED_WINDOWS], options.steps, every)
-            course = train(model, text, budget, compiled=compiled, watchers=[record, progress.step])
+            watchers: list[Callable[[Course], None]] = [progress.step]
+            if kind in DYNAMIC:
+                watchers.append(masks.SparsityRecord(model, windows[:1], options.steps, every))
+            course = train(model, text, budget, compiled=compiled, watchers=watchers)
             bits = validate(model, windows)
             progress.end(labels[kind], course, bits)
             models[kind] = model
