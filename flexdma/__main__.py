@@ -15,8 +15,17 @@ COMMANDS = {
     "inspect": ("flexdma.inspection.command", "show the kernels that the compiler generates"),
     "bench": ("flexdma.bench.command", "measure the operator against attention to everything"),
     "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),
+    "view": ("flexdma.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Adds the default to an option's help, where there is one and the help does not say it itself."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        unsaid = action.default is not None and action.default is not False and "default" not in (action.help or "")
+        return super()._get_help_string(action) if unsaid else action.help
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -28,9 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"flexdma {__version__}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, (module, summary) in COMMANDS.items():
-        subparser = commands.add_parser(
-            name, help=summary, description=summary, formatter_class=argparse.ArgumentDefaultsHelpFormatter
-        )
+        subparser = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         if arguments[:1] == [name]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(subparser)

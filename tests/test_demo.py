@@ -16,15 +16,19 @@ from flexdma import Lifespans
 from flexdma.__main__ import main
 from flexdma.demo import command, comparison
 from flexdma.demo.attentions import KINDS, make_attention
-from flexdma.demo.masks import FULL, PARTIAL, SKIPPED, layer_lifespans, tile_maps, visible_keys_per_query
+from flexdma.demo.checkpoint import load_checkpoint
+from flexdma.demo.masks import layer_lifespans, visible_keys_per_query
 from flexdma.demo.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
-from flexdma.demo.report import write_whole
 from flexdma.demo.text import TextError, load_text, training_windows, validation_windows
 from flexdma.demo.training import Budget, train
+from flexdma.plots import tile_maps
+from flexdma.plots.blocks import FULL, PARTIAL, SKIPPED
 from flexdma.reference import dense_visibility
+from flexdma.whole_files import write_whole
 
 TINY = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=4)
-REPORT = {"masks.png", "blocks.png", "lifespans.png", "losses.png", "results.json"}
+PICTURES = ("masks", "blocks", "lifespans", "lifetimes", "gates", "sparsity", "losses")
+REPORT = {*(f"{name}.png" for name in PICTURES), "results.json", "checkpoint"}
 
 
 @pytest.fixture
@@ -67,7 +71,18 @@ def test_a_run_writes_the_whole_report_and_the_same_seed_writes_the_same_numbers
     printed = capsys.readouterr().out
     assert "bits per byte" in printed
     assert "window + slope" in printed
-    assert json.loads((outs[0] / "results.json").read_text())["arguments"]["steps"] == 2
+    results = json.loads((outs[0] / "results.json").read_text())
+    assert results["arguments"]["steps"] == 2
+    trained = load_checkpoint(outs[0] / "checkpoint")
+    assert [trained[kind].label for kind in KINDS] == [model["label"] for model in results["models"].values()]
+    assert results["models"]["full"]["recorded_steps"] == []
+    for kind in ("dma", "dma-recency"):
+        model = trained[kind].model
+        assert results["models"][kind]["recorded_steps"] == [1, 2]
+        # Recorded on the first validation window; the last time after the last step.
+        windows = validation_windows(load_text(str(text_file), 32), 32, 64)[:1]
+        shares = [(a.death <= a.birth).float().mean((0, 2)).tolist() for a in layer_lifespans(model, windows[:, :-1])]
+        assert results["models"][kind]["never_visible"][-1] == shares
 
 
 @pytest.mark.parametrize("recency", ["slope", "forget"])

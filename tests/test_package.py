@@ -35,7 +35,22 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_the_wheel_holds_every_module_and_says_that_it_is_typed(wheel):
+def test_the_wheel_holds_the_parts_of_the_page(wheel, tmp_path):
+    installed = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(installed)
+    program = (
+        f"import sys; sys.path.insert(0, {str(installed)!r})\n"
+        "from flexdma.view.page import view_page\n"
+        "print(view_page({'file': '</script>'}))\n"
+    )
+    done = run(sys.executable, "-W", "ignore", "-c", program, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr[-2000:]
+    parts = [(ROOT / "flexdma" / "view" / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")]
+    assert all(part in done.stdout for part in parts)
+    assert r'{"file":"\u003c/script\u003e"}' in done.stdout
+
+
+def test_the_wheel_holds_every_file_and_says_that_it_is_typed(wheel):
     names = set(zipfile.ZipFile(wheel).namelist())
     assert "flexdma/py.typed" in names
     for folder, package in (
@@ -43,7 +58,9 @@ def test_the_wheel_holds_every_module_and_says_that_it_is_typed(wheel):
         ("score_mods", "flexdma/score_mods"),
         ("block_masks", "flexdma/block_masks"),
     ):
-        for path in (ROOT / folder).rglob("*.py"):
+        for path in (ROOT / folder).rglob("*.*"):
+            if "__pycache__" in path.parts:
+                continue
             inside = path.relative_to(ROOT / folder).as_posix()
             assert f"{package}/{inside}" in names, inside
     assert not [name for name in names if name.startswith(("tests/", "docs/", "score_mods/", "block_masks/"))]

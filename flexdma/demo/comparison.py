@@ -1,27 +1,29 @@
 """The demonstration itself: four models, one budget; then table, sample, pictures and results.json."""
 
 import argparse
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from matplotlib.figure import Figure
 from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text as RichText
 
-from flexdma import Lifespans
-from flexdma.demo import masks, pictures
+from flexdma.demo import masks
 from flexdma.demo.attentions import KINDS
+from flexdma.demo.checkpoint import save_checkpoint
 from flexdma.demo.model import ByteModel, ModelSizes
+from flexdma.demo.pictures import report_figures
 from flexdma.demo.progress import TrainingProgress
-from flexdma.demo.report import Outcome, machine, outcome_table, write_json, write_whole
+from flexdma.demo.report import Outcome, machine, outcome_table, write_json
 from flexdma.demo.sampling import sample
 from flexdma.demo.text import Text, validation_windows
-from flexdma.demo.training import Budget, train, validate
+from flexdma.demo.training import Budget, Course, train, validate
+from flexdma.whole_files import write_whole
 
 VALIDATION_WINDOWS = 64
-MASK_STRETCH = 256  # bytes in the pictures of the masks: more would be finer than a pixel
-PICTURE_BLOCK = 32
+DYNAMIC = ("dma", "dma-recency")  # kinds whose gates select, so that their sparsity can change
+RECORDS = 15  # of the sparsity over a training: each runs the uncompiled model on one window
 PROMPT = 256
 SHOWN = 80  # bytes of the prompt that are printed
 
@@ -37,6 +39,8 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     }
     budget = Budget(options.steps, options.context, seed=options.seed)
     models, outcomes = _train_all(options, text, budget, labels, console)
+    out = Path(options.out)
+    save_checkpoint(out / "checkpoint", models, labels)
 
     console.print()
     console.print(
@@ -59,9 +63,15 @@ def compare(options: argparse.Namespace, text: Text) -> None:
             title_align="left",
         )
     )
-    out = Path(options.out)
     with console.status("drawing"):
-        figures, tiles = _figures(options, text, models, outcomes)
+        figures, tiles = report_figures(
+            text.validation,
+            models,
+            outcomes,
+            window=options.window,
+            context=options.context,
+            stretch=options.stretch,
+        )
         for name, figure in figures.items():
             write_whole(out / f"{name}.png", lambda part, figure=figure: figure.savefig(part, dpi=110))  # type: ignore[misc]
     write_json(
@@ -83,7 +93,10 @@ def compare(options: argparse.Namespace, text: Text) -> None:
         },
     )
     console.print(
-        f"Pictures and results.json are in {out}/: {', '.join(f'{name}.png' for name in figures)}", soft_wrap=True
+        f"Pictures, results.json and checkpoint/ are in {out}/: {', '.join(f'{name}.png' for name in figures)}\n"
+        f"Step through what each query keeps: python -m flexdma view --text FILE --checkpoint {out / 'checkpoint'}",
+        soft_wrap=True,
+        markup=False,
     )
 
 
@@ -100,7 +113,11 @@ def _train_all(
             torch.compiler.reset()
             progress.begin(labels[kind])
             model = ByteModel(kind, sizes, recency=options.recency, seed=options.seed).to(options.device)
-            course = train(model, text, budget, compiled=compiled, after_step=progress.step)
+            every = max(1, options.steps // RECORDS)
+            watchers: list[Callable[[Course], None]] = [progress.step]
+            if kind in DYNAMIC:
+                watchers.append(masks.SparsityRecord(model, windows[:1], options.steps, every))
+            course = train(model, text, budget, compiled=compiled, watchers=watchers)
             bits = validate(model, windows)
             progress.end(labels[kind], course, bits)
             models[kind] = model
@@ -112,40 +129,3 @@ def _train_all(
                 visible_keys=masks.visible_keys_per_query(model, windows),
             )
     return models, outcomes
-
-
-def _figures(
-    options: argparse.Namespace, text: Text, models: dict[str, ByteModel], outcomes: dict[str, Outcome]
-) -> tuple[dict[str, Figure], dict[str, dict]]:
-    """The pictures by name, and the tiles that they count."""
-    device = torch.device(options.device)
-    long = text.validation[None, : options.stretch].to(device)
-    long = long[:, : long.shape[1] // PICTURE_BLOCK * PICTURE_BLOCK]
-    short = long[:, : min(MASK_STRETCH, options.context)]
-    shown = {outcomes[kind].label: models[kind] for kind in ("dma", "dma-recency")}
-    alive: dict[str, list[Lifespans]] = {label: masks.layer_lifespans(model, long) for label, model in shown.items()}
-
-    tiles, counts = {}, {}
-    for label, layers in alive.items():
-        layer, head, maps = masks.most_scattered_head(layers, options.window, PICTURE_BLOCK)
-        name = f"layer {layer + 1}, head {head + 1}"
-        tiles[label] = (name, maps)
-        counts[label] = {
-            "head": name,
-            "bytes": long.shape[1],
-            "block": PICTURE_BLOCK,
-            "natural": masks.visited(maps.natural),
-            "packed": masks.visited(maps.packed),
-        }
-    return {
-        "masks": pictures.mask_figure(
-            {label: masks.layer_lifespans(model, short) for label, model in shown.items()}, options.window
-        ),
-        "blocks": pictures.block_figure(tiles, PICTURE_BLOCK, long.shape[1]),
-        "lifespans": pictures.lifetime_figure(alive, options.window),
-        "losses": pictures.loss_figure(
-            {outcome.label: outcome.course.losses for outcome in outcomes.values()},
-            {outcome.label: outcome.bits_per_byte for outcome in outcomes.values()},
-            baseline=outcomes["full"].label,
-        ),
-    }, counts

@@ -1,31 +1,17 @@
-"""What the trained gates keep: lifespans, visible keys per query, tiles visited before and after packing."""
-
-from typing import NamedTuple
+"""What the trained gates keep: lifespans, visible keys per query, the share of keys never seen."""
 
 import torch
 from torch import Tensor
 
-from flexdma import Lifespans, pack
-from flexdma.block_metadata import block_metadata
-from flexdma.demo.attentions import lifespans_of
-from flexdma.demo.model import ByteModel, recorded_gates
-
-SKIPPED, PARTIAL, FULL = 0, 1, 2  # values of a tile map
+from flexdma import Lifespans
+from flexdma.demo.model import ByteModel, layer_gates
+from flexdma.demo.training import Course
+from flexdma.plots import TileMaps, never_visible, tile_maps, visited
 
 
-class TileMaps(NamedTuple):
-    """SKIPPED, PARTIAL or FULL for each tile [query blocks, key blocks] of one head, keys in two orders."""
-
-    natural: Tensor
-    packed: Tensor
-
-
-@torch.no_grad()
 def layer_lifespans(model: ByteModel, tokens: Tensor) -> list[Lifespans]:
-    """Birth and death [B, Hkv, N] of each layer, for the model run over tokens [B, N]; N may exceed its context."""
-    with recorded_gates(model) as gates:
-        model(tokens)
-    return [lifespans_of(model.kind, gate, model.sizes.window) for gate in gates]
+    """Birth and death [B, Hkv, N] of each layer."""
+    return [alive for _, alive in layer_gates(model, tokens)]
 
 
 def visible_keys_per_query(model: ByteModel, windows: Tensor) -> float:
@@ -36,12 +22,19 @@ def visible_keys_per_query(model: ByteModel, windows: Tensor) -> float:
     return torch.stack(lifetimes).mean().item()
 
 
-def tile_maps(lifespans: Lifespans, window: int, block: int) -> TileMaps:
-    """Which tiles a kernel visits for one head; birth, death [N]."""
-    one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
-    order = pack(one, window)
-    packed = Lifespans(*(t.gather(-1, order) for t in one))
-    return TileMaps(_tile_map(one, block), _tile_map(packed, block))
+class SparsityRecord:
+    """What share of the keys no query sees, per layer and head, at every `every`-th step of a training and its last."""
+
+    def __init__(self, model: ByteModel, windows: Tensor, steps: int, every: int) -> None:
+        self.model, self.steps, self.every = model, steps, every
+        self.tokens = windows[:, :-1].to(model.embedding.weight.device)
+
+    def __call__(self, course: Course) -> None:
+        """After a step: writes into the course."""
+        step = len(course.losses)
+        if step == 1 or step % self.every == 0 or step == self.steps:
+            course.recorded_steps.append(step)
+            course.never_visible.append(never_visible(layer_lifespans(self.model, self.tokens)).tolist())
 
 
 def most_scattered_head(layers: list[Lifespans], window: int, block: int) -> tuple[int, int, TileMaps]:
@@ -52,20 +45,3 @@ def most_scattered_head(layers: list[Lifespans], window: int, block: int) -> tup
         for head in range(alive.birth.shape[1])
     ]
     return max(candidates, key=lambda candidate: visited(candidate[2].natural))
-
-
-def visited(tiles: Tensor) -> int:
-    """How many tiles a kernel computes."""
-    return int((tiles != SKIPPED).sum())
-
-
-def _tile_map(lifespans: Lifespans, block: int) -> Tensor:
-    length = lifespans.birth.shape[-1]
-    counts = block_metadata(lifespans.birth, lifespans.death, length, 1, block, block, False)
-    number, indices, full_number, full_indices = (t[0, 0].long() for t in counts)
-    tiles = torch.full(indices.shape, SKIPPED)
-    place = torch.arange(tiles.shape[-1])
-    for count, index, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):
-        chosen = torch.zeros_like(tiles, dtype=torch.bool).scatter_(-1, index, place < count[:, None])
-        tiles[chosen] = mark
-    return tiles

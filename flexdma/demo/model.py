@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from flexdma import DynamicMaskAttention
-from flexdma.demo.attentions import make_attention
+from flexdma import DynamicMaskAttention, Lifespans
+from flexdma.demo.attentions import lifespans_of, make_attention
 
 ROTARY_BASE = 10_000.0
 
@@ -60,7 +60,7 @@ class ByteModel(nn.Module):
 
     def __init__(self, kind: str, sizes: ModelSizes, *, recency: str, seed: int) -> None:
         super().__init__()
-        self.kind, self.sizes = kind, sizes
+        self.kind, self.sizes, self.recency = kind, sizes, recency
         self.embedding = nn.Embedding(256, sizes.width)
         self.blocks = nn.ModuleList(
             Block(
@@ -115,6 +115,14 @@ def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+@torch.no_grad()
+def layer_gates(model: ByteModel, tokens: Tensor) -> list[tuple[Tensor, Lifespans]]:
+    """Gates, birth and death [B, Hkv, N] of each layer, for the model run over tokens [B, N]; N may exceed its context."""
+    with recorded_gates(model) as gates:
+        model(tokens)
+    return [(gate, lifespans_of(model.kind, gate, model.sizes.window)) for gate in gates]
 
 
 def _initialise(model: nn.Module, seed: int) -> None:

@@ -1,9 +1,7 @@
-"""What the demonstration leaves: results.json, the table on the terminal, and files that are whole or absent."""
+"""What the demonstration leaves: results.json and the table on the terminal."""
 
 import json
-import os
 import platform
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -13,6 +11,7 @@ from rich.table import Table
 
 from flexdma._version import __version__
 from flexdma.demo.training import Course
+from flexdma.whole_files import write_whole
 
 
 @dataclass
@@ -81,16 +80,6 @@ def machine(device: torch.device) -> dict:
 def write_json(path: Path, content: dict) -> None:
     """Numbers, indented."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside `path`, then rename it: an interruption leaves the old file or none, never half of one."""
-    part = path.with_name(f".{path.stem}.part{path.suffix}")
-    try:
-        write(part)
-        os.replace(part, path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _cpu_name() -> str:

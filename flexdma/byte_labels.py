@@ -1,0 +1,46 @@
+"""One readable label for each byte of a text, for pictures and pages of byte-level models.
+
+A character of several bytes stands at its first byte; the others are CONTINUATION.
+"""
+
+import unicodedata
+
+CONTINUATION = "·"
+NAMED = {"\n": "↵", "\t": "⇥", "\r": "␍"}
+SEQUENCE_LENGTHS = ((0b1000_0000, 0, 1), (0b1110_0000, 0b1100_0000, 2), (0b1111_0000, 0b1110_0000, 3))
+
+
+def byte_labels(content: bytes) -> list[str]:
+    r"""As many labels as bytes.
+
+    b"a\n\xc3\xa9\xff"   ->   ["a", "↵", "é", "·", "⟨FF⟩"]
+
+    A byte that is not UTF-8 shows in hexadecimal, a character that does not print as ⟨its code⟩: nothing in a label
+    can end a line, turn the direction of the text, or join the label before it.
+    """
+    labels: list[str] = []
+    while len(labels) < len(content):
+        start = len(labels)
+        length = _sequence_length(content[start])
+        try:
+            character = content[start : start + length].decode("utf-8")
+        except UnicodeDecodeError:
+            labels.append(f"⟨{content[start]:02X}⟩")
+        else:
+            labels += [_label(character)] + [CONTINUATION] * (length - 1)
+    return labels
+
+
+def _sequence_length(first: int) -> int:
+    for mask, prefix, length in SEQUENCE_LENGTHS:
+        if first & mask == prefix:
+            return length
+    return 4
+
+
+def _label(character: str) -> str:
+    if character in NAMED:
+        return NAMED[character]
+    if unicodedata.category(character).startswith("M"):  # a mark, which would join the label before it
+        return f"◌{character}"
+    return character if character.isprintable() else f"⟨{ord(character):X}⟩"

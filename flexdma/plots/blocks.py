@@ -1,0 +1,87 @@
+"""The blocks a kernel visits, before and after packing; partial ones need the mask, full ones do not."""
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import torch
+from matplotlib.colors import ListedColormap
+from matplotlib.figure import Figure
+from matplotlib.patches import Patch
+from torch import Tensor
+
+from flexdma import Lifespans, pack
+from flexdma.block_metadata import block_metadata, ceil_div
+from flexdma.plots.arguments import one_head
+from flexdma.plots.colours import TILES
+
+SKIPPED, PARTIAL, FULL = 0, 1, 2  # values of a tile map
+
+
+class TileMaps(NamedTuple):
+    """SKIPPED, PARTIAL or FULL for each tile [query blocks, key blocks] of one head, keys in two orders."""
+
+    natural: Tensor
+    packed: Tensor
+
+
+def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
+    """Which tiles a kernel visits for one head; birth, death [K]; window_size as in `pack`."""
+    one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
+    order = pack(one, window_size)
+    packed = Lifespans(*(t.gather(-1, order) for t in one))
+    return TileMaps(_tile_map(one, block), _tile_map(packed, block))
+
+
+def visited(tiles: Tensor) -> int:
+    """How many tiles a kernel computes."""
+    return int((tiles != SKIPPED).sum())
+
+
+def block_figure(
+    lifespans: Lifespans | Mapping[str, Lifespans],
+    *,
+    window_size: int,
+    block_size: int = 128,
+    batch: int = 0,
+    head: int = 0,
+    title: str | None = None,
+) -> Figure:
+    """Left the tiles visited with keys in natural order, right with keys packed; one row per label.
+
+    lifespans: [K] of one head, or [B, H, K] of which `batch` and `head` are drawn, or {label: one of these}.
+    """
+    rows = lifespans if isinstance(lifespans, Mapping) else {"": lifespans}
+    figure = Figure(figsize=(10.5, 5.2 * len(rows) + 0.8))
+    figure.set_layout_engine("constrained", h_pad=0.1)
+    grid = figure.subplots(len(rows), 2, squeeze=False)
+    length = 0
+    for row, (label, alive) in zip(grid, rows.items(), strict=True):
+        one = one_head(alive, batch, head)
+        length = len(one.birth)
+        maps = tile_maps(one, window_size, block_size)
+        for axes, tiles, order in zip(row, maps, ("natural order", "packed by lifespan"), strict=True):
+            full = int((tiles == FULL).sum())
+            axes.imshow(tiles.numpy(), cmap=ListedColormap(TILES), vmin=0, vmax=2, interpolation="nearest")
+            name = f"{label}, {order}" if label else order
+            axes.set_title(f"{name}:\n{visited(tiles):,} tiles visited, {full:,} of them full", fontsize=11)
+            axes.set_xlabel(f"key block ({block_size} keys, {order})")
+            axes.set_ylabel(f"query block ({block_size} queries)")
+    names = ("skipped", "partial: visited, some pairs masked", "full: visited, no mask needed")
+    patches = [Patch(facecolor=c, edgecolor="#888888", label=n) for c, n in zip(TILES, names, strict=True)]
+    figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
+    blocks = ceil_div(length, block_size)
+    counted = f"{length:,} keys, {blocks * (blocks + 1) // 2:,} causal tiles of {block_size} x {block_size}"
+    figure.suptitle(title or f"Packing makes blocks skippable: {counted}")
+    return figure
+
+
+def _tile_map(lifespans: Lifespans, block: int) -> Tensor:
+    length = lifespans.birth.shape[-1]
+    counts = block_metadata(lifespans.birth, lifespans.death, length, 1, block, block, False)
+    number, indices, full_number, full_indices = (t[0, 0].long() for t in counts)
+    tiles = torch.full(indices.shape, SKIPPED)
+    place = torch.arange(tiles.shape[-1])
+    for count, index, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):
+        chosen = torch.zeros_like(tiles, dtype=torch.bool).scatter_(-1, index, place < count[:, None])
+        tiles[chosen] = mark
+    return tiles

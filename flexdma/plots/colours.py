@@ -1,0 +1,12 @@
+"""Colours that every eye tells apart (Okabe and Ito's), and the styles made of them."""
+
+SERIES = ("#E69F00", "#0072B2", "#444444", "#009E73", "#CC79A7", "#D55E00")
+TILES = ("#F2F2F2", "#56B4E9", "#0B3C6F")  # skipped, partial, full
+KEPT, EVICTED, NEVER = "#0072B2", "#BBBBBB", "#E4E4E4"
+QUERY = "#D55E00"
+LINE_STYLES = ("-", "--", ":", "-.")
+
+
+def series_style(index: int) -> dict[str, str]:
+    """Colour and line style of the index-th series: they differ for 24 of them."""
+    return {"color": SERIES[index % len(SERIES)], "linestyle": LINE_STYLES[index // len(SERIES) % len(LINE_STYLES)]}

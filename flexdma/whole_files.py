@@ -1,0 +1,15 @@
+"""Files that are whole or absent, whatever interrupts their writing."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+
+def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+    """`write` a file beside `path`, then rename it: an interruption leaves the old file or none, never half of one."""
+    part = path.with_name(f".{path.stem}.part{path.suffix}")
+    try:
+        write(part)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
