@@ -2,11 +2,13 @@
 
 import dataclasses
 from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from flexdma import checks, lifespans
+from flexdma.attention import select
 from flexdma.explanation import counts
 from flexdma.explanation.advice import Situation, advise
 from flexdma.explanation.costs import RATES, Problem, break_even_length, break_even_window, speedup
@@ -14,6 +16,7 @@ from flexdma.explanation.counts import BlockCounts, KeyCounts
 from flexdma.explanation.report import Explanation, Prediction
 from flexdma.lowerings.flex import BLOCK_SIZE
 
+Counts = TypeVar("Counts", KeyCounts, BlockCounts)
 # (lowering, phase), in the order in which they are reported: those of lowering=None in eager calls first.
 CHOICES = (("gather", "inference"), ("gather", "training"), ("flex", "inference"), ("flex", "training"))
 
@@ -46,11 +49,13 @@ def explain(
     Raises ValueError or TypeError naming the argument.  O(K log K) and four ints per block; synchronises.
     """
     checks.one_of("selection", selection, checks.SELECTIONS)
-    options = {"sinks": sinks, "recent": recent, "key_padding_mask": key_padding_mask, "document_ids": document_ids}
-    select = {
-        "causal": lifespans.causal_top_w, "global": lifespans.global_top_w, "threshold": _threshold,
-    }[selection]  # fmt: skip
-    alive = select(gate, window_size, **options)  # type: ignore[operator]
+    options: dict[str, Any] = {
+        "sinks": sinks,
+        "recent": recent,
+        "key_padding_mask": key_padding_mask,
+        "document_ids": document_ids,
+    }
+    alive = select(selection, gate, window_size, options)
     batch, heads, length = gate.shape
     if not batch * heads * length:
         raise ValueError(f"gate: expected at least one key, got {list(gate.shape)}")
@@ -62,9 +67,9 @@ def explain(
 
     keys_per_head = counts.key_counts(alive)
     packed_per_head = counts.block_counts(counts.packed(alive, widest + always), group, size)
-    keys: KeyCounts = _mean(keys_per_head)
-    packed: BlockCounts = _mean(packed_per_head)
-    natural: BlockCounts = _mean(counts.block_counts(alive, group, size))
+    keys = _mean(keys_per_head)
+    packed = _mean(packed_per_head)
+    natural = _mean(counts.block_counts(alive, group, size))
     problem = Problem(length, widest, always, group, packed.visited * size[0] * size[1] / (length * group))
     predictions = _predictions(device, problem)
 
@@ -82,10 +87,6 @@ def explain(
     )  # fmt: skip
 
 
-def _threshold(gate: Tensor, window_size: int | Sequence[int] | None, **options) -> lifespans.Lifespans:
-    return lifespans.above_threshold(gate, window_size=window_size, **options)
-
-
 def _predictions(device: str, problem: Problem) -> list[Prediction]:
     predictions = []
     for lowering, phase in CHOICES:
@@ -96,9 +97,13 @@ def _predictions(device: str, problem: Problem) -> list[Prediction]:
             continue  # nothing is visible: there is nothing to predict from
         predictions.append(
             Prediction(
-                lowering, phase, speedup(rates, lowering, problem), break_even_length(rates, lowering, problem),
-                break_even_window(rates, lowering, problem), rates.measured_on,
-            )  # fmt: skip
+                lowering,
+                phase,
+                speedup(rates, lowering, problem),
+                break_even_length(rates, lowering, problem),
+                break_even_window(rates, lowering, problem),
+                rates.measured_on,
+            )
         )
     return predictions
 
@@ -108,8 +113,7 @@ def _longest(everything: lifespans.Lifespans) -> int:
     return int((everything.death - everything.birth).max())
 
 
-def _mean(per_head: list) -> "KeyCounts | BlockCounts":
+def _mean(per_head: list[Counts]) -> Counts:
     """Field by field."""
-    kind = type(per_head[0])
-    names = [field.name for field in dataclasses.fields(kind)]
-    return kind(**{name: sum(getattr(one, name) for one in per_head) / len(per_head) for name in names})
+    names = [field.name for field in dataclasses.fields(per_head[0])]
+    return type(per_head[0])(**{name: sum(getattr(one, name) for one in per_head) / len(per_head) for name in names})
