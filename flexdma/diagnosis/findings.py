@@ -95,7 +95,7 @@ def _guard(reason: str) -> str:
 
 
 def _said(text: str) -> str:
-    """torch's headline, and its explanation where it gives one."""
+    """Torch's headline, and its explanation where it gives one."""
     explanation = next((line.partition("Explanation:")[2] for line in text.splitlines() if "Explanation:" in line), "")
     return _line(text) + (f": {textwrap.shorten(explanation, 240)}" if explanation else "")
 
