@@ -11,7 +11,7 @@ from flexdma import checks, lifespans
 from flexdma.attention import select
 from flexdma.explanation import counts
 from flexdma.explanation.advice import Situation, advise
-from flexdma.explanation.costs import RATES, Problem, break_even_length, break_even_window, speedup
+from flexdma.explanation.costs import RATES, Problem, Rates, break_even_length, break_even_window, speedup
 from flexdma.explanation.counts import BlockCounts, KeyCounts
 from flexdma.explanation.report import Explanation, Prediction
 from flexdma.lowerings.flex import BLOCK_SIZE
@@ -33,6 +33,7 @@ def explain(
     key_padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
     block_size: int | tuple[int, int] | None = None,
+    rates: dict[tuple[str, str], Rates] | None = None,
 ) -> Explanation:
     """What these gates select, which blocks that visits, and whether it is predicted to pay.
 
@@ -40,6 +41,8 @@ def explain(
         key_padding_mask and document_ids.
     num_query_heads: Hq, a multiple of Hkv; None: as many as gate heads.
     block_size: of the mask; None takes the flex lowering's own for the gate's device.
+    rates: of the cost model, (device type, phase) -> Rates; None: those that ship.  `measured_rates` in
+        flexdma.explanation.calibration measures them here.
 
     Counts are exact.  Predictions are a cost model (docs/explain.md) with rates measured on one machine, which is named;
     a device without measured rates gets counts and no prediction.
@@ -71,7 +74,7 @@ def explain(
     packed = _mean(packed_per_head)
     natural = _mean(counts.block_counts(alive, group, size))
     problem = Problem(length, widest, always, group, packed.visited * size[0] * size[1] / (length * group))
-    predictions = _predictions(device, problem)
+    predictions = _predictions(RATES if rates is None else rates, device, problem)
 
     everything = lifespans.sliding_window(gate, length, **options)
     sliding = lifespans.sliding_window(gate, window_size, **options) if window_size is not None else everything
@@ -87,11 +90,11 @@ def explain(
     )  # fmt: skip
 
 
-def _predictions(device: str, problem: Problem) -> list[Prediction]:
+def _predictions(known: dict[tuple[str, str], Rates], device: str, problem: Problem) -> list[Prediction]:
     predictions = []
     for lowering, phase in CHOICES:
-        rates = RATES.get((device, phase))
-        if rates is None or (lowering == "flex" and rates.flex is None):
+        rates = known.get((device, phase))
+        if rates is None or rates.of(lowering) is None:
             continue
         if not problem.visited_pairs_per_query:
             continue  # nothing is visible: there is nothing to predict from

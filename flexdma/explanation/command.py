@@ -30,6 +30,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--recent", type=int, default=0, help="last keys that are always visible")
     parser.add_argument("--document", type=int, default=0, help="length of packed documents; 0 = one document")
     parser.add_argument("--block-size", type=int, default=0, help="of the mask; 0 = the lowering's own")
+    parser.add_argument(
+        "--calibrate", action="store_true", help="measure the cost model's rates on this machine first: a minute or two"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -41,6 +44,13 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.document:
             positions = torch.arange(gate.shape[-1]).expand(gate.shape[0], -1)
             documents = positions // _at_least_one("--document", arguments.document)
+        rates = None
+        if arguments.calibrate:
+            from flexdma.explanation.calibration import measured_rates
+
+            device = "cuda" if torch.cuda.is_available() else "cpu"
+            rates, gate = measured_rates(device), gate.to(device)
+            documents = None if documents is None else documents.to(device)
         report = explain(
             gate,
             arguments.window,
@@ -50,6 +60,7 @@ def run(arguments: argparse.Namespace) -> int:
             recent=arguments.recent,
             document_ids=documents,
             block_size=arguments.block_size or None,
+            rates=rates,
         )
     except (ValueError, TypeError, OSError) as error:
         print(f"python -m flexdma explain: {error}", file=sys.stderr)

@@ -25,10 +25,14 @@ class Rates:
 
     measured_on: str
     causal: float
-    gather: float
+    gather: float | None  # None: not offered there
     gather_selection: float
-    flex: float | None  # None: the lowering does not exist there
+    flex: float | None
     flex_selection: float
+
+    def of(self, lowering: str) -> float | None:
+        """The rate of a lowering by name."""
+        return {"gather": self.gather, "flex": self.flex}[lowering]
 
 
 # (device, phase).  Taken with flexdma.bench.timing.interleaved as docs/explain.md says; CUDA has not been measured.
@@ -61,16 +65,18 @@ def causal_cost(rates: Rates, problem: Problem) -> float:
 
 def gather_cost(rates: Rates, problem: Problem) -> float:
     """Nanoseconds of the gather lowering; it does not depend on the gates."""
+    if rates.gather is None:
+        raise ValueError("rates: expected a rate of the gather lowering, got None")
     slots = min(problem.capacity, problem.length) + GATHER_BLOCK
-    return problem.group * problem.length * slots * rates.gather + _sorted(problem) * rates.gather_selection
+    return problem.group * problem.length * slots * rates.gather + sorted_keys(problem) * rates.gather_selection
 
 
 def flex_cost(rates: Rates, problem: Problem) -> float:
     """Nanoseconds of the flex lowering over the blocks it visits."""
     if rates.flex is None:
-        raise ValueError("rates: expected rates of the flex lowering, got None")
+        raise ValueError("rates: expected a rate of the flex lowering, got None")
     pairs = problem.group * problem.length * problem.visited_pairs_per_query
-    return pairs * rates.flex + _sorted(problem) * rates.flex_selection
+    return pairs * rates.flex + sorted_keys(problem) * rates.flex_selection
 
 
 COSTS: dict[str, Callable[[Rates, Problem], float]] = {"gather": gather_cost, "flex": flex_cost}
@@ -118,7 +124,8 @@ def break_even_window(rates: Rates, lowering: str, problem: Problem) -> int | No
     return low
 
 
-def _sorted(problem: Problem) -> float:
+def sorted_keys(problem: Problem) -> float:
+    """N log2 N, what selecting takes."""
     return problem.length * log2(max(2, problem.length))
 
 
