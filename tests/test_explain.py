@@ -8,10 +8,10 @@ import pytest
 import torch
 
 import flexdma
-from flexdma import lifespans
 from flexdma.__main__ import main
+from flexdma.bench.cases import Shape
 from flexdma.bench.families import gate_families
-from flexdma.explanation import costs
+from flexdma.explanation import calibration, costs
 from flexdma.explanation.costs import Problem, Rates, break_even_length, break_even_window, resized, speedup
 from flexdma.explanation.counts import causal_blocks
 from flexdma.reference import dense_visibility
@@ -118,9 +118,8 @@ def test_a_gate_that_shows_nothing_is_told():
     assert "no query sees any key" in advice(torch.full((256,), -torch.inf))
 
 
-def test_a_short_context_is_told_what_would_pay(monkeypatch):
-    monkeypatch.setitem(costs.RATES, ("cpu", "inference"), RATES)
-    told = advice(torch.randn(300), 128)
+def test_a_short_context_is_told_what_would_pay():
+    told = advice(torch.randn(300), 128, rates={("cpu", "inference"): RATES})
     assert "slower than full attention" in told
     assert "a context of at least" in told
 
@@ -171,10 +170,32 @@ def test_the_rates_that_ship_say_where_they_are_from():
         assert rates.gather >= rates.causal > 0
 
 
-def test_a_device_without_rates_gets_counts_and_no_prediction(monkeypatch):
-    monkeypatch.setattr(costs, "RATES", {})
-    monkeypatch.setattr("flexdma.explanation.call.RATES", {})
-    report = flexdma.explain(torch.randn(1, 1, 512), 32)
+def test_calibration_finds_the_rates_that_explain_its_seconds():
+    shape = Shape(4096, 256, False, 8, 2, 64)
+    causal, gather, flex = (
+        cost(RATES, PROBLEM) * shape.heads / 1e9 for cost in (costs.causal_cost, costs.gather_cost, costs.flex_cost)
+    )
+    sorting = costs.sorted_keys(PROBLEM) * shape.heads / 1e9
+    stages = {"selection": sorting * 6, "living keys": sorting * 4, "packing": sorting * 5, "block mask": sorting * 9}
+    seconds = {calibration.CAUSAL: causal, calibration.EAGER: gather, calibration.COMPILED: flex}
+    found = calibration.rates_from(shape, seconds, stages, PROBLEM.visited_pairs_per_query, "a test")
+    for name in ("causal", "gather", "gather_selection", "flex", "flex_selection"):
+        assert getattr(found, name) == pytest.approx(getattr(RATES, name))
+    without = calibration.rates_from(shape, {calibration.CAUSAL: causal}, stages, 350.0, "a test")
+    assert (without.gather, without.flex) == (None, None)
+
+
+def test_calibration_counts_the_blocks_that_explain_counts():
+    shape = Shape(512, 32, False, 4, 2, 8)
+    gate = torch.randn(1, 2, 512)
+    report = flexdma.explain(gate, 32, num_query_heads=4)
+    rows, columns = report.block_size
+    expected = report.packed.visited * rows * columns / (512 * 2)
+    assert calibration.visited_pairs(shape, gate) == pytest.approx(expected)
+
+
+def test_a_device_without_rates_gets_counts_and_no_prediction():
+    report = flexdma.explain(torch.randn(1, 1, 512), 32, rates={})
     assert report.predictions == []
     assert "no prediction: no rates were measured on cpu" in str(report)
 
@@ -224,6 +245,9 @@ def test_bad_arguments_name_themselves():
         flexdma.explain(torch.randn(1, 1, 4), 2, selection="best")
     with pytest.raises(TypeError, match="window_size"):
         flexdma.explain(torch.randn(1, 1, 4), None)
+
+
+def test_a_threshold_alone_has_no_window():
     report = flexdma.explain(torch.randn(1, 1, 400), None, selection="threshold")
     assert report.window_size == []
-    assert lifespans.above_threshold(torch.randn(1, 1, 4)).birth.shape == (1, 1, 4)
+    assert "w = none" in str(report)

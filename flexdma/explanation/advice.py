@@ -41,7 +41,7 @@ def _nothing_visible(s: Situation) -> str | None:
 
 
 def _never_fires(s: Situation) -> str | None:
-    if s.evicted:
+    if s.evicted or not s.keys.ever_visible:
         return None
     why = (
         f"the longest document has {s.longest_document:,} tokens, not more than the {s.capacity:,} that a query may see"
