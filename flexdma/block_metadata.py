@@ -63,7 +63,7 @@ def block_metadata(
     last = (death.clamp(1, queries) * group - 1) // rows
     steps = torch.zeros(*birth.shape[:-1], row_blocks + 1, dtype=torch.int32, device=birth.device)
     steps.scatter_add_(-1, first, seen.int()).scatter_add_(-1, last + 1, -seen.int())
-    visited = steps.cumsum(-1)[..., :row_blocks] > 0  # [B, H, C, R]
+    visited = steps.cumsum(-1, dtype=torch.int32)[..., :row_blocks] > 0  # [B, H, C, R]
 
     row = torch.arange(row_blocks, device=birth.device)
     first_position = row * rows // group
@@ -78,13 +78,13 @@ def block_metadata(
 def _ordered(chosen: Tensor) -> list[Tensor]:
     """[..., n] bool -> how many are chosen [...], and all indices [..., n] with the chosen ones first, in order."""
     n = chosen.shape[-1]
-    indices = torch.arange(n, device=chosen.device)
-    before = chosen.cumsum(-1)
+    indices = torch.arange(n, device=chosen.device, dtype=torch.int32)
+    before = chosen.cumsum(-1, dtype=torch.int32)
     number = before[..., -1]
     place = torch.where(chosen, before - 1, number[..., None] + indices - before)
     ordered = torch.empty(chosen.shape, dtype=torch.int32, device=chosen.device)
-    ordered.scatter_(-1, place, indices.int().expand(chosen.shape))
-    return [number.int(), ordered]
+    ordered.scatter_(-1, place.long(), indices.expand(chosen.shape))
+    return [number, ordered]
 
 
 def block_mask_from(

@@ -1,8 +1,8 @@
 """The gather lowering: each block of queries gathers the keys alive for it, then plain batched attention.
 
 O(N (w + block)) time, differentiable in every argument, on every device and dtype; traced by torch.compile as one batched
-expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache, and checkpoints them, so
-that memory stays O(N) in training too.
+expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache; in training it recomputes
+them where there are many, and holds the gathered keys and values, (w + block) / block times K.
 
 Which keys are alive for a block?  Slots, as a compiler allocates registers: at most `capacity` keys are alive at any
 position, so the n-th key to be born takes the slot that the (n - capacity)-th key to die has left.  The keys alive before a
@@ -67,24 +67,31 @@ def gather_attend(
     positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device)
     inputs = (rows, relative, slots, death, positions.view(1, 1, blocks, block_size))
 
-    attend: Callable[..., Tensor] = _attend
-    whole = batch * query_heads * queries * slots.shape[-1]
-    step = max(1, CHUNK_ELEMENTS * blocks // whole)
-    if torch.compiler.is_compiling() or step >= blocks:
-        output = attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
-    elif not torch.is_grad_enabled():
-        chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
-        attended = [attend(_take(key, c[2]), _take(value, c[2]), *c, scale, score_mod) for c in chunks]
-        output = torch.cat(attended, 2)
+    elements = batch * query_heads * blocks * block_size * slots.shape[-1]
+    if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:
+        output = _attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
     else:
-        # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
-        if whole > KEPT_ELEMENTS:
-            attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
-        taken = (_take(key, slots), _take(value, slots), *inputs)
-        chunks = zip(*(tensor.split(step, 2) for tensor in taken), strict=True)
-        output = torch.cat([attend(*chunk, scale, score_mod) for chunk in chunks], 2)
+        output = torch.cat(_in_chunks(key, value, inputs, elements, scale, score_mod), 2)
     output = output.transpose(2, 3).flatten(3, 4)[:, :, :, :queries]  # [B, Hkv, G, Q, Dv]
     return output.flatten(1, 2)
+
+
+def _in_chunks(
+    key: Tensor, value: Tensor, inputs: tuple[Tensor, ...], elements: int, scale: float, score_mod: ScoreMod | None
+) -> list[Tensor]:
+    """`_attend` on CHUNK_ELEMENTS scores at a time, of `elements` in all."""
+    slots = inputs[2]
+    step = max(1, CHUNK_ELEMENTS * slots.shape[2] // elements)
+    attend: Callable[..., Tensor] = _attend
+    if not torch.is_grad_enabled():
+        chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
+        return [attend(_take(key, chunk[2]), _take(value, chunk[2]), *chunk, scale, score_mod) for chunk in chunks]
+    if elements > KEPT_ELEMENTS:
+        attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
+    # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
+    taken = (_take(key, slots), _take(value, slots), *inputs)
+    chunks = zip(*(tensor.split(step, 2) for tensor in taken), strict=True)
+    return [attend(*chunk, scale, score_mod) for chunk in chunks]
 
 
 def _take(tensor: Tensor, slots: Tensor) -> Tensor:

@@ -1,0 +1,131 @@
+"""A byte-level language model: embedding, two pre-norm blocks of attention and MLP, logits over the 256 bytes."""
+
+import math
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from flexdma import DynamicMaskAttention
+from flexdma.demo.attentions import make_attention
+
+ROTARY_BASE = 10_000.0
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes of the language model; the four kinds of attention share them."""
+
+    width: int = 128
+    layers: int = 2
+    heads: int = 4
+    kv_heads: int = 2
+    window: int = 64
+    # One head starts short-sighted and one far-sighted: 3 and 33 tokens until a logit has fallen by one.
+    slopes: tuple[float, ...] = (0.3, 0.03)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then x + MLP(norm(x))."""
+
+    def __init__(self, attention: nn.Module, width: int) -> None:
+        super().__init__()
+        self.attention_norm, self.attention = nn.RMSNorm(width), attention
+        self.mlp_norm = nn.RMSNorm(width)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, False), nn.GELU(), nn.Linear(4 * width, width, False))
+
+    def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        """[B, N, width] -> the same."""
+        hidden = hidden + self.attention(self.attention_norm(hidden), position_embeddings)
+        return hidden + self.mlp(self.mlp_norm(hidden))
+
+
+def run_block(block: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+    """The block, as a function that can be compiled once for all layers."""
+    return block(hidden, position_embeddings)
+
+
+RunBlock = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
+
+
+class ByteModel(nn.Module):
+    """bytes [B, N] int64 -> logits [B, N, 256] of the next byte.
+
+    seed: two models of one seed start with the same weights wherever name and shape of a matrix agree, whatever else
+    they consist of.
+    """
+
+    def __init__(self, kind: str, sizes: ModelSizes, *, recency: str, seed: int) -> None:
+        super().__init__()
+        self.kind, self.sizes = kind, sizes
+        self.embedding = nn.Embedding(256, sizes.width)
+        self.blocks = nn.ModuleList(
+            Block(
+                make_attention(
+                    kind,
+                    sizes.width,
+                    sizes.heads,
+                    sizes.kv_heads,
+                    sizes.window,
+                    recency=recency,
+                    slopes=list(sizes.slopes),
+                ),
+                sizes.width,
+            )
+            for _ in range(sizes.layers)
+        )
+        self.norm = nn.RMSNorm(sizes.width)
+        self.head = nn.Linear(sizes.width, 256, bias=False)
+        _initialise(self, seed)
+
+    def attentions(self) -> list[DynamicMaskAttention]:
+        """The attention of each layer."""
+        return [module for module in self.modules() if isinstance(module, DynamicMaskAttention)]
+
+    def forward(self, tokens: Tensor, run_block: RunBlock = run_block) -> Tensor:
+        """Logits of the byte after each; `run_block` may be a compiled one (see training.py)."""
+        hidden = self.embedding(tokens)
+        embeddings = rotary_embedding(tokens.shape[1], self.sizes.width // self.sizes.heads, tokens.device)
+        for block in self.blocks:
+            hidden = run_block(block, hidden, embeddings)
+        return self.head(self.norm(hidden))
+
+
+def rotary_embedding(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Cosine and sine [length, head_dim] of the rotary embedding (arXiv 2104.09864)."""
+    exponent = torch.arange(0, head_dim, 2, device=device) / head_dim
+    angle = torch.arange(length, device=device)[:, None] * ROTARY_BASE**-exponent
+    angle = torch.cat([angle, angle], -1)
+    return angle.cos(), angle.sin()
+
+
+@contextmanager
+def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
+    """The gates [B, Hkv, N] of each layer, filled in by running the (uncompiled) model inside the context."""
+    gates: list[Tensor] = []
+    hooks = [
+        attention.gate.register_forward_hook(lambda module, inputs, output: gates.append(output.detach()))
+        for attention in model.attentions()
+    ]
+    try:
+        yield gates
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def _initialise(model: nn.Module, seed: int) -> None:
+    """Each matrix from a generator of its own, seeded by its name: an extra module shifts no other's."""
+    for name, parameter in model.named_parameters():
+        if parameter.dim() < 2:
+            continue
+        generator = torch.Generator().manual_seed(seed + zlib.crc32(name.encode()))
+        with torch.no_grad():
+            if name == "embedding.weight":
+                parameter.normal_(generator=generator)
+            else:
+                bound = 1 / math.sqrt(parameter.shape[1])
+                parameter.uniform_(-bound, bound, generator=generator)

@@ -1,0 +1,86 @@
+"""What a run of the demonstration can be told, and what it takes when told nothing."""
+
+import argparse
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Defaults:
+    """Of the options that --quick makes smaller."""
+
+    steps: int
+    context: int
+    window: int
+    stretch: int  # bytes of validation text that the pictures of blocks and lifetimes show
+    sample: int  # bytes of generated text
+
+
+FULL_RUN = Defaults(steps=400, context=512, window=64, stretch=4096, sample=400)
+QUICK_RUN = Defaults(steps=60, context=256, window=32, stretch=2048, sample=200)
+RECENCIES = ("slope", "forget")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of `python -m flexdma demo`."""
+
+    def default(name: str) -> str:
+        return f"default: {getattr(FULL_RUN, name)}; with --quick {getattr(QUICK_RUN, name)}"
+
+    # Two defaults each, so the help says them itself.
+    def sized(flag: str, name: str, meaning: str) -> None:
+        parser.add_argument(
+            flag, type=_positive, metavar="N", default=argparse.SUPPRESS, help=f"{meaning} ({default(name)})"
+        )
+
+    parser.add_argument("--quick", action="store_true", help="a smaller run, to see that everything works")
+    parser.add_argument(
+        "--text", metavar="FILE", help="text to learn, any bytes (default: the documentation in pydoc_data.topics)"
+    )
+    parser.add_argument(
+        "--out",
+        metavar="DIR",
+        default="demo-report",
+        help="folder for pictures and results.json (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--recency",
+        choices=RECENCIES,
+        default="slope",
+        help="how the gate of the second model prefers recent keys (default: %(default)s)",
+    )
+    sized("--steps", "steps", "training steps of each model")
+    sized("--context", "context", "bytes a model sees at a time")
+    sized("--window", "window", "w: keys a query sees")
+    parser.add_argument(
+        "--seed", type=int, metavar="N", default=0, help="of weights, batches and sample (default: %(default)s)"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument(
+        "--no-compile", action="store_true", help="train without torch.compile: starts at once, runs slower"
+    )
+
+
+def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
+    """The arguments with every default filled in."""
+    defaults = QUICK_RUN if arguments.quick else FULL_RUN
+    return argparse.Namespace(**{**vars(defaults), **vars(arguments)})
+
+
+def device_problem(name: str) -> str | None:
+    """One line on why this device cannot be used, None if it can."""
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device).item()
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).strip().splitlines()[0]
+        return f"--device: expected a device that this torch can use, got {name} ({reason})"
+    return None
+
+
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text}")
+    return number

@@ -1,0 +1,94 @@
+"""The flex lowering on a GPU, forward and backward; skipped where there is none."""
+
+import pytest
+import torch
+
+import flexdma
+from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.score_mods import alibi_score_mod
+from tests.comparison import inputs
+from tests.test_operator import VARIANTS
+
+pytestmark = [
+    pytest.mark.gpu,
+    # Dynamo warns of itself while it traces an autograd.Function.
+    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+]
+
+
+def on_gpu(options):
+    return {name: value.cuda() if isinstance(value, torch.Tensor) else value for name, value in options.items()}
+
+
+def compare(tensors, **options):
+    """Output and gradients on the GPU: at most twice the error of the plain implementation in the same dtype."""
+    tensors, options = [t.cuda() for t in tensors], on_gpu(options)
+    exact = with_gradients_on_gpu(dense_dynamic_mask_attention, [t.double() for t in tensors], **options)
+    plain = with_gradients_on_gpu(dense_dynamic_mask_attention, tensors, **options)
+    got = with_gradients_on_gpu(flexdma.dynamic_mask_attention, tensors, lowering="flex", **options)
+    for name, a, b, c in zip(("output", "query", "key", "value", "gate"), got, plain, exact, strict=True):
+        error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max() + 2e-5
+        assert error <= allowed, f"{name}: {error} > {allowed}"
+
+
+def with_gradients_on_gpu(function, tensors, **options):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    output = function(*leaves, **options)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
+    return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
+
+
+@pytest.fixture(autouse=True)
+def _full_float32(monkeypatch):
+    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name != "softcap"])
+def test_every_option_with_gradients(name):
+    compare(inputs(2, 4, 2, 129, 129, 16, dtype=torch.float32), **{"window_size": 20, **VARIANTS[name]})
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [64, 128])
+def test_dtypes_and_sizes(dtype, size):
+    compare(inputs(1, 8, 2, 1025, 1025, size, dtype=dtype), window_size=128)
+
+
+def test_float64_gates_and_a_score_mod_with_fewer_queries():
+    tensors = inputs(1, 4, 2, 77, 300, 64, dtype=torch.float32)
+    tensors[3] = tensors[3].double() + 1e6
+    compare(tensors, window_size=40, score_mod=alibi_score_mod(torch.rand(4, device="cuda")))
+
+
+def test_nothing_waits_for_the_device():
+    tensors = [t.cuda().requires_grad_() for t in inputs(1, 4, 2, 512, 512, 64, dtype=torch.float32)]
+
+    def step():
+        flexdma.dynamic_mask_attention(*tensors, window_size=64, sinks=2, recent=8).sum().backward()
+
+    step()
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_new_gates_and_lengths_do_not_recompile_forever():
+    torch._dynamo.utils.counters.clear()
+    for length in (512, 512, 640, 768, 896):
+        tensors = [t.cuda() for t in inputs(1, 4, 2, length, length, 64, dtype=torch.float32, seed=length)]
+        got = flexdma.dynamic_mask_attention(*tensors, window_size=64)
+        want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=64)
+        assert (got - want).abs().max() < 1e-4
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+def test_a_cuda_graph_replays_a_layer():
+    layer = flexdma.DynamicMaskAttention(128, 4, 2, 64, 64, recency="slope").cuda()
+    compiled = torch.compile(layer, fullgraph=True, mode="reduce-overhead")
+    with torch.no_grad():
+        for _ in range(3):
+            hidden = torch.randn(1, 512, 128, device="cuda")
+            torch.testing.assert_close(compiled(hidden).clone(), layer(hidden), atol=1e-3, rtol=1e-3)
