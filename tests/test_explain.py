@@ -3,13 +3,14 @@
 import json
 import statistics
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
 
 import flexdma
 from flexdma.__main__ import main
-from flexdma.bench.cases import Shape
+from flexdma.bench.cases import SUITES, Shape, inputs
 from flexdma.bench.families import gate_families
 from flexdma.explanation import calibration, costs
 from flexdma.explanation.costs import Problem, Rates, break_even_length, break_even_window, resized, speedup
@@ -168,6 +169,23 @@ def test_the_rates_that_ship_say_where_they_are_from():
         assert "torch" in rates.measured_on
         # A pair costs a lowering no less than it costs SDPA; else the measurement went wrong.
         assert rates.gather >= rates.causal > 0
+
+
+def test_the_rates_that_ship_reproduce_the_benchmark_of_the_docs():
+    calls = json.loads((Path(__file__).parent.parent / "docs/results/bench-cpu.json").read_text())["calls"]
+    shapes = {str(shape): shape for shape in SUITES["cpu"]}
+    compared = 0
+    for call in calls:
+        shape = shapes[call["shape"]]
+        gate = inputs(shape, "cpu", torch.float32)[3].detach()
+        report = flexdma.explain(gate, shape.window, num_query_heads=shape.query_heads)
+        for prediction in report.predictions:
+            name = {"gather": calibration.EAGER, "flex": calibration.COMPILED}[prediction.lowering]
+            if (prediction.phase == "training") == shape.backward:
+                measured = call["seconds"][calibration.CAUSAL] / call["seconds"][name]
+                assert prediction.speedup == pytest.approx(measured, rel=0.15), (call["shape"], name)
+                compared += 1
+    assert compared == 6
 
 
 def test_calibration_finds_the_rates_that_explain_its_seconds():
