@@ -65,3 +65,7 @@ def two_calls():
 
 def no_call():
     return torch.randn(4)
+
+
+def fails():
+    raise RuntimeError("no data")

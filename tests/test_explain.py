@@ -238,6 +238,12 @@ def test_the_command_explains_a_family_and_a_file(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["length"] == 128
 
 
+def test_the_command_predicts_with_rates_measured_here(capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "measured_rates", lambda device: {(device, "inference"): RATES})
+    assert main(["explain", "--length", "512", "--window", "32", "--document", "100", "--calibrate"]) == 0
+    assert "rates from a test" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

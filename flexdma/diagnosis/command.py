@@ -45,13 +45,21 @@ def run(arguments: argparse.Namespace) -> int:
 def _patient(entry: str, calls: str | None) -> tuple[Callable, list[Any]]:
     named = _named("entry", entry)
     if calls is not None:
-        return named, list(_named("--calls", calls)())
-    returned = named()
+        return named, list(_returned("--calls", calls))
+    returned = _returned("entry", entry)
     if not (isinstance(returned, tuple) and len(returned) == 2 and isinstance(returned[1], list | tuple)):
         raise TypeError(
             f"{entry}: expected it to return (callable, [arguments of a call, ...]), got {type(returned).__name__}"
         )
     return returned[0], list(returned[1])
+
+
+def _returned(argument: str, text: str) -> Any:
+    function = _named(argument, text)
+    try:
+        return function()
+    except Exception as error:
+        raise ValueError(f"{argument}: {text}() raised {type(error).__name__}: {error}") from error
 
 
 def _named(argument: str, text: str) -> Callable:
@@ -63,8 +71,10 @@ def _named(argument: str, text: str) -> Callable:
         sys.path.insert(0, os.getcwd())  # as `python -m` has it, for the installed script too
     try:
         found = importlib.import_module(module)
-    except ImportError as error:
-        raise ValueError(f"{argument}: expected a module that can be imported, got {module!r}: {error}") from error
+    except Exception as error:  # whatever the module does when it is imported
+        raise ValueError(
+            f"{argument}: expected a module that can be imported, got {module!r}: {type(error).__name__}: {error}"
+        ) from error
     for part in name.split("."):
         if not hasattr(found, part):
             raise ValueError(f"{argument}: expected a function in {module}, which has no {name!r}")

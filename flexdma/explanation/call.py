@@ -39,7 +39,8 @@ def explain(
 
     gate: [B, Hkv, K], as given to `dynamic_mask_attention`; so are window_size, selection, sinks, recent,
         key_padding_mask and document_ids.
-    num_query_heads: Hq, a multiple of Hkv; None: as many as gate heads.
+    num_query_heads: Hq, a multiple of Hkv; None: as many as gate heads.  Expand a gate [B, 1, K] that all KV heads
+        share to [B, Hkv, K] first: blocks hold the query heads of one KV head.
     block_size: of the mask; None takes the flex lowering's own for the gate's device.
     rates: of the cost model, (device type, phase) -> Rates; None: those that ship.  `measured_rates` in
         flexdma.explanation.calibration measures them here.
