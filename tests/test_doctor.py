@@ -68,6 +68,13 @@ def test_a_size_that_torch_makes_dynamic_is_a_note():
     assert [found.level for found in report.of("recompilation")] == ["note"]
 
 
+def test_a_function_compiled_for_each_size_is_a_problem():
+    compiled = torch.compile(patients.scales, backend="eager", dynamic=False)
+    (found,) = examined(compiled, *[(torch.randn(n), 2) for n in (4, 5, 6)]).of("recompilation")
+    assert found.level == "problem"
+    assert "pad to few lengths" in found.do
+
+
 def test_one_call_is_made_twice_so_that_changing_state_shows():
     (found,) = examined(patients.CountsItsCalls(), (X,)).of("recompilation")
     assert "register_buffer" in found.do
