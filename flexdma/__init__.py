@@ -7,8 +7,11 @@ flexdma.score_mods          score_mod recipes for plain FlexAttention
 flexdma.block_masks         mask_mod and BlockMask recipes
 flexdma.reference           the specification, dense
 inspect_kernels             what the compiler generates for a call, on any machine
+explain                     what a gate selects, what that costs, and whether it pays
+doctor                      graph breaks, recompilations and fallbacks of a model call
 """
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexdma._version import __version__
@@ -20,6 +23,8 @@ from flexdma.modules import DynamicMaskAttention
 from flexdma.packing import pack
 
 if TYPE_CHECKING:
+    from flexdma.diagnosis import doctor
+    from flexdma.explanation import explain
     from flexdma.inspection import inspect_kernels
 
 __all__ = [
@@ -30,7 +35,9 @@ __all__ = [
     "above_threshold",
     "causal_top_w",
     "choose_lowering",
+    "doctor",
     "dynamic_mask_attention",
+    "explain",
     "global_top_w",
     "inspect_kernels",
     "pack",
@@ -38,10 +45,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    # Looks into Inductor, which takes a second to import.
-    if name == "inspect_kernels":
-        from flexdma.inspection import inspect_kernels
+# Name -> where it is.  Imported when first used: they look into the compiler, which takes a second to import.
+_TOOLS = {
+    "doctor": "flexdma.diagnosis",
+    "explain": "flexdma.explanation",
+    "inspect_kernels": "flexdma.inspection",
+}
 
-        return inspect_kernels
+
+def __getattr__(name: str) -> Any:
+    if name in _TOOLS:
+        return getattr(importlib.import_module(_TOOLS[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

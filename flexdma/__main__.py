@@ -12,6 +12,8 @@ from flexdma._version import __version__
 
 # name: (module, what it does)
 COMMANDS = {
+    "explain": ("flexdma.explanation.command", "say what gates select, what that costs, and whether it pays"),
+    "doctor": ("flexdma.diagnosis.command", "find graph breaks, recompilations and fallbacks of a model call"),
     "inspect": ("flexdma.inspection.command", "show the kernels that the compiler generates"),
     "bench": ("flexdma.bench.command", "measure the operator against attention to everything"),
     "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),

@@ -84,7 +84,7 @@ def dynamic_mask_attention(
         choice |= {"window_size": window_size, "selection": selection, "scale": scale, "score_mod": score_mod}
         return dense_dynamic_mask_attention(query, key, value, gate, **choice)
 
-    alive = _select(selection, gate, window_size, choice)
+    alive = select(selection, gate, window_size, choice)
     # No query sees more keys than this.
     capacity = sinks + recent + (key.shape[2] if window_size is None else _widest(window_size))
     if chosen == "gather":
@@ -112,7 +112,8 @@ def _widest(window_size: int | Sequence[int]) -> int:
     return max(window_size) if isinstance(window_size, list | tuple) else cast(int, window_size)
 
 
-def _select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:
+def select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:
+    """The lifespans of a selection by name; `choice` has sinks, recent, key_padding_mask and document_ids."""
     if selection == "threshold":
         return lifespans.above_threshold(gate, window_size=window_size, **choice)
     return (lifespans.causal_top_w if selection == "causal" else lifespans.global_top_w)(gate, window_size, **choice)

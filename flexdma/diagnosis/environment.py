@@ -1,0 +1,93 @@
+"""The machine and the versions: what is there, and whether flexdma is tested with it."""
+
+import importlib.util
+import platform
+from dataclasses import dataclass
+
+import torch
+from torch.torch_version import TorchVersion
+
+from flexdma.lowerings.choice import CPU_HAS_FLEX
+
+OLDEST, FIRST_UNTESTED = "2.11", "2.14"
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Versions and devices; None: not there."""
+
+    torch: str
+    triton: str | None
+    python: str
+    cuda: str | None  # the version that torch was built for
+    gpu: str | None
+    avx2: bool
+    cpp_compiler: str | None
+
+    def __str__(self) -> str:
+        return (
+            f"torch {self.torch}, triton {self.triton or 'absent'}, Python {self.python}, "
+            f"{self.gpu or 'no GPU'} (torch built for {'CUDA ' + self.cuda if self.cuda else 'CPU'}), "
+            f"AVX2 {'yes' if self.avx2 else 'no'}, C++ compiler {self.cpp_compiler or 'absent'}"
+        )
+
+
+def this_environment() -> Environment:
+    """What is here."""
+    return Environment(
+        torch=torch.__version__,
+        triton=_triton(),
+        python=platform.python_version(),
+        cuda=torch.version.cuda,
+        gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        avx2=CPU_HAS_FLEX,
+        cpp_compiler=_cpp_compiler(),
+    )
+
+
+def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
+    """(is a problem, what, what to do) for everything that is missing or untested."""
+    found = []
+    version = TorchVersion(here.torch)
+    if version < OLDEST:
+        found.append((True, f"torch {here.torch} is older than {OLDEST}", f"pip install 'torch>={OLDEST}'"))
+    elif version >= FIRST_UNTESTED:
+        found.append((
+            False, f"torch {here.torch} is newer than what flexdma is tested with, {OLDEST} to 2.13",
+            "run flexdma's tests, or pip install 'torch<2.14'",
+        ))  # fmt: skip
+    if here.gpu and not here.triton:
+        found.append((True, "there is a GPU and no Triton, so nothing compiles for it", "pip install triton"))
+    if here.cuda and not here.gpu:
+        found.append((
+            False, "torch is built for CUDA and sees no GPU", "look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+        ))  # fmt: skip
+    if not here.cpp_compiler:
+        found.append((
+            not here.gpu, "there is no C++ compiler, so torch.compile cannot generate code for a CPU",
+            "install g++ or clang, or set CXX",
+        ))  # fmt: skip
+    if not here.avx2 and not here.gpu:
+        found.append((
+            False, "the CPU has no AVX2, which Inductor's C++ FlexAttention is written for",
+            "nothing: lowering=None takes gather here",
+        ))  # fmt: skip
+    return found
+
+
+def _triton() -> str | None:
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def _cpp_compiler() -> str | None:
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
