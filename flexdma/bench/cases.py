@@ -15,6 +15,7 @@ from flexdma.block_metadata import block_metadata
 from flexdma.lowerings.flex import BLOCK_SIZE
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.lowerings.gather import living_keys
+from flexdma.offsets import reference_gate
 
 
 @dataclass(frozen=True)
@@ -112,6 +113,7 @@ def stages(shape: Shape, tensors: list[Tensor]) -> dict[str, Callable[[], object
 
     return {
         "selection": lambda: causal_top_w(gate, shape.window),
+        "reference gates": lambda: reference_gate(gate, lifespans),
         "packing": lambda: pack(lifespans, shape.window),
         "block mask": lambda: block_metadata(birth, death, shape.length, group, rows, columns, False),
         "living keys": lambda: living_keys(birth, death, shape.length, shape.window, QUERY_BLOCK),

@@ -49,7 +49,10 @@ def markdown(results: dict[str, Any]) -> str:
             "|---|---|---|---|",
         ]
         whole = {name: case["seconds"][f"{name}, whole"] for name in ("gather", "flex")}
-        parts = {"gather": ("selection", "living keys"), "flex": ("selection", "packing", "block mask")}
+        parts = {
+            "gather": ("selection", "reference gates", "living keys"),
+            "flex": ("selection", "reference gates", "packing", "block mask"),
+        }
         for name, seconds in case["seconds"].items():
             shares = [f"{seconds / whole[w]:.1%}" if name in parts[w] else "" for w in whole]
             lines.append(f"| {name} | {seconds * 1e3:.1f} | {shares[0]} | {shares[1]} |")
