@@ -10,6 +10,7 @@ import torch.nn.attention.flex_attention as torch_flex
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexdma
+from flexdma.attention import select
 from flexdma.lowerings import flex
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod, softcap_score_mod
@@ -35,11 +36,7 @@ def uncompiled(monkeypatch):
     monkeypatch.setattr(torch_flex, "_validate_nestedness", lambda *tensors: None, raising=False)
 
     def function(query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, **choice):
-        select = {"causal": flexdma.causal_top_w, "global": flexdma.global_top_w}.get(selection)
-        if selection == "threshold":
-            lifespans = flexdma.above_threshold(gate, window_size=window_size, **choice)
-        else:
-            lifespans = select(gate, window_size, **choice)
+        lifespans = select(selection, gate, window_size, choice)
         return flex.flex_attend(
             query, key, value, gate, lifespans, unit=20, scale=query.shape[-1] ** -0.5 if scale is None else scale,
             score_mod=score_mod, block_size=(32, 16), kernel_options=None, needs_gradient=True,

@@ -3,9 +3,9 @@
 import argparse
 import importlib.util
 import json
-import os
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ import torch
 from flexdma.bench import cases, report
 from flexdma.bench.timing import interleaved, peak_bytes
 from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.whole_files import write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 PACKING = {"quick": (8192, 256)}  # else the size the targets are stated for
@@ -50,8 +51,8 @@ def run(arguments: argparse.Namespace) -> int:
     print(text)
     if arguments.out is not None:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        _write(arguments.out / f"bench-{arguments.suite}.json", json.dumps(results, indent=1) + "\n")
-        _write(arguments.out / f"bench-{arguments.suite}.md", text)
+        for suffix, content in (("json", json.dumps(results, indent=1) + "\n"), ("md", text)):
+            write_whole(arguments.out / f"bench-{arguments.suite}.{suffix}", partial(Path.write_text, data=content))
     return 0
 
 
@@ -100,13 +101,6 @@ def measured(suite: str, rounds: int, device: str, dtype: torch.dtype) -> dict[s
                 entry = {"shape": str(shape), "lowering": lowering, "bytes": peak_bytes(build), "dense": dense}
                 results["memory"].append(entry)
     return results
-
-
-def _write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    temporary = path.with_suffix(path.suffix + ".part")
-    temporary.write_text(text)
-    os.replace(temporary, path)
 
 
 def _cannot(reason: str) -> int:
