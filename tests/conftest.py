@@ -14,6 +14,8 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+from tests.view_cases import make_checkpoint, make_text
+
 settings.register_profile(
     "flexdma", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
@@ -36,3 +38,15 @@ def _fixed_seed():
     yield
     # Each test compiles on its own account: no test may hit the recompile limit because of another.
     torch._dynamo.reset()
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    """What the demo leaves, small and untrained."""
+    return make_checkpoint(tmp_path_factory.mktemp("report") / "checkpoint")
+
+
+@pytest.fixture
+def text_file(tmp_path: Path) -> Path:
+    """A text to view with it."""
+    return make_text(tmp_path / "text.txt")

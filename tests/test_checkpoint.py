@@ -8,17 +8,7 @@ import pytest
 import torch
 
 from flexdma.demo.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
-from tests.view_cases import make_checkpoint, make_text, refused, view
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("report") / "checkpoint")
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    return make_text(tmp_path / "text.txt")
+from tests.view_cases import refused, view
 
 
 def corrupt(folder: Path, how: str) -> None:

@@ -4,7 +4,6 @@ import html
 import json
 import re
 from html.parser import HTMLParser
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,17 +11,7 @@ import torch
 from flexdma.byte_labels import byte_labels
 from flexdma.demo.attentions import KINDS
 from flexdma.demo.checkpoint import load_checkpoint, save_checkpoint
-from tests.view_cases import dense_rows, make_checkpoint, make_text, refused, view
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("report") / "checkpoint")
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    return make_text(tmp_path / "text.txt")
+from tests.view_cases import dense_rows, refused, view
 
 
 def data_of(page: str) -> dict:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.view_cases import dense_rows, make_checkpoint, make_text, view
+from tests.view_cases import dense_rows, view
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -16,16 +16,6 @@ pytestmark = [
     pytest.mark.chromium,
     pytest.mark.skipif(not CHROMIUM, reason="needs chromium (Debian: apt-get install chromium)"),
 ]
-
-
-@pytest.fixture(scope="module")
-def checkpoint(tmp_path_factory) -> Path:
-    return make_checkpoint(tmp_path_factory.mktemp("report") / "checkpoint")
-
-
-@pytest.fixture
-def text_file(tmp_path: Path) -> Path:
-    return make_text(tmp_path / "text.txt")
 
 
 def chromium(page: Path, profile: Path, address: str = "", script: str = "") -> str:
