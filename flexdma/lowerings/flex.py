@@ -10,10 +10,10 @@ from operator import index
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lifespans import Lifespans
+from flexdma.lowerings import gate_gradient
 from flexdma.offsets import reference_gate, split
 from flexdma.opaque import opaque_on_cpu, realize
 from flexdma.packing import pack
@@ -68,7 +68,9 @@ def flex_attend(
     reference_high, reference_low = split(reference_gate(gate, lifespans)[..., first_query:])
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
-    high, low = realize(packed(high)), None if low is None else realize(packed(low))
+    high, low = packed(high), None if low is None else realize(packed(low))
+    route = gate_gradient.chosen_route(needs_gradient and high.requires_grad, score_mod is not None)
+    added = realize(high if route == "atomics" else high.detach())
     if score_mod is not None:
         key_position = per_head(order)
         query_position = realize(torch.arange(first_query, keys, device=query.device))
@@ -78,7 +80,7 @@ def flex_attend(
         i = row // group
         if score_mod is not None:
             score = score_mod(score, b, h * group + row % group, query_position[i], key_position[b, h, column])
-        difference = high[b, h, column] - reference_high[b, h, i]
+        difference = added[b, h, column] - reference_high[b, h, i]
         if low is not None and reference_low is not None:
             difference = difference + (low[b, h, column] - reference_low[b, h, i])
         return score + difference
@@ -88,14 +90,9 @@ def flex_attend(
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     block_mask = block_mask_from(metadata, (queries * group, keys), block_size, packed_mask_mod)
-    output = flex_attention(
-        realize(rows),  # a buffer: the C++ lowering takes no view of a computed tensor
-        packed_key,
-        packed_value,
-        score_mod=packed_score_mod,
-        block_mask=block_mask,
-        scale=scale,
-        kernel_options=kernel_options,  # type: ignore[arg-type]
+    rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
+    output = gate_gradient.attend(
+        route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options
     )
     return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 
