@@ -9,12 +9,16 @@ row blocks, counts the visible keys of every tile: it is not empty iff the count
 block is born after the tile's first position or dies before its last.  O(K) + one int per tile; nothing is Q x K.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
 from flexdma.opaque import opaque_on_cpu
+from flexdma.order_statistics import scattered
 from flexdma.signatures import MaskMod
 
 
@@ -80,15 +84,13 @@ def _ordered(chosen: Tensor) -> list[Tensor]:
     n = chosen.shape[-1]
     indices = torch.arange(n, device=chosen.device, dtype=torch.int32)
     before = chosen.cumsum(-1, dtype=torch.int32)
-    number = before[..., -1]
+    number = chosen.sum(-1, dtype=torch.int32)
     place = torch.where(chosen, before - 1, number[..., None] + indices - before)
-    ordered = torch.empty(chosen.shape, dtype=torch.int32, device=chosen.device)
-    ordered.scatter_(-1, place.long(), indices.expand(chosen.shape))
-    return [number, ordered]
+    return [number, scattered(indices.expand(chosen.shape), place.long())]
 
 
 def block_mask_from(
-    metadata: list[Tensor], lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod
+    metadata: Sequence[Any], lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod
 ) -> BlockMask:
     """The BlockMask of `block_metadata`'s 4 tensors (inference only) or 8."""
     number, indices, full_number, full_indices, *transposed = metadata

@@ -123,6 +123,7 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
         result = {"case": name, "gates": kind, "control": control, "partial_blocks": partial, "full_blocks": full}
         result["errors"] = {n: relative(a, b) for n, a, b in zip(NAMES, got, want, strict=False)}
         result["atomics"] = sum(len(kernel.atomic_lines) for kernel in call.seen.kernels)
+        result["cuda_graph_obstacles"] = call.seen.cuda_graph_obstacles
         result["epsilon"] = torch.finfo(dtype).eps
         print(json.dumps(result), flush=True)
 

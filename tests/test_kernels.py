@@ -51,6 +51,7 @@ def test_generated_kernels_agree_with_the_specification(case):
     assert len(sound) == len(CASES[case]["gates"])
     assert len(results) - len(sound) == (2 if CASES[case].get("controls") else 0)
     for result in sound:
+        assert result["cuda_graph_obstacles"] == []
         assert result["partial_blocks"] > 0
         if CASES[case].get("deterministic"):
             assert result["atomics"] == 0

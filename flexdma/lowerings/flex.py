@@ -16,6 +16,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings import gate_gradient
 from flexdma.offsets import reference_gate, split
 from flexdma.opaque import opaque_on_cpu, realize
+from flexdma.order_statistics import scattered
 from flexdma.packing import pack
 from flexdma.signatures import ScoreMod
 
@@ -108,8 +109,7 @@ def _permutation(order: Tensor, needs_gradient: bool) -> Callable[[Tensor], Tens
     if not needs_gradient:
         return lambda tensor: _along_keys(tensor, order)
     positions = torch.arange(order.shape[-1], device=order.device, dtype=torch.int32).expand_as(order)
-    # int32: Inductor writes no int64 scatter of its own.
-    inverse = torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, positions).long()
+    inverse = scattered(positions, order).long()
     return lambda tensor: _Permuted.apply(tensor, order, inverse)
 
 

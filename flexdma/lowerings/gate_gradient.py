@@ -14,6 +14,7 @@ Figures, and why the default is the default: docs/gate-gradient.md.
 import contextlib
 from collections.abc import Callable, Iterator
 from math import gcd
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -72,7 +73,7 @@ def attend(
     score_mod: ScoreMod,
     block_mask: BlockMask,
     scale: float,
-    kernel_options: dict | None,
+    kernel_options: Any,
 ) -> Tensor:
     """`flex_attention` with a score_mod that adds `gate`, whose gradient is taken by `route`.
 
@@ -85,14 +86,14 @@ def attend(
     if route != "transposed":
         return flex_attention(
             query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=kernel_options
-        )  # type: ignore[arg-type,return-value]
+        )
 
     value = _FromValue.apply(value, gate)
     output, aux = flex_attention(
         query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=kernel_options,
         return_aux=AuxRequest(lse=True),
-    )  # type: ignore[arg-type]  # fmt: skip
-    lse = aux.lse.detach()
+    )  # fmt: skip
+    lse = cast(Tensor, aux.lse).detach()
     lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # of a row that sees nothing
     rows, keys, transposed = query.detach(), key.detach(), transposed_block_mask(block_mask)
 
@@ -106,8 +107,8 @@ def attend(
             keys, rows, columns, score_mod=log_weight, block_mask=transposed, scale=scale,
             kernel_options=_transposed_options(kernel_options, block_mask.BLOCK_SIZE, keys.dtype),
             return_aux=AuxRequest(lse=True),
-        )  # type: ignore[arg-type]  # fmt: skip
-        return wide(mean[..., :2]).sum(-1) * total.lse.exp() * unit
+        )  # fmt: skip
+        return wide(mean[..., :2]).sum(-1) * cast(Tensor, total.lse).exp() * unit
 
     return _FromOutput.apply(output, gate, weighted_sum)
 
@@ -138,7 +139,7 @@ def _as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | fl
     return values, unit
 
 
-def _transposed_options(options: dict | None, block_size: tuple[int, int], dtype: torch.dtype) -> dict:
+def _transposed_options(options: dict | None, block_size: tuple[int, int], dtype: torch.dtype) -> Any:
     """The caller's kernel options with the tile turned over, without what is the forward's alone; else TILE."""
     given = {name: option for name, option in (options or {}).items() if not name.startswith("fwd_")}
     rows, columns = block_size
