@@ -154,11 +154,11 @@ def _remembering(seen: Capture, phase: str, call: Callable) -> Callable:
 
 def _cuda_graph_obstacles(graph: Any) -> list[str]:
     """Inductor's own reasons: tensors on the CPU, operators that wait for the device, sizes known only when it has run."""
-    from torch._inductor.cudagraph_utils import check_lowering_disable_cudagraph
+    from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
     from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
     reasons = (
-        check_lowering_disable_cudagraph(graph.device_node_mapping),
+        check_multiple_devices_or_any_cpu_nodes(graph.device_node_mapping),
         get_first_incompatible_cudagraph_node(graph.orig_gm),
     )
     return [str(reason) for reason in reasons if reason is not None]

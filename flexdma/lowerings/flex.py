@@ -17,7 +17,7 @@ from flexdma.lowerings import gate_gradient
 from flexdma.offsets import reference_gate, split
 from flexdma.opaque import opaque_on_cpu, realize
 from flexdma.order_statistics import scattered
-from flexdma.packing import pack
+from flexdma.packing import most_visited, pack
 from flexdma.signatures import ScoreMod
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
@@ -42,7 +42,7 @@ def flex_attend(
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
-    unit: the lifetime that packing counts in, about the number of keys a query sees.
+    unit: no position has more living keys.  Packing counts lifetimes in it, and index tensors are as long as follows.
     Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
     """
     batch, query_heads, queries, size = query.shape
@@ -141,11 +141,17 @@ def _realize(tensor: Tensor | None) -> Tensor | None:
 def _empty_schedule(
     birth: Tensor, death: Tensor, queries: int, group: int, unit: int, rows: int, columns: int, transposed: bool
 ) -> list[Tensor]:
-    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed)
+    most = _most_visited(birth.shape[-1], group, unit, rows, columns)
+    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, most)
     return [
         torch.empty(birth.shape, dtype=torch.int64, device=birth.device),
         *map(torch.empty_like, [birth, death, *metadata]),
     ]
+
+
+def _most_visited(keys: int, group: int, unit: int, rows: int, columns: int) -> int:
+    positions = (rows + group - 2) // group + 1  # that a block of rows reaches into
+    return most_visited(keys, unit, positions, columns)
 
 
 @opaque_on_cpu("flex_schedule", _empty_schedule)
@@ -159,5 +165,6 @@ def _schedule(
     first_query = birth.shape[-1] - queries
     order = pack(Lifespans(birth, death), unit, first_query=first_query)
     birth, death = birth.gather(-1, order), death.gather(-1, order)
-    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed)
+    most = _most_visited(birth.shape[-1], group, unit, rows, columns)
+    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, most)
     return [order, birth - first_query, death - first_query, *metadata]
