@@ -2,6 +2,7 @@
 
 dynamic_mask_attention      the operator
 DynamicMaskAttention        the layer around it; ValueGate, its gate
+DynamicMaskState            the keys that can be seen again: decoding, chunked prefill, endless context
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
 flexdma.score_mods          score_mod recipes for plain FlexAttention
 flexdma.block_masks         mask_mod and BlockMask recipes
@@ -21,6 +22,7 @@ from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_t
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.modules import DynamicMaskAttention
 from flexdma.packing import pack
+from flexdma.state import DynamicMaskState
 
 if TYPE_CHECKING:
     from flexdma.diagnosis import doctor
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DynamicMaskAttention",
+    "DynamicMaskState",
     "Lifespans",
     "ValueGate",
     "__version__",
