@@ -16,7 +16,9 @@ def flex_with_gradients(
 ):
     """The operator by the flex lowering, uncompiled, in small blocks."""
     lifespans = select(selection, gate, window_size, choice)
-    widest = gate.shape[-1] if window_size is None else max(window_size) if isinstance(window_size, list) else window_size
+    widest = (
+        gate.shape[-1] if window_size is None else max(window_size) if isinstance(window_size, list) else window_size
+    )
     unit = widest + choice.get("sinks", 0) + choice.get("recent", 0)
     with _gradients_on_a_cpu():
         return flex.flex_attend(
