@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 import flexdma
+from flexdma.lowerings.gate_gradient import gate_gradient_route
 from flexdma.reference import dense_dynamic_mask_attention
 
 
@@ -52,3 +53,9 @@ def assert_same(function, tensors, *, tolerance, gradients=True, dense_options=N
 def gather(*tensors: Tensor, **options) -> Tensor:
     """The operator by the gather lowering."""
     return flexdma.dynamic_mask_attention(*tensors, lowering="gather", **options)
+
+
+def by_transposed_attention(*tensors: Tensor, **options) -> Tensor:
+    """The operator with the gate's gradient by this route."""
+    with gate_gradient_route("transposed"):
+        return flexdma.dynamic_mask_attention(*tensors, **options)

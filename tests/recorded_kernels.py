@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from flexdma import dynamic_mask_attention, inspect_kernels
-from flexdma.lowerings.gate_gradient import gate_gradient_route
+from tests.comparison import by_transposed_attention
 
 RECORD = Path(__file__).parent / "kernels.json"
 # 8 query heads on 2 KV heads, 4096 tokens, D = 64, w = 512.
@@ -21,12 +21,6 @@ SETTINGS = {
     "training, bfloat16, float64 gates": {"gate_dtype": "float64", "route": "atomics"},
     "training, bfloat16, the gate's gradient by transposed attention": {"gate_dtype": "float32", "route": "transposed"},
 }
-
-
-def by_transposed_attention(*tensors, **options):
-    """The operator with the gate's gradient by this route."""
-    with gate_gradient_route("transposed"):
-        return dynamic_mask_attention(*tensors, **options)
 
 
 def figures(setting: str) -> dict:
@@ -42,6 +36,11 @@ def figures(setting: str) -> dict:
         "backward, gate" if kernel.phase == "backward" and "BLOCK_M" in kernel.tiles else kernel.phase: {
             "launches of the phase": report.launches(kernel.phase),
             "other calls of the phase": len(report.other_calls[kernel.phase]),
+            "atomic lines of its other kernels": sum(
+                len(other.atomic_lines)
+                for other in report.kernels
+                if other.phase == kernel.phase and not other.is_attention
+            ),
             "tiles": kernel.tiles,
             "warps": kernel.warps,
             "stages": kernel.stages,
