@@ -46,6 +46,10 @@ CASES = {
         "shape": (2, 2, 2, 131, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
         "route": "transposed",
     },
+    "causal, small blocks, capped indices, float32": {
+        "shape": (1, 2, 2, 330, 330, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
+        "kernel_options": dict.fromkeys(WIDE, 16),
+    },
     "inference, one gate for all heads, bfloat16": {
         "shape": (1, 4, 2, 200, 200, 32), "dtype": "bfloat16", "window_size": 50, "gate_heads": 1, "training": False,
         "gates": ("random",),
@@ -90,7 +94,7 @@ def relative(got, want):
 
 def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_heads=None, documents=False,
         selection="causal", score_mod=None, training=True, route="atomics", deterministic=False, kernel_options=None,
-        controls=False):  # fmt: skip
+        block_size=None, controls=False):  # fmt: skip
     """Print one line per input."""
     dtype, gate_dtype = getattr(torch, dtype), getattr(torch, gate_dtype)
     generator = torch.Generator().manual_seed(0)
@@ -105,6 +109,7 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
             document_ids=document_ids,
             lowering="flex",
             kernel_options=kernel_options,
+            block_size=block_size,
             **options,
         )
 

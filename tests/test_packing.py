@@ -9,7 +9,6 @@ from hypothesis import strategies as st
 
 from flexdma import Lifespans, above_threshold, causal_top_w, global_top_w, pack
 from flexdma.block_metadata import block_metadata
-from flexdma.lowerings.flex import _schedule
 from flexdma.packing import CLASS_BASE, FIRST_CLASS, most_visited
 from tests.gate_strategies import gates
 
@@ -106,8 +105,10 @@ def test_capped_indices_say_the_same(case, group, data):
     length = lifespans.birth.shape[-1]
     queries = data.draw(st.integers(1, length))
     rows, columns = data.draw(st.sampled_from([(8, 4), (4, 2), (16, 1)]))
-    order, _, _, *capped = _schedule(*lifespans, queries, group, alive, rows, columns, False)
+    order = pack(lifespans, alive, first_query=length - queries)
     birth, death = (t.gather(-1, order) for t in lifespans)
+    most = most_visited(length, alive, (rows + group - 2) // group + 1, columns)
+    capped = block_metadata(birth, death, queries, group, rows, columns, False, most)
     number, indices, full_number, full_indices = block_metadata(birth, death, queries, group, rows, columns, False)
     assert torch.equal(capped[0], number)
     assert torch.equal(capped[2], full_number)

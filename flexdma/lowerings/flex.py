@@ -141,7 +141,7 @@ def _realize(tensor: Tensor | None) -> Tensor | None:
 def _empty_schedule(
     birth: Tensor, death: Tensor, queries: int, group: int, unit: int, rows: int, columns: int, transposed: bool
 ) -> list[Tensor]:
-    most = _most_visited(birth.shape[-1], group, unit, rows, columns)
+    most = _most_visited(birth, group, unit, rows, columns)
     metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, most)
     return [
         torch.empty(birth.shape, dtype=torch.int64, device=birth.device),
@@ -149,9 +149,12 @@ def _empty_schedule(
     ]
 
 
-def _most_visited(keys: int, group: int, unit: int, rows: int, columns: int) -> int:
+def _most_visited(birth: Tensor, group: int, unit: int, rows: int, columns: int) -> int | None:
+    """How long the index tensors need be; None for the C++ lowering, which wants an entry for every key block."""
+    if birth.device.type == "cpu":
+        return None
     positions = (rows + group - 2) // group + 1  # that a block of rows reaches into
-    return most_visited(keys, unit, positions, columns)
+    return most_visited(birth.shape[-1], unit, positions, columns)
 
 
 @opaque_on_cpu("flex_schedule", _empty_schedule)
@@ -165,6 +168,6 @@ def _schedule(
     first_query = birth.shape[-1] - queries
     order = pack(Lifespans(birth, death), unit, first_query=first_query)
     birth, death = birth.gather(-1, order), death.gather(-1, order)
-    most = _most_visited(birth.shape[-1], group, unit, rows, columns)
+    most = _most_visited(birth, group, unit, rows, columns)
     metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, most)
     return [order, birth - first_query, death - first_query, *metadata]
