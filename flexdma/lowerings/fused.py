@@ -18,7 +18,7 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flexdma.block_metadata import ceil_div
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.living_keys import living_lists
+from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.offsets import reference_gate
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time instead of 32.
@@ -104,15 +104,15 @@ def _attend(
     rows: Tensor,  # [n, G, M, D]
     reference: Tensor,  # [n, M]
     starts: Tensor,  # [n]: positions of the blocks' first queries
-    lists: Sequence[Tensor],  # n of positions of living keys
+    lists: Sequence[LivingList],  # n
     keys: _Keys,
     scale: float,
 ) -> Tensor:
     """Each of n blocks of M queries to the keys of its list -> [n, G, M, D].  A row that sees nothing gives 0."""
-    index = pad_sequence(list(lists), batch_first=True, padding_value=-1)  # [n, C]
+    index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
     if not index.shape[1]:
         return torch.zeros_like(rows)
-    absent = index < 0 if min(map(len, lists)) < index.shape[1] else None
+    absent = index < 0 if min(len(each.keys) for each in lists) < index.shape[1] else None
     if absent is not None:
         # A key that the block sees stands in for those that its list lacks: whatever it holds, the block has it already.
         index = torch.where(absent, index[:, :1].clamp(min=0), index)
@@ -120,7 +120,10 @@ def _attend(
     if absent is not None:
         gate = gate.masked_fill(absent, -math.inf)
     computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    mask = _mask(gate, reference, index - starts[:, None], death - starts[:, None], computed)
+    mask = (gate.unsqueeze(1) - reference.unsqueeze(2)).to(computed)  # [n, M, C]
+    some = slice(max(each.partial for each in lists))
+    first, last = (position[:, some] - starts[:, None] for position in (index, death))
+    mask[..., some] = torch.minimum(mask[..., some], _bound(first, last, reference.shape[1], computed))
 
     group = rows.shape[1]
     key, value = (t.to(computed).unsqueeze(1).expand(-1, group, -1, -1) for t in (key, value))
@@ -129,16 +132,10 @@ def _attend(
     return output if absent is None else output.masked_fill(absent[:, 0, None, None, None], 0.0)
 
 
-def _mask(gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor, dtype: torch.dtype) -> Tensor:
-    """[n, M, C]: gate - reference where the query sees the key, else -inf; from [n, C], [n, M], [n, C], [n, C].
-
-    birth and death are relative to the block's first query.
-    """
-    block = reference.shape[1]
+def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """[n, C], [n, C], relative to the block's first query -> [n, block, C]: inf where the query sees the key, else -inf."""
     # Clamped, so that a float holds them exactly.
-    birth, death = (bound.clamp(-1, block + 1).to(dtype).unsqueeze(1) for bound in (birth, death))
-    # A query stands half-way to the next, so that it never falls on a bound: seen <=> |middle - centre| < radius.
-    middle = (torch.arange(block, dtype=dtype) + 0.5)[:, None]
-    bound = (middle - (birth + death) / 2).abs_().sub_((death - birth) / 2).mul_(-math.inf)
-    difference = (gate.unsqueeze(1) - reference.unsqueeze(2)).to(dtype)
-    return torch.minimum(difference, bound, out=bound)
+    birth, death = (position.clamp(-1, block + 1).to(dtype).unsqueeze(1) for position in (birth, death))
+    # A query stands half-way to the next, so that it never falls on a bound: seen <=> |query - centre| < radius.
+    query = (torch.arange(block, dtype=dtype) + 0.5)[:, None]
+    return (query - (birth + death) / 2).abs_().sub_((death - birth) / 2).mul_(-math.inf)

@@ -5,6 +5,8 @@ the slot that the (n - capacity)-th key to die has left.  The keys alive before 
 entered each slot: one sort, ceil(log2 K) rounds of pointer jumping, one cummax; nothing is Q x K.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -58,15 +60,23 @@ def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block
     return [index, torch.where(keys < 0, 0, death)]
 
 
-def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[tuple[Tensor, ...]]:
-    """For each block of queries the keys that some query of it sees, and no others.
+class LivingList(NamedTuple):
+    """The keys that some query of a block sees, and no others."""
 
-    Returns for each of B H heads and each of its R blocks their positions in the flattened [B, H, K], [n] int64.
-    """
+    keys: Tensor  # [C]: positions in the flattened [B, H, K]
+    partial: int  # how many of them, the first ones, are born or die inside the block: all queries see the others
+
+
+def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[list[LivingList]]:
+    """For each of B H heads, for each of its R blocks of queries: its living keys."""
     keys, last = living_keys(birth, death, queries, capacity, block)
     length = birth.shape[-1]
-    starts = length - queries + block * torch.arange(keys.shape[2], device=keys.device)
-    alive = last > torch.maximum(keys, starts[:, None])
-    offsets = length * torch.arange(birth.shape[:2].numel(), device=keys.device).view(*birth.shape[:2], 1, 1)
-    lists = (keys + offsets)[alive].split(alive.sum(-1).flatten().tolist())
-    return [lists[start : start + len(starts)] for start in range(0, len(lists), len(starts))]
+    starts = length - queries + block * torch.arange(keys.shape[2], device=keys.device)[:, None]
+    alive = last > torch.maximum(keys, starts)
+    partial = alive & ((keys >= starts) | (last < starts + block))
+    # Listed twice, so that one selection takes a block's partial keys and then its others.
+    chosen = torch.cat([partial, alive & ~partial], -1)
+    keys = keys + length * torch.arange(birth.shape[:2].numel(), device=keys.device).view(*birth.shape[:2], 1, 1)
+    lists = torch.cat([keys, keys], -1)[chosen].split(chosen.sum(-1).flatten().tolist())
+    every = [LivingList(*pair) for pair in zip(lists, partial.sum(-1).flatten().tolist(), strict=True)]
+    return [every[start : start + len(starts)] for start in range(0, len(every), len(starts))]
