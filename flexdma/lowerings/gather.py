@@ -2,11 +2,8 @@
 
 O(N (w + block)) time, differentiable in every argument, on every device and dtype; traced by torch.compile as one batched
 expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache; in training it recomputes
-them where there are many, and holds the gathered keys and values, (w + block) / block times K.
-
-Which keys are alive for a block?  Slots, as a compiler allocates registers: at most `capacity` keys are alive at any
-position, so the n-th key to be born takes the slot that the (n - capacity)-th key to die has left.  The keys alive before a
-block are then the last ones to have entered each slot: one sort, ceil(log2 K) rounds of pointer jumping, one cummax.
+them where there are many, and holds the gathered keys and values, (w + block) / block times K.  What needs no gradient, on a
+CPU, is left to fused.py.  Which keys are alive for a block is told by living_keys.py.
 """
 
 from collections.abc import Callable
@@ -49,6 +46,7 @@ def gather_attend(
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
     capacity: no position has more living keys than this.
+    block_size: of queries; None takes the best.
     """
     if score_mod is None and fused.is_fusible(query, key, value, gate):
         return fused.fused_attend(
