@@ -16,7 +16,6 @@ from flexdma.decoding import decode
 from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
 from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
 from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
-from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
@@ -114,7 +113,7 @@ def dynamic_mask_attention(
             **choice, **masks,
         )  # fmt: skip
     elif chosen == "gather":
-        block = GATHER_BLOCK_SIZE if block_size is None else checks.block_sizes(block_size)[0]
+        block = None if block_size is None else checks.block_sizes(block_size)[0]
         output = gather_attend(
             query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block
         )

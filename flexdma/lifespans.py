@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 from flexdma import checks
 from flexdma.opaque import opaque_on_cpu
 from flexdma.order_statistics import kth_smallest, scattered
+from flexdma.prefix_statistics import kth_smallest_of_prefix
 
 
 class Lifespans(NamedTuple):
@@ -213,6 +214,11 @@ def _death_by_rank(ranked: Tensor, start: Tensor, end: Tensor, windows: Tensor, 
     survives = rank - start < windows
     if shared:
         return torch.where(survives, end, positions)
-    left = start.expand_as(rank).contiguous()
-    evicted_at = kth_smallest(ranked.int(), left, rank, (windows - 1).expand_as(rank))
+    if ranked.device.type == "cpu":
+        # The keys of earlier documents come first in rank and in position: they can be counted in.
+        kth = (start + windows - 1).clamp(max=ranked.shape[-1]).expand_as(rank)
+        evicted_at = kth_smallest_of_prefix(ranked, rank, kth)
+    else:
+        left = start.expand_as(rank).contiguous()
+        evicted_at = kth_smallest(ranked.int(), left, rank, (windows - 1).expand_as(rank))
     return torch.where(survives, end, torch.maximum(evicted_at, positions))

@@ -6,11 +6,25 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexdma
+from flexdma.lowerings import fused
 from flexdma.lowerings import gather as gather_module
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod, softcap_score_mod
 from tests.comparison import assert_same, gather, inputs, with_gradients
-from tests.gate_strategies import selections
+from tests.gate_strategies import gates, selections
+
+
+@pytest.fixture(params=["fused", "plain"])
+def path(request, monkeypatch):
+    """Both ways in which gather computes what needs no gradient."""
+    if request.param == "plain":
+        monkeypatch.setattr(fused, "is_fusible", lambda *tensors: False)
+
+
+def assert_same_in_training_and_inference(attend, tensors, **options):
+    assert_same(attend, tensors, **options)
+    assert_same(attend, tensors, gradients=False, **options)
+
 
 documents = torch.tensor([[0] * 50 + [1] * 3 + [2] * 76, [4] * 129])
 left_padding = torch.arange(129) >= torch.tensor([[0], [40]])
@@ -41,7 +55,7 @@ VARIANTS = {
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_option_equals_the_specification(name, queries):
     tensors = inputs(2, 4, 2, queries, 129, 16)
-    assert_same(gather, tensors, tolerance=1e-12, **{"window_size": 20, **VARIANTS[name]})
+    assert_same_in_training_and_inference(gather, tensors, tolerance=1e-12, **{"window_size": 20, **VARIANTS[name]})
 
 
 @pytest.mark.parametrize(
@@ -50,7 +64,7 @@ def test_every_option_equals_the_specification(name, queries):
 )
 def test_heads_and_sizes(query_heads, heads, gate_heads, size, value_size):
     tensors = inputs(1, query_heads, heads, 65, 65, size, value_size, gate_heads=gate_heads)
-    assert_same(gather, tensors, tolerance=1e-12, window_size=9)
+    assert_same_in_training_and_inference(gather, tensors, tolerance=1e-12, window_size=9)
 
 
 @pytest.mark.parametrize("length", [1, 127, 128, 129, 1025])
@@ -61,7 +75,7 @@ def test_lengths(length, block_size):
     def attend(*tensors, **options):
         return gather(*tensors, block_size=block_size, **options)
 
-    assert_same(attend, tensors, tolerance=1e-12, window_size=40)
+    assert_same_in_training_and_inference(attend, tensors, tolerance=1e-12, window_size=40)
 
 
 @given(st.integers(1, 40), st.integers(1, 50), st.integers(1, 17), st.data())
@@ -75,7 +89,7 @@ def test_any_shape_and_selection(keys, window, block_size, data):
     def attend(*tensors, **options):
         return gather(*tensors, block_size=block_size, **options)
 
-    assert_same(attend, tensors, tolerance=1e-12, window_size=window, **options)
+    assert_same_in_training_and_inference(attend, tensors, tolerance=1e-12, window_size=window, **options)
 
 
 @pytest.mark.parametrize("kept", [2**40, 0])
@@ -88,6 +102,31 @@ def test_chunks_and_checkpoints_change_nothing(monkeypatch, kept):
         return gather(*tensors, block_size=16, **options)
 
     assert_same(attend, tensors, tolerance=1e-12, window_size=20)
+
+
+@pytest.mark.parametrize("scores", [1, 4000, 30_000, 2**40])
+@pytest.mark.parametrize("gate_heads", [1, 3])
+def test_blocks_of_unequal_numbers_of_living_keys_may_share_a_chunk(monkeypatch, scores, gate_heads):
+    """One block, several blocks, several heads, everything at once; the first blocks see nothing."""
+    monkeypatch.setattr(fused, "SCORES_PER_THREAD", scores)
+    tensors = inputs(2, 6, 3, 90, 129, 16, gate_heads=gate_heads)
+    mask = torch.arange(129) >= torch.tensor([[75], [0]])
+    tensors[1][0, :, :75] = torch.nan
+    tensors[2][0, :, :75] = torch.inf
+    seen = [*tensors[:1], *(t.nan_to_num(0.0, 0.0) for t in tensors[1:3]), tensors[3]]
+    with torch.no_grad():
+        got = gather(*tensors, window_size=20, block_size=8, key_padding_mask=mask)
+    want = dense_dynamic_mask_attention(*seen, window_size=20, key_padding_mask=mask)
+    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+
+
+@given(gates(kinds=("ties", "constant", "special", "sorted")), st.integers(1, 12), st.sampled_from([1, 3, 16, None]))
+def test_gates_of_every_kind(gate, window, block_size):
+    """NaN and infinite gates give NaN to exactly the queries that see them."""
+    query, key, value, _ = inputs(1, 2, gate.shape[1], gate.shape[2], gate.shape[2], 4, dtype=torch.float32)
+    got = gather(query, key, value, gate, window_size=window, block_size=block_size)
+    want = dense_dynamic_mask_attention(query.double(), key.double(), value.double(), gate, window_size=window)
+    torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0, equal_nan=True)
 
 
 def test_gradients_by_finite_differences():
@@ -120,6 +159,7 @@ def test_a_query_that_sees_nothing_gives_zero_and_gradient_zero():
     assert all(torch.equal(t, torch.zeros_like(t)) for t in everything_masked)
 
 
+@pytest.mark.usefixtures("path")
 def test_a_nan_gate_shows():
     query, key, value, gate = inputs(1, 1, 1, 8, 8, 4)
     gate[..., 3] = torch.nan
@@ -151,8 +191,11 @@ def test_low_precision_is_at_most_twice_as_wrong_as_plain_pytorch(dtype):
     for name, a, b, c in zip(("output", "query", "key", "value", "gate"), got, plain, exact, strict=True):
         error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max()
         assert error <= allowed, f"{name}: {error} > {allowed}"
+    inference = (gather(*tensors, window_size=20).double() - exact[0]).abs().max()
+    assert inference <= 2 * (plain[0].double() - exact[0]).abs().max()
 
 
+@pytest.mark.usefixtures("path")
 def test_bfloat16_gates_are_ranked_and_added_in_float32():
     query, key, value, gate = inputs(1, 2, 1, 40, 40, 8, dtype=torch.float32)
     rounded = gate.bfloat16()
@@ -160,6 +203,7 @@ def test_bfloat16_gates_are_ranked_and_added_in_float32():
     torch.testing.assert_close(got, gather(query, key, value, rounded.float(), window_size=5), atol=0, rtol=0)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("size", [1e4, 1e9])
 def test_the_size_of_the_gates_costs_no_precision(size):
     tensors = inputs(1, 2, 1, 100, 100, 16, dtype=torch.float32)
@@ -170,6 +214,7 @@ def test_the_size_of_the_gates_costs_no_precision(size):
     assert (got - want).abs().max() < 2e-6
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("outlier", [-1e9, torch.finfo(torch.float32).min, 1e9])
 def test_an_outlier_that_is_not_seen_costs_the_others_nothing(outlier):
     """A key hidden by padding, by another document, or by its rank."""
@@ -200,6 +245,7 @@ def test_a_score_mod_may_hide_whole_rows():
     assert_same(gather, tensors, tolerance=1e-12, window_size=6, score_mod=score_mod)
 
 
+@pytest.mark.usefixtures("path")
 def test_keys_that_are_not_seen_may_hold_anything():
     tensors = inputs(1, 2, 1, 60, 60, 8)
     mask = torch.arange(60)[None] >= 10
@@ -208,6 +254,7 @@ def test_keys_that_are_not_seen_may_hold_anything():
     assert torch.equal(gather(*tensors, window_size=6, key_padding_mask=mask), want)
 
 
+@pytest.mark.usefixtures("path")
 def test_autocast_leaves_the_logits_in_float32():
     query, key, value, gate = inputs(1, 2, 1, 256, 256, 16, dtype=torch.float32)
     gate = gate.double() + 2.0 * torch.arange(256)

@@ -2,11 +2,8 @@
 
 O(N (w + block)) time, differentiable in every argument, on every device and dtype; traced by torch.compile as one batched
 expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache; in training it recomputes
-them where there are many, and holds the gathered keys and values, (w + block) / block times K.
-
-Which keys are alive for a block?  Slots, as a compiler allocates registers: at most `capacity` keys are alive at any
-position, so the n-th key to be born takes the slot that the (n - capacity)-th key to die has left.  The keys alive before a
-block are then the last ones to have entered each slot: one sort, ceil(log2 K) rounds of pointer jumping, one cummax.
+them where there are many, and holds the gathered keys and values, (w + block) / block times K.  What needs no gradient, on a
+CPU, is left to fused.py.  Which keys are alive for a block is told by living_keys.py.
 """
 
 from collections.abc import Callable
@@ -19,8 +16,9 @@ from torch.utils.checkpoint import checkpoint
 
 from flexdma.block_metadata import ceil_div
 from flexdma.lifespans import Lifespans
+from flexdma.lowerings import fused
+from flexdma.lowerings.living_keys import living_keys
 from flexdma.offsets import reference_gate
-from flexdma.opaque import opaque_on_cpu
 from flexdma.signatures import ScoreMod
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
@@ -43,12 +41,18 @@ def gather_attend(
     capacity: int,
     scale: float,
     score_mod: ScoreMod | None,
-    block_size: int,
+    block_size: int | None,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
     capacity: no position has more living keys than this.
+    block_size: of queries; None takes the best.
     """
+    if score_mod is None and fused.is_fusible(query, key, value, gate):
+        return fused.fused_attend(
+            query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size or fused.BLOCK_SIZE
+        )  # fmt: skip
+    block_size = block_size or BLOCK_SIZE
     batch, query_heads, queries, _size = query.shape
     heads, keys = key.shape[1:3]
     group = query_heads // heads
@@ -153,49 +157,3 @@ def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: Score
 
     head = index(heads, 1) * group + index(group, 3)
     return score_mod(scores, index(batch, 0), head, positions[:, :, :, None, :, None], slots[:, :, :, None, None])
-
-
-def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
-    batch, heads, _keys = birth.shape
-    shape = (batch, heads, ceil_div(queries, block), capacity + block)
-    return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape)]
-
-
-@opaque_on_cpu("living_keys", _empty_living_keys)
-def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
-    """For each block of queries the keys that some query of it may see, and their death.
-
-    Returns positions [B, H, R, capacity + block] int64 and death, int32.  First `capacity` slots of keys born before the
-    block, then the block's own positions in order; a slot without a key has death 0.
-    """
-    length = birth.shape[-1]
-    first_query = length - queries
-    blocks = ceil_div(queries, block)
-    positions = torch.arange(length, device=birth.device)
-    starts = first_query + block * torch.arange(blocks, device=birth.device)
-
-    # Number the keys that ever live by birth (their own position) and by death.
-    lives = death > birth
-    by_birth = lives.cumsum(-1) - 1
-    key_of_death = torch.where(lives, death.long(), 2 * length).sort(dim=-1, stable=True).indices
-    # The n-th born takes over from the (n - capacity)-th dead; a key without a predecessor is its own.
-    predecessor = key_of_death.gather(-1, (by_birth - capacity).clamp(min=0))
-    root = torch.where(lives & (by_birth >= capacity), predecessor, positions)
-    hops = 1
-    while hops < length:
-        root = root.gather(-1, root)
-        hops *= 2
-    slot = by_birth.gather(-1, root)  # < capacity for every living key
-
-    # last[r, s]: the last key in slot s born before block r starts, -1 for none.
-    block_after = (positions - first_query).div(block, rounding_mode="floor").clamp(min=-1) + 1  # 0 .. blocks
-    cell = torch.where(lives, block_after * capacity + slot, (blocks + 1) * capacity)
-    last = torch.full((*birth.shape[:-1], (blocks + 1) * capacity + 1), -1, device=birth.device)
-    last.scatter_reduce_(-1, cell, positions.expand_as(cell), "amax")
-    last = last[..., : blocks * capacity].unflatten(-1, (blocks, capacity)).cummax(-2).values
-
-    own = (starts[:, None] + torch.arange(block, device=birth.device)).expand(*birth.shape[:2], -1, -1)
-    keys = torch.cat([last, torch.where(own < length, own, -1)], -1)
-    index = keys.clamp(min=0)
-    death = death.gather(-1, index.flatten(2)).view_as(index)
-    return [index, torch.where(keys < 0, 0, death)]

@@ -1,0 +1,141 @@
+"""Gather, fused: each block of queries through PyTorch's own CPU attention kernel, over its living keys alone.
+
+The library's flash kernel (`scaled_dot_product_attention`) takes a float mask: gate - reference where a query sees the key,
+-inf where not.  Scores then never leave the cache, and what remains per block is to gather its living keys and to write
+that mask, in arithmetic, which PyTorch vectorises (it does not vectorise broadcast comparisons and `where`).
+
+O(K log K + Q (w + births in a block)) time; memory is one list of living keys per block, and a few masks at a time.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad, scaled_dot_product_attention
+from torch.nn.utils.rnn import pad_sequence
+
+from flexdma.block_metadata import ceil_div
+from flexdma.lifespans import Lifespans
+from flexdma.lowerings.living_keys import LivingList, living_lists
+from flexdma.offsets import reference_gate
+
+# Queries per block: from 192 on the kernel takes 64 rows at a time instead of 32.
+BLOCK_SIZE = 256
+# Scores per call of the kernel and thread: work for every thread, and a mask that stays in cache.
+SCORES_PER_THREAD = 2**20
+
+
+def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
+    """Whether `fused_attend` can serve this call: eager, on a CPU, without gradients, with the kernel's equal head sizes."""
+    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
+    eager = query.device.type == "cpu" and not torch.compiler.is_compiling()
+    return eager and not needs_gradient and query.shape[-1] == value.shape[-1]
+
+
+def fused_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    lifespans: Lifespans,
+    *,
+    capacity: int,
+    scale: float,
+    block_size: int,
+) -> Tensor:
+    """`gather_attend` without a score_mod, where `is_fusible`."""
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
+    group, block = query_heads // heads, min(block_size, queries)
+    blocks = ceil_div(queries, block)
+    beyond = blocks * block - queries
+    capacity = min(capacity, keys)
+
+    gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
+    reference = pad(reference_gate(gate, lifespans)[..., keys - queries :], (0, beyond)).view(-1, blocks, block)
+    birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
+    lists = living_lists(birth, death, queries, capacity, block)
+    # From here on the keys of all heads stand in one row, [B Hkv K].
+    head_starts = keys * torch.arange(batch * heads)[:, None]
+    block_starts = head_starts + torch.arange(keys - queries, keys + beyond, block)  # [B Hkv, R]
+    # The mask's minimum would let a NaN pass where its key is hidden.  inf does not, and gives NaN where the key is seen.
+    every_key = _Keys(
+        key.reshape(-1, size),
+        value.reshape(-1, size),
+        torch.where(gate.isnan(), math.inf, gate).flatten(),
+        (death.flatten(0, 1) + head_starts).flatten(),
+    )
+    if beyond:
+        query = pad(query, (0, 0, 0, beyond))
+    rows = query.unflatten(2, (blocks, block)).unflatten(1, (heads, group)).flatten(0, 1)  # [B Hkv, G, R, M, D]
+    output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+
+    most = max(1, torch.get_num_threads() * SCORES_PER_THREAD // (group * block * (capacity + block)))
+    step = max(1, most // blocks)  # heads at a time, where all their blocks are few
+    for h in range(0, batch * heads, step):
+        for r in range(0, blocks, most):
+            some = (slice(h, h + step), slice(r, r + most))
+            some_rows = rows.transpose(1, 2)[some]
+            some_lists = [each for head in lists[some[0]] for each in head[some[1]]]
+            attended = _attend(
+                some_rows.flatten(0, 1),
+                reference[some].flatten(0, 1),
+                block_starts[some].flatten(),
+                some_lists,
+                every_key,
+                scale,
+            )
+            output.transpose(1, 2)[some] = attended.view_as(some_rows)
+    return output.view(batch, query_heads, -1, size)[:, :, :queries].contiguous()
+
+
+class _Keys(NamedTuple):
+    """What is gathered, for all heads in one row."""
+
+    key: Tensor  # [B Hkv K, D]
+    value: Tensor
+    gate: Tensor  # [B Hkv K]
+    death: Tensor  # as positions in this row
+
+
+def _attend(
+    rows: Tensor,  # [n, G, M, D]
+    reference: Tensor,  # [n, M]
+    starts: Tensor,  # [n]: positions of the blocks' first queries
+    lists: Sequence[LivingList],  # n
+    keys: _Keys,
+    scale: float,
+) -> Tensor:
+    """Each of n blocks of M queries to the keys of its list -> [n, G, M, D].  A row that sees nothing gives 0."""
+    index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
+    if not index.shape[1]:
+        return torch.zeros_like(rows)
+    absent = index < 0 if min(len(each.keys) for each in lists) < index.shape[1] else None
+    if absent is not None:
+        # A key that the block sees stands in for those that its list lacks: whatever it holds, the block has it already.
+        index = torch.where(absent, index[:, :1].clamp(min=0), index)
+    key, value, gate, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
+    if absent is not None:
+        gate = gate.masked_fill(absent, -math.inf)
+    computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    mask = (gate.unsqueeze(1) - reference.unsqueeze(2)).to(computed)  # [n, M, C]
+    some = slice(max(each.partial for each in lists))
+    first, last = (position[:, some] - starts[:, None] for position in (index, death))
+    mask[..., some] = torch.minimum(mask[..., some], _bound(first, last, reference.shape[1], computed))
+
+    group = rows.shape[1]
+    key, value = (t.to(computed).unsqueeze(1).expand(-1, group, -1, -1) for t in (key, value))
+    with torch.autocast("cpu", enabled=False):
+        output = scaled_dot_product_attention(rows.to(computed), key, value, attn_mask=mask.unsqueeze(1), scale=scale)
+    return output if absent is None else output.masked_fill(absent[:, 0, None, None, None], 0.0)
+
+
+def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:
+    """[n, C], [n, C], relative to the block's first query -> [n, block, C]: inf where the query sees the key, else -inf."""
+    # Clamped, so that a float holds them exactly.
+    birth, death = (position.clamp(-1, block + 1).to(dtype).unsqueeze(1) for position in (birth, death))
+    # A query stands half-way to the next, so that it never falls on a bound: seen <=> |query - centre| < radius.
+    query = (torch.arange(block, dtype=dtype) + 0.5)[:, None]
+    return (query - (birth + death) / 2).abs_().sub_((death - birth) / 2).mul_(-math.inf)

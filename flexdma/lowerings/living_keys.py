@@ -1,0 +1,122 @@
+"""Which keys are alive for a block of queries?  The keys that gather attends to.
+
+Slots, as a compiler allocates registers: at most `capacity` keys are alive at any position, so the n-th key to be born takes
+the slot that the (n - capacity)-th key to die has left.  The keys alive before a block are then the last ones to have
+entered each slot: one sort, at most ceil(log2 K) rounds of pointer jumping, one cummax; nothing is Q x K.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexdma.block_metadata import ceil_div
+from flexdma.opaque import opaque_on_cpu
+
+# Blocks, times heads, that `living_lists` lists at once: few enough for its integers to stay in cache.
+BLOCKS_AT_ONCE = 32
+
+
+def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
+    batch, heads, _keys = birth.shape
+    shape = (batch, heads, ceil_div(queries, block), capacity + block)
+    return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape)]
+
+
+@opaque_on_cpu("living_keys", _empty_living_keys)
+def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
+    """For each block of queries the keys that some query of it may see, and their death.
+
+    Returns positions [B, H, R, capacity + block] int64 and death, int32.  First `capacity` slots of keys born before the
+    block, then the block's own positions in order; a slot without a key has death 0.
+    """
+    first_query = birth.shape[-1] - queries
+    slot = _slots(birth, death, capacity)
+    before = _entered(slot, capacity, first_query)
+    keys, _ = _by_block(slot, before, first_query, ceil_div(queries, block), block)
+    index = keys.clamp(min=0).long()
+    death = death.gather(-1, index.flatten(2)).view_as(index)
+    return [index, torch.where(keys < 0, 0, death)]
+
+
+class LivingList(NamedTuple):
+    """The keys that some query of a block sees, and no others."""
+
+    keys: Tensor  # [C]: positions in the flattened [B, H, K]
+    partial: int  # how many of them, the first ones, are born or die inside the block: all queries see the others
+
+
+def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[list[LivingList]]:
+    """For each of B H heads, for each of its R blocks of queries: its living keys.  Eager only, as the lists are ragged."""
+    length, heads = birth.shape[-1], birth.shape[:2].numel()
+    birth, death = birth.reshape(1, heads, length), death.reshape(1, heads, length)
+    slot = _slots(birth, death, capacity)
+    before = _entered(slot, capacity, length - queries)
+    offsets = length * torch.arange(heads, device=birth.device).view(1, heads, 1, 1)
+    lists: list[list[LivingList]] = [[] for _ in range(heads)]
+    step = block * max(1, BLOCKS_AT_ONCE // heads)
+    for start in range(length - queries, length, step):
+        keys, before = _by_block(slot, before, start, ceil_div(min(step, length - start), block), block)
+        index = keys.clamp(min=0).long()
+        last = death.gather(-1, index.flatten(2)).view_as(index)
+        starts = start + block * torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)[:, None]
+        # No slot is taken where keys < 0: the first key stands there, and is never alive at its own birth.
+        alive = (last > torch.maximum(keys, starts)) & (keys >= 0)
+        partial = alive & ((keys >= starts) | (last < starts + block))
+        # Listed twice, so that one selection takes a block's partial keys and then its others.
+        index = index + offsets
+        chosen = torch.cat([partial, alive & ~partial], -1)
+        parts = torch.cat([index, index], -1)[chosen].split(chosen.sum(-1).flatten().tolist())
+        pairs = zip(parts, partial.sum(-1).flatten().tolist(), strict=True)
+        for number, pair in enumerate(pairs):
+            lists[number // len(starts)].append(LivingList(*pair))
+    return lists
+
+
+def _slots(birth: Tensor, death: Tensor, capacity: int) -> Tensor:
+    """The slot that each key takes, < capacity; capacity for a key that never lives.  [B, H, K] int64."""
+    length = birth.shape[-1]
+    positions = torch.arange(length, device=birth.device)
+    # Number the keys that ever live by birth (their own position) and by death.
+    lives = death > birth
+    by_birth = lives.cumsum(-1) - 1
+    key_of_death = torch.where(lives, death.long(), 2 * length).sort(dim=-1, stable=True).indices
+    # The n-th born takes over from the (n - capacity)-th dead; a key without a predecessor is its own.
+    predecessor = key_of_death.gather(-1, (by_birth - capacity).clamp(min=0))
+    root = torch.where(lives & (by_birth >= capacity), predecessor, positions)
+    hops = 1
+    while hops < length:
+        further = root.gather(-1, root)
+        # Most chains are short; where asking is free, ask.
+        if root.device.type == "cpu" and torch.equal(further, root):
+            break
+        root = further
+        hops *= 2
+    return torch.where(lives, by_birth.gather(-1, root), capacity)
+
+
+def _entered(slot: Tensor, capacity: int, position: int) -> Tensor:
+    """The last key to have entered each slot before `position`, -1 for none: [B, H, capacity] int32."""
+    last = torch.full((*slot.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=slot.device)
+    keys = torch.arange(position, dtype=torch.int32, device=slot.device).expand(*slot.shape[:-1], -1)
+    return last.scatter_reduce_(-1, slot[..., :position], keys, "amax")[..., :capacity]
+
+
+def _by_block(slot: Tensor, before: Tensor, start: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
+    """The keys of `blocks` blocks of queries from position `start` on, and what has entered each slot after them.
+
+    Returns [B, H, blocks, capacity + block] and [B, H, capacity], int32, -1 for none.
+    """
+    capacity, length = before.shape[-1], slot.shape[-1]
+    own = torch.arange(start, start + blocks * block, dtype=torch.int32, device=slot.device)
+    born = own[: length - start].expand(*slot.shape[:-1], -1)
+    slot = slot[..., start : start + blocks * block]
+    # Row r is what entered during block r - 1; one cell more for the keys that never live.
+    row = (born - start).div(block, rounding_mode="floor").long() + 1
+    cell = torch.where(slot < capacity, row * capacity + slot, (blocks + 1) * capacity)
+    last = torch.full((*slot.shape[:-1], (blocks + 1) * capacity + 1), -1, dtype=torch.int32, device=slot.device)
+    last[..., :capacity] = before
+    last.scatter_reduce_(-1, cell, born, "amax")
+    last = last[..., :-1].unflatten(-1, (blocks + 1, capacity)).cummax(-2).values
+    own = torch.where(own < length, own, -1).view(blocks, block).expand(*slot.shape[:-1], -1, -1)
+    return torch.cat([last[..., :-1, :], own], -1), last[..., -1, :]
