@@ -7,6 +7,7 @@ causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
 flexdma.score_mods          score_mod recipes for plain FlexAttention
 flexdma.block_masks         mask_mod and BlockMask recipes
 flexdma.reference           the specification, dense
+save_states, load_states    states as safetensors files
 inspect_kernels             what the compiler generates for a call, on any machine
 explain                     what a gate selects, what that costs, and whether it pays
 doctor                      graph breaks, recompilations and fallbacks of a model call
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from flexdma.diagnosis import doctor
     from flexdma.explanation import explain
     from flexdma.inspection import inspect_kernels
+    from flexdma.state_files import load_states, save_states
 
 __all__ = [
     "DynamicMaskAttention",
@@ -43,16 +45,20 @@ __all__ = [
     "explain",
     "global_top_w",
     "inspect_kernels",
+    "load_states",
     "pack",
+    "save_states",
     "sliding_window",
 ]
 
 
-# Name -> where it is.  Imported when first used: they look into the compiler, which takes a second to import.
+# Name -> where it is.  Imported when first used: they need what takes a second to import, or an extra.
 _TOOLS = {
     "doctor": "flexdma.diagnosis",
     "explain": "flexdma.explanation",
     "inspect_kernels": "flexdma.inspection",
+    "load_states": "flexdma.state_files",
+    "save_states": "flexdma.state_files",
 }
 
 

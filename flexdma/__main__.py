@@ -17,6 +17,7 @@ COMMANDS = {
     "inspect": ("flexdma.inspection.command", "show the kernels that the compiler generates"),
     "bench": ("flexdma.bench.command", "measure the operator against attention to everything"),
     "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),
+    "longrun": ("flexdma.longrun.command", "read a million tokens in constant memory, then decode at constant cost"),
     "view": ("flexdma.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
