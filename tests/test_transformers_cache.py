@@ -132,7 +132,7 @@ def test_a_model_without_flexdma_cannot_use_it():
 
 def test_other_caches_are_refused():
     model, ids = use_flexdma(doge()), distinct_tokens(1, 8)
-    with pytest.raises(ValueError, match="cache_implementation: expected None.*got 'static'"):
+    with pytest.raises(ValueError, match=r"cache_implementation: expected None.*got 'static'"):
         tokens(model, ids, cache_implementation="static")
     static = StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(TypeError, match="expected DynamicMaskCache or DynamicCache, got StaticCache"):

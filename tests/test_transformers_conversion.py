@@ -1,4 +1,4 @@
-"""Decoders with gates: the start is a sliding window, the gates learn, with Trainer and with PEFT, and can be loaded again."""
+"""Decoders with gates: they start as a sliding window, learn, with Trainer and with PEFT, and can be loaded again."""
 
 import copy
 
@@ -84,7 +84,7 @@ def test_a_saved_model_loads_with_its_gates(family, dtype, tmp_path):
 def test_loading_refuses_what_has_no_gates(tmp_path):
     model = causal_lm("Llama")
     model.save_pretrained(tmp_path / "plain")
-    with pytest.raises(ValueError, match="config.flexdma: expected what convert_to_dma writes.*got a plain llama"):
+    with pytest.raises(ValueError, match=r"config.flexdma: expected what convert_to_dma writes.*got a plain llama"):
         from_pretrained(tmp_path / "plain")
     model.config.flexdma = convert_to_dma(causal_lm("Llama"), W).config.flexdma
     model.save_pretrained(tmp_path / "hollow")
@@ -113,7 +113,9 @@ def test_peft_trains_gates_and_adapters(targets, tmp_path):
     config = peft.LoraConfig(r=2, target_modules=targets, modules_to_save=["value_gate"], task_type="CAUSAL_LM")
     model = peft.get_peft_model(convert_to_dma(copy.deepcopy(original), W), config)
     trained(model, tmp_path)
-    assert all(p.abs().min() > 0 for name, p in gates(model).items() if "modules_to_save" in name and name.endswith(".A"))
+    assert all(
+        p.abs().min() > 0 for name, p in gates(model).items() if "modules_to_save" in name and name.endswith(".A")
+    )
     want = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(convert_to_dma(copy.deepcopy(original), W), tmp_path / "adapter").eval()
@@ -136,7 +138,12 @@ def test_an_adapter_on_the_gate_itself_is_not_ignored(tmp_path):
     [
         (doge, {}, TypeError, "expected a model without gates, got DogeForCausalLM; use_flexdma"),
         (lambda: convert_to_dma(causal_lm("Llama"), W), {}, ValueError, "expected one not yet converted"),
-        (lambda: causal_lm("Mistral"), {"window_size": 7}, ValueError, "at most the model's own sliding window of 6, got 7"),
+        (
+            lambda: causal_lm("Mistral"),
+            {"window_size": 7},
+            ValueError,
+            "at most the model's own sliding window of 6, got 7",
+        ),
         (lambda: causal_lm("Gemma2"), {}, ValueError, "config.attn_logit_softcapping: expected None, got 50.0"),
         (lambda: causal_lm("Llama"), {"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
         (lambda: causal_lm("Llama"), {"recency": "last"}, ValueError, "recency: expected one of"),

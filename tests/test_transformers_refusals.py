@@ -14,7 +14,9 @@ def model(request):
 
 
 def test_attention_weights(model):
-    with pytest.raises(ValueError, match="output_attentions: expected None, as attention weights are never formed, got True"):
+    with pytest.raises(
+        ValueError, match="output_attentions: expected None, as attention weights are never formed, got True"
+    ):
         model(distinct_tokens(1, 8), output_attentions=True)
 
 
@@ -23,7 +25,9 @@ def test_a_head_mask(model):
         model(distinct_tokens(1, 8), head_mask=torch.ones(2, 4))
 
 
-@pytest.mark.parametrize("make", [lambda **c: use_flexdma(doge(**c)), lambda **c: convert_to_dma(causal_lm("Llama", **c), 6)])
+@pytest.mark.parametrize(
+    "make", [lambda **c: use_flexdma(doge(**c)), lambda **c: convert_to_dma(causal_lm("Llama", **c), 6)]
+)
 def test_attention_dropout_in_training_only(make):
     model, ids = make(attention_dropout=0.1), distinct_tokens(1, 8)
     assert model(ids).logits.isfinite().all()
@@ -37,7 +41,9 @@ def test_a_mask_of_queries_by_keys(model):
 
 
 def test_a_mask_of_another_length(model):
-    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, past and new tokens\] = \[1, 8\], got \[1, 7\]"):
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected \[B, past and new tokens\] = \[1, 8\], got \[1, 7\]"
+    ):
         model(distinct_tokens(1, 8), attention_mask=torch.ones(1, 7))
 
 
@@ -66,7 +72,9 @@ def test_another_attention_for_gates():
 
 
 def test_gates_that_are_not_there():
-    with pytest.raises(TypeError, match="expected a model of convert_to_dma for 'flexdma', got LlamaAttention without gates"):
+    with pytest.raises(
+        TypeError, match="expected a converted model for 'flexdma', got LlamaAttention without gates"
+    ):
         causal_lm("Llama").to("cpu").__class__(_flexdma_config())(distinct_tokens(1, 8))
 
 

@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface
 
 from flexdma.attention import dynamic_mask_attention
@@ -18,7 +18,7 @@ from flexdma.integrations.transformers.refusals import (
 
 
 def attend(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -42,16 +42,16 @@ def attend(
     refuse_traced_cache(cache, query, options["lowering"])
     if module.layer_idx == 0:
         refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
-    masks = read_light_mask(mask, query.shape[0], key.shape[2])
+    options = options | read_light_mask(mask, query.shape[0], key.shape[2])
     if isinstance(cache, DynamicMaskCache):
-        output = cache.layers[module.layer_idx].attend(query, key, value, gate, scale=scaling, **options, **masks)
+        output = cache.layers[module.layer_idx].attend(query, key, value, gate, scale=scaling, **options)
     else:
-        output = dynamic_mask_attention(query, key, value, gate(value), scale=scaling, **options, **masks)
+        output = dynamic_mask_attention(query, key, value, gate(value), scale=scaling, **options)
     return output.transpose(1, 2).contiguous()
 
 
 def attention_interface(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -61,10 +61,10 @@ def attention_interface(
     dynamic_mask_cache: object = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """transformers' attention interface, for layers that `convert_to_dma` gave a `value_gate`."""
+    """Transformers' attention interface, for layers that `convert_to_dma` gave a `value_gate`."""
     if not hasattr(module, "value_gate"):
         raise TypeError(
-            f"attn_implementation: expected a model of convert_to_dma for 'flexdma', got {type(module).__name__} without gates"
+            f"attn_implementation: expected a converted model for 'flexdma', got {type(module).__name__} without gates"
         )
     output = attend(
         module, query, key, value, attention_mask, module.value_gate, dynamic_mask_cache, dropout=dropout, scaling=scaling,

@@ -47,9 +47,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         self._updated = True
         return key_states, value_states
 
-    def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], **options: Any
-    ) -> Tensor:
+    def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], **options: Any) -> Tensor:
         """Attention of the new tokens to all kept keys, which then are among them; [B, Hq, Q, Dv]."""
         before, past = self.state, self.tokens
         output, self.state = _advance(before, query, key, value, gate, options)
@@ -65,8 +63,11 @@ class DynamicMaskLayer(CacheLayerMixin):
 
     def crop(self, tokens_to_remove: int) -> None:
         """Forget the last -tokens_to_remove tokens.  ValueError where keys that they evicted are gone."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts them in a tensor
         if tokens_to_remove > 0:
-            raise ValueError(f"tokens_to_remove: expected a number <= 0, as transformers gives it, got {tokens_to_remove}")
+            raise ValueError(
+                f"tokens_to_remove: expected a number <= 0, as transformers gives it, got {tokens_to_remove}"
+            )
         kept = self.tokens + tokens_to_remove
         past, self._past = self._past, None
         if tokens_to_remove == 0 or self.state is None:
@@ -115,7 +116,12 @@ class DynamicMaskLayer(CacheLayerMixin):
 
 
 def _advance(
-    state: DynamicMaskState | None, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], options: dict
+    state: DynamicMaskState | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Callable[..., Tensor],
+    options: dict,
 ) -> tuple[Tensor, DynamicMaskState]:
     """Output of the new tokens and the state after them."""
     before = {} if state is None else {"first_position": state.length, "forgotten": state.forgotten}

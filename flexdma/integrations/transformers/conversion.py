@@ -71,7 +71,7 @@ def convert_to_dma(
     return model
 
 
-def _show_the_cache(layer: nn.Module, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
+def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """The layer passes unknown arguments on to the attention interface, which otherwise would not see the cache."""
     if layer.config._attn_implementation != NAME:
         raise ValueError(
@@ -90,7 +90,7 @@ def _check_choice(choice: dict[str, Any], lowering: str | None) -> None:
     checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
 
 
-def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
+def _attention_layers(model: PreTrainedModel) -> list[Any]:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     layers = [m for m in model.modules() if all(hasattr(m, name) for name in LAYER_ATTRIBUTES)]
@@ -99,7 +99,9 @@ def _attention_layers(model: PreTrainedModel) -> list[nn.Module]:
     if any(hasattr(layer, "value_gate") for layer in layers):
         raise ValueError(f"model: expected one not yet converted, got {getattr(model.config, 'flexdma', None)}")
     if not layers or not model._supports_attention_backend:
-        raise TypeError(f"model: expected attention layers that call the attention interface, got {type(model).__name__}")
+        raise TypeError(
+            f"model: expected attention layers that call the attention interface, got {type(model).__name__}"
+        )
     return layers
 
 

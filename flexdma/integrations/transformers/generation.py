@@ -1,7 +1,7 @@
 """`generate` with the bounded cache by default.
 
-transformers makes the cache of a `generate` call in one method of the model.  It is shadowed on this one instance: subclassing
-the model would write the subclass's name into saved configs.
+transformers makes the cache of a `generate` call in one method of the model.  It is shadowed on this one instance, as a
+subclass of the model would write its own name into saved configs.
 """
 
 from functools import partial
@@ -17,10 +17,12 @@ from flexdma.integrations.transformers.refusals import refuse_cache_kind
 def bound_the_cache(model: nn.Module) -> None:
     """Let `generate` of this model make a DynamicMaskCache where no other cache is asked for."""
     if isinstance(model, GenerationMixin):
-        model._prepare_cache_for_generation = partial(_prepare_cache, model)  # type: ignore[method-assign]
+        model._prepare_cache_for_generation = partial(_prepare_cache, model)
 
 
-def _prepare_cache(model: Any, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any) -> None:
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
+) -> None:
     implementation = generation_config.cache_implementation
     if implementation not in (None, "dynamic"):
         raise ValueError(

@@ -10,7 +10,7 @@ from flexdma.integrations.transformers.doge import use_flexdma
 
 
 def from_pretrained(name_or_path: str, *, lowering: str | None = None, **arguments: Any) -> PreTrainedModel:
-    """transformers' from_pretrained, then `use_flexdma` for Doge and `convert_to_dma` as its config says for others.
+    """Transformers' from_pretrained, then `use_flexdma` for Doge and `convert_to_dma` as its config says for others.
 
     lowering: of the operator.  arguments: of transformers' from_pretrained.  The class is the one that was saved.
     Raises ValueError where the config is neither Doge's nor that of a converted model, or weights of gates are missing.
@@ -32,7 +32,9 @@ def from_pretrained(name_or_path: str, *, lowering: str | None = None, **argumen
     )
     missing = sorted(name for name in info["missing_keys"] if "value_gate." in name)
     if missing:
-        raise ValueError(f"name_or_path: expected the weights of all gates in {str(name_or_path)!r}, got no {missing[0]}")
+        raise ValueError(
+            f"name_or_path: expected the weights of all gates in {str(name_or_path)!r}, got no {missing[0]}"
+        )
     # Its own class again, whose name save_pretrained writes.
     model.__class__ = plain
     return model

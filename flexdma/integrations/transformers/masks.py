@@ -27,7 +27,7 @@ def light_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """transformers' mask interface: None, or [B, 1, 1, K]: bool, True = real, or int64, the number of the key's document.
+    """Transformers' mask interface: None, or [B, 1, 1, K]: bool, True = real, or int64, the number of the key's document.
 
     A sliding window in `mask_function` is not looked at: `convert_to_dma` accepts models whose windows are not shorter than
     its own, which takes their place.  Raises ValueError for masks that are not causal, or not as long as the tokens.

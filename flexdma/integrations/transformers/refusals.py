@@ -7,8 +7,8 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flexdma.lowerings.choice import choose_lowering
 from flexdma.integrations.transformers.cache import DynamicMaskCache, DynamicMaskLayer
+from flexdma.lowerings.choice import choose_lowering
 
 # Argument of an attention layer -> why it is refused.  None and False are no request.
 REFUSED = {
