@@ -91,11 +91,12 @@ def test_a_bare_doge_model_works():
     assert_close(use_flexdma(copy.deepcopy(shipped))(ids).last_hidden_state, shipped(ids).last_hidden_state)
 
 
-def test_training_compiles_to_one_graph():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
+def test_training_compiles_to_one_graph(backend):
     model, ids = use_flexdma(doge(num_hidden_layers=1)), distinct_tokens(2, 24)
     want, want_gradients = loss_and_gradients(model, ids, padding("right", ids))
     want_gradients = {name: gradient.clone() for name, gradient in want_gradients.items()}
-    counter = CompileCounterWithBackend("inductor")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     model.zero_grad()
     mask = padding("right", ids)
@@ -107,10 +108,11 @@ def test_training_compiles_to_one_graph():
     assert counter.frame_count == 1
 
 
+@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 @torch.no_grad()
-def test_decoding_compiles_to_one_graph_that_serves_every_length():
+def test_decoding_compiles_to_one_graph_that_serves_every_length(backend):
     model, ids = use_flexdma(doge()), distinct_tokens(2, 24)
-    counter = CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
     cache, same = DynamicMaskCache(), DynamicMaskCache()

@@ -72,9 +72,7 @@ def test_another_attention_for_gates():
 
 
 def test_gates_that_are_not_there():
-    with pytest.raises(
-        TypeError, match="expected a converted model for 'flexdma', got LlamaAttention without gates"
-    ):
+    with pytest.raises(TypeError, match="expected a converted model for 'flexdma', got LlamaAttention without gates"):
         causal_lm("Llama").to("cpu").__class__(_flexdma_config())(distinct_tokens(1, 8))
 
 
