@@ -31,8 +31,8 @@ class DynamicMaskLayer(CacheLayerMixin):
         self.tokens = 0
         self.record_past = False
         self._updated = False
-        # The state and length before the last tokens, and how to run those again: what `crop` needs to be exact.
-        self._past: tuple[DynamicMaskState | None, int, Callable[[int], DynamicMaskState]] | None = None
+        # Per forward pass since the last `crop`: state and length before it, and how to run its first tokens again.
+        self._past: list[tuple[DynamicMaskState | None, int, Callable[[int], DynamicMaskState]]] = []
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first `attend` makes the state."""
@@ -54,11 +54,11 @@ class DynamicMaskLayer(CacheLayerMixin):
         self.tokens += key.shape[2]
         self.is_initialized, self._updated = True, False
         if self.record_past:
-            self._past = before, past, partial(_replay, before, key, value, gate, options)
+            self._past.append((before, past, partial(_replay, before, key, value, gate, options)))
         return output
 
     def activate_past_recording(self) -> None:
-        """Keep what `crop` needs to take back the tokens of the last forward pass, exactly."""
+        """From now on keep what `crop` needs to be exact; it grows until `crop` is called, as transformers' own caches do."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
@@ -69,11 +69,12 @@ class DynamicMaskLayer(CacheLayerMixin):
                 f"tokens_to_remove: expected a number <= 0, as transformers gives it, got {tokens_to_remove}"
             )
         kept = self.tokens + tokens_to_remove
-        past, self._past = self._past, None
+        recorded = [step for step in self._past if step[1] <= kept]
+        self._past = []
         if tokens_to_remove == 0 or self.state is None:
             return
-        if past is not None and kept >= past[1]:
-            before, length, replay = past
+        if recorded:
+            before, length, replay = recorded[-1]
             self.state = before if kept == length else replay(kept - length)
         else:
             self.state = self.state.crop(-tokens_to_remove)
@@ -93,12 +94,12 @@ class DynamicMaskLayer(CacheLayerMixin):
 
     def reset(self) -> None:
         """Back to no tokens."""
-        self.state, self.tokens, self._past, self._updated, self.is_initialized = None, 0, None, False, False
+        self.state, self.tokens, self._past, self._updated, self.is_initialized = None, 0, [], False, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The rows of these numbers, repeats allowed."""
         if self.state is not None:
-            self.state, self._past = self.state.reorder(beam_idx.to(self.state.length.device)), None
+            self.state, self._past = self.state.reorder(beam_idx.to(self.state.length.device)), []
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Only these rows."""

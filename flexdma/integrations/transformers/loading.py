@@ -8,6 +8,9 @@ from transformers import AutoConfig, PreTrainedModel
 from flexdma.integrations.transformers.conversion import convert_to_dma
 from flexdma.integrations.transformers.doge import use_flexdma
 
+# Arguments of transformers' from_pretrained that say where the files are, the config among them.
+LOCATION = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
+
 
 def from_pretrained(name_or_path: str, *, lowering: str | None = None, **arguments: Any) -> PreTrainedModel:
     """Transformers' from_pretrained, then `use_flexdma` for Doge and `convert_to_dma` as its config says for others.
@@ -15,7 +18,8 @@ def from_pretrained(name_or_path: str, *, lowering: str | None = None, **argumen
     lowering: of the operator.  arguments: of transformers' from_pretrained.  The class is the one that was saved.
     Raises ValueError where the config is neither Doge's nor that of a converted model, or weights of gates are missing.
     """
-    config = arguments.pop("config", None) or AutoConfig.from_pretrained(name_or_path)
+    where = {name: arguments[name] for name in LOCATION if name in arguments}
+    config = arguments.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
     choice = getattr(config, "flexdma", None)
     if config.model_type != "doge" and choice is None:
         raise ValueError(

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from flexdma.integrations.transformers.cache import DynamicMaskCache, DynamicMaskLayer
+from flexdma.integrations.transformers.cache import DynamicMaskCache
 from flexdma.lowerings.choice import choose_lowering
 
 # Argument of an attention layer -> why it is refused.  None and False are no request.
@@ -37,22 +37,20 @@ def refuse_arguments(module: nn.Module, dropout: float, arguments: dict[str, Any
 
 
 def refuse_cache_kind(cache: object) -> None:
-    """Raise unless the cache is one that gives every key back, or DynamicMaskCache."""
-    layers = cache.layers if isinstance(cache, DynamicMaskCache | DynamicCache) else [cache]
-    for layer in layers:
-        if type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) and not isinstance(layer, DynamicMaskLayer):
-            raise TypeError(
-                f"past_key_values: expected DynamicMaskCache or DynamicCache, got {type(cache).__name__}"
-                + (f" of {type(layer).__name__}" if layer is not cache else "")
-            )
+    """Raise TypeError unless the cache is one that gives every key back, or DynamicMaskCache."""
+    if not isinstance(cache, DynamicMaskCache | DynamicCache):
+        raise TypeError(f"past_key_values: expected DynamicMaskCache or DynamicCache, got {type(cache).__name__}")
 
 
-def refuse_cache(cache: object, layer: int, keys: int) -> None:
+def refuse_cache(cache: Any, layer: int, keys: int) -> None:
     """Raise unless the cache, updated, gave `keys` keys that are all there are, or is DynamicMaskCache."""
     if cache is None or isinstance(cache, DynamicMaskCache):
         return
     refuse_cache_kind(cache)
-    seen = cache.get_seq_length(layer)  # type: ignore[attr-defined]
+    kind = type(cache.layers[layer])
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise TypeError(f"past_key_values: expected layers of DynamicLayer, got a {kind.__name__}")
+    seen = cache.get_seq_length(layer)
     if seen != keys:
         raise ValueError(
             f"past_key_values: expected all {seen} keys, got {keys}: the model's own sliding-window cache has dropped keys "
