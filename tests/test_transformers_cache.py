@@ -83,7 +83,8 @@ def test_its_rows_can_be_chosen_and_repeated():
     cache = DynamicMaskCache()
     model(ids[:, :8], past_key_values=cache)
     cache.batch_repeat_interleave(2)
-    cache.batch_select_indices(torch.tensor([3, 0]))
+    cache.batch_select_indices(torch.tensor([3, 1, 0]))
+    cache.batch_select_indices(torch.tensor([True, False, True]))
     got = model(ids.flip(0)[:, 8:], past_key_values=cache).logits
     assert_close(got, model(ids.flip(0)).logits[:, 8:])
 

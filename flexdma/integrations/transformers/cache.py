@@ -99,11 +99,12 @@ class DynamicMaskLayer(CacheLayerMixin):
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """The rows of these numbers, repeats allowed."""
         if self.state is not None:
-            self.state, self._past = self.state.reorder(beam_idx.to(self.state.length.device)), []
+            rows = beam_idx.to(self.state.length.device, torch.int64)  # beam search counts in int32
+            self.state, self._past = self.state.reorder(rows), []
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows."""
-        self.reorder_cache(indices)
+        """Only these rows, by number or as a mask."""
+        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Each row so many times."""
