@@ -11,6 +11,7 @@ save_states, load_states    states as safetensors files
 inspect_kernels             what the compiler generates for a call, on any machine
 explain                     what a gate selects, what that costs, and whether it pays
 doctor                      graph breaks, recompilations and fallbacks of a model call
+flexdma.integrations        transformers: Doge, and gates for other decoders
 """
 
 import importlib

@@ -114,7 +114,10 @@ class ValueGate(nn.Module):
         return decay + before[..., None]
 
 
-def _project(projection: nn.Linear, value: Tensor) -> Tensor:
+def _project(projection: nn.Module, value: Tensor) -> Tensor:
     """[B, Hkv, K, Dv] -> [B, Hkv, K], from all heads of a position, in float32."""
-    bias = None if projection.bias is None else projection.bias.float()
-    return linear(value.transpose(1, 2).flatten(2).float(), projection.weight.float(), bias).mT
+    joined = value.transpose(1, 2).flatten(2).float()
+    if isinstance(projection, nn.Linear):
+        bias = None if projection.bias is None else projection.bias.float()
+        return linear(joined, projection.weight.float(), bias).mT
+    return projection(joined).float().mT  # an adapter around it, whose weight alone is not what it computes

@@ -1,0 +1,1 @@
+"""flexdma inside other people's models: one package per library, imported on its own."""

@@ -1,0 +1,21 @@
+"""Hugging Face transformers, 5.17 to 5.23 (extra `flexdma[transformers]`); docs/transformers.md has the recipes.
+
+use_flexdma         Doge models compute their attention with flexdma: same weights, same state_dict
+convert_to_dma      give any decoder with grouped-query attention the gates of Dynamic Mask Attention, to train on
+from_pretrained     load what was saved of either
+DynamicMaskCache    the bounded key-value cache that `generate` uses with these models
+"""
+
+try:
+    import transformers as _transformers  # noqa: F401
+except ImportError as error:
+    raise ImportError(
+        "transformers: expected 5.17 or newer to be installed, got none; pip install 'flexdma[transformers]'"
+    ) from error
+
+from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.conversion import convert_to_dma
+from flexdma.integrations.transformers.doge import use_flexdma
+from flexdma.integrations.transformers.loading import from_pretrained
+
+__all__ = ["DynamicMaskCache", "convert_to_dma", "from_pretrained", "use_flexdma"]

@@ -1,0 +1,76 @@
+"""One attention for all models: what the layers of transformers call, and what it does with each kind of cache."""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+from transformers import AttentionInterface
+
+from flexdma.attention import dynamic_mask_attention
+from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.masks import NAME, read_light_mask
+from flexdma.integrations.transformers.refusals import (
+    refuse_arguments,
+    refuse_cache,
+    refuse_traced_cache,
+    refuse_unmarked_packing,
+)
+
+
+def attend(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    gate: Callable[..., Tensor],
+    cache: object,
+    *,
+    dropout: float,
+    scaling: float | None,
+    options: dict[str, Any],
+    arguments: dict[str, Any],
+) -> Tensor:
+    """Attention of a layer after its cache was updated: [B, Q, Hq, Dv].
+
+    query [B, Hq, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, Dv]: K of all tokens, or with DynamicMaskCache of the new ones.
+    mask: see `light_mask`.  gate(value, **before): the gates of values, as of `ValueGate`.
+    options: window_size, sinks, recent, lowering.  arguments: the others of the layer's call, to be looked at.
+    """
+    refuse_arguments(module, dropout, arguments)
+    refuse_cache(cache, module.layer_idx, key.shape[2])
+    refuse_traced_cache(cache, query, options["lowering"])
+    if module.layer_idx == 0:
+        refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
+    options = options | read_light_mask(mask, query.shape[0], key.shape[2])
+    if isinstance(cache, DynamicMaskCache):
+        output = cache.layers[module.layer_idx].attend(query, key, value, gate, scale=scaling, **options)
+    else:
+        output = dynamic_mask_attention(query, key, value, gate(value), scale=scaling, **options)
+    return output.transpose(1, 2).contiguous()
+
+
+def attention_interface(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    dynamic_mask_cache: object = None,
+    **arguments: Any,
+) -> tuple[Tensor, None]:
+    """Transformers' attention interface, for layers that `convert_to_dma` gave a `value_gate`."""
+    if not hasattr(module, "value_gate"):
+        raise TypeError(
+            f"attn_implementation: expected a converted model for 'flexdma', got {type(module).__name__} without gates"
+        )
+    output = attend(
+        module, query, key, value, attention_mask, module.value_gate, dynamic_mask_cache, dropout=dropout, scaling=scaling,
+        options=module.dynamic_mask_options, arguments=arguments,
+    )  # fmt: skip
+    return output, None
+
+
+AttentionInterface.register(NAME, attention_interface)

@@ -1,0 +1,95 @@
+"""Hugging Face's Doge, the model of "Trainable Dynamic Mask Sparse Attention" (arXiv 2508.02124), on flexdma.
+
+As shipped, each layer builds a [B, Hq, Q, K] mask with a top-k per query before it calls the attention interface, so the
+layer itself has to change: its class is replaced by a subclass, which keeps parameters, names and hooks.
+"""
+
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+from transformers import PreTrainedModel
+from transformers.models.doge.modeling_doge import DogeAttention, apply_rotary_pos_emb
+
+from flexdma import checks
+from flexdma.integrations.transformers.attention import attend
+from flexdma.integrations.transformers.generation import bound_the_cache
+from flexdma.integrations.transformers.masks import NAME
+
+Model = TypeVar("Model", bound=PreTrainedModel)
+
+
+class DogeDynamicMaskAttention(DogeAttention):
+    """DogeAttention's parameters and projections, with the operator of flexdma."""
+
+    lowering: str | None = None
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor],
+        attention_mask: Tensor | None = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> tuple[Tensor, None]:
+        """As DogeAttention's; attention_mask is `light_mask`'s."""
+        leading = hidden_states.shape[:-1]
+        heads = (*leading, -1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
+        if past_key_values is not None:
+            key, value = past_key_values.update(key, value, self.layer_idx)
+        output = attend(
+            self, query, key, value, attention_mask, self.gate, past_key_values,
+            dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
+            options={"window_size": self.keep_window_size, "lowering": self.lowering}, arguments=kwargs,
+        )  # fmt: skip
+        return self.o_proj(output.flatten(2)), None
+
+    def gate(self, value: Tensor, **_: Any) -> Tensor:
+        """exp(A * softplus(dt_proj(values))): [B, Hkv, K, D] -> [B, Hkv, K], at least float32.
+
+        dt_proj is called in the dtype of its parameters, as shipped; unlike there, nothing is rounded to it afterwards.
+        """
+        joined = value.transpose(1, 2).flatten(2)
+        with torch.autocast(value.device.type, enabled=False):
+            step = self.dt_proj(joined.to(self.A.dtype))
+            wide = torch.promote_types(step.dtype, torch.float32)
+            return torch.exp(self.A.to(wide) * softplus(step.to(wide))).mT
+
+
+def use_flexdma(model: Model, *, lowering: str | None = None) -> Model:
+    """Let a Doge model's layers compute with flexdma; the model is changed in place and returned.
+
+    Same parameters, same state_dict, same config on disk.  `generate` then keeps a DynamicMaskCache, and
+    `torch.compile(model, fullgraph=True)` works.
+    lowering: of the operator, see `dynamic_mask_attention`.
+    Raises TypeError where there is no DogeAttention, ValueError for a config that is not Dynamic Mask Attention alone.
+    """
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
+    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
+    layers = [module for module in model.modules() if isinstance(module, DogeAttention)]
+    if not layers:
+        raise TypeError(f"model: expected a Doge model, got {type(model).__name__}; convert_to_dma is for other models")
+    if model.config.sliding_window is not None:
+        raise ValueError(
+            "config.sliding_window: expected None, as a top-w inside a sliding window lets keys return, "
+            f"got {model.config.sliding_window}"
+        )
+    for layer in layers:
+        _check_layer(layer)
+        layer.__class__ = DogeDynamicMaskAttention
+        layer.lowering = lowering
+    model.config._attn_implementation = NAME
+    bound_the_cache(model)
+    return model
+
+
+def _check_layer(layer: nn.Module) -> None:
+    if type(layer) not in (DogeAttention, DogeDynamicMaskAttention):
+        raise TypeError(f"model: expected layers of DogeAttention, got its subclass {type(layer).__name__}")
+    checks.positive_int("config.keep_window_size", layer.keep_window_size)

@@ -1,0 +1,40 @@
+"""`generate` with the bounded cache by default.
+
+transformers makes the cache of a `generate` call in one method of the model.  It is shadowed on this one instance, as a
+subclass of the model would write its own name into saved configs.
+"""
+
+from functools import partial
+from typing import Any
+
+from torch import nn
+from transformers import GenerationMixin
+
+from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.refusals import refuse_cache_kind
+
+
+def bound_the_cache(model: nn.Module) -> None:
+    """Let `generate` of this model make a DynamicMaskCache where no other cache is asked for."""
+    if isinstance(model, GenerationMixin):
+        model._prepare_cache_for_generation = partial(_prepare_cache, model)
+
+
+def _prepare_cache(
+    model: Any, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
+) -> None:
+    implementation = generation_config.cache_implementation
+    if implementation not in (None, "dynamic"):
+        raise ValueError(
+            f"cache_implementation: expected None, for DynamicMaskCache, or 'dynamic', which grows, got {implementation!r}"
+        )
+    given = model_kwargs.get("past_key_values")
+    if given is not None:
+        refuse_cache_kind(given)
+    if given is not None or implementation is not None or generation_config.use_cache is False:
+        type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *others, **named)
+        return
+    cache = DynamicMaskCache()
+    if generation_config.is_assistant:
+        cache.activate_past_recording()
+    model_kwargs["past_key_values"] = cache

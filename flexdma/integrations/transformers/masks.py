@@ -1,0 +1,84 @@
+"""The mask that reaches the layers: one number per key, where transformers' own are Q x K.
+
+Causality and the selection are the operator's; what is left is padding and packed sequences.  Both fit a [B, 1, 1, K] tensor,
+which transformers hands through unread because it has four dimensions.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function
+
+NAME = "flexdma"
+
+
+def light_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int = 0,
+    kv_offset: int = 0,
+    mask_function: Callable = causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    device: torch.device | str = "cpu",
+    **others: Any,
+) -> Tensor | None:
+    """Transformers' mask interface: None, or [B, 1, 1, K]: bool, True = real, or int64, the number of the key's document.
+
+    A sliding window in `mask_function` is not looked at: `convert_to_dma` accepts models whose windows are not shorter than
+    its own, which takes their place.  Raises ValueError for masks that are not causal, or not as long as the tokens.
+    """
+    if "allow_is_bidirectional_skip" in others:
+        raise ValueError("attention_mask: expected causal attention, got a bidirectional mask")
+    if use_vmap:
+        raise ValueError("attention_mask: expected a causal mask with padding, got a model with its own mask function")
+    if attention_mask is not None:
+        if attention_mask.shape != (batch_size, kv_offset + kv_length):
+            raise ValueError(
+                f"attention_mask: expected [B, past and new tokens] = {[batch_size, kv_offset + kv_length]}, "
+                f"got {list(attention_mask.shape)}"
+            )
+        return attention_mask[:, None, None, kv_offset:]
+    if mask_function is causal_mask_function or q_length != kv_length:
+        return None  # packed sequences come in one piece
+    documents = _documents(mask_function, batch_size, q_length, device)
+    return None if documents is None else documents[:, None, None, :]
+
+
+def _documents(mask_function: Callable, batch: int, length: int, device: torch.device | str) -> Tensor | None:
+    """Document numbers [B, K] of packed sequences: a token that does not see the one before it begins a document.
+
+    None where there is one document, if that can be asked: not while compiling.
+    """
+    row = torch.arange(batch, device=device)[:, None]
+    later = torch.arange(1, length, device=device)[None, :]
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    begins = ~mask_function(row, head, later, later - 1).expand(batch, length - 1)
+    if not torch.compiler.is_compiling():
+        if mask_function(row, head, later - 1, later).any():
+            raise ValueError("attention_mask: expected a causal mask, got one in which a token sees the next")
+        if not begins.any():
+            return None
+    return torch.nn.functional.pad(begins.cumsum(-1), (1, 0))
+
+
+def read_light_mask(mask: object, batch: int, keys: int) -> dict[str, Tensor | None]:
+    """The operator's key_padding_mask and document_ids.  Raises ValueError for any other mask that was given."""
+    if mask is None:
+        return {"key_padding_mask": None, "document_ids": None}
+    if not isinstance(mask, Tensor) or mask.shape != (batch, 1, 1, keys) or mask.dtype not in (torch.bool, torch.int64):
+        got = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(
+            f"attention_mask: expected [B, tokens] with 1 for real tokens (inside a layer {[batch, 1, 1, keys]}), got {got}; "
+            "masks of queries by keys are not supported"
+        )
+    numbers = mask[:, 0, 0]
+    padded = mask.dtype == torch.bool
+    return {"key_padding_mask": numbers if padded else None, "document_ids": None if padded else numbers}
+
+
+AttentionMaskInterface.register(NAME, light_mask)

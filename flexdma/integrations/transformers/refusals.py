@@ -1,0 +1,87 @@
+"""What these integrations do not compute, each refused by name: nothing that changes attention is silently ignored."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.lowerings.choice import choose_lowering
+
+# Argument of an attention layer -> why it is refused.  None and False are no request.
+REFUSED = {
+    "output_attentions": "attention weights are never formed",
+    "head_mask": "heads are not masked",
+    "softcap": "scores are not capped",
+    "s_aux": "there are no learned sinks",
+    "position_bias": "there is no position bias",
+    "cu_seq_lens_q": "packed sequences are given by position_ids alone",
+    "cu_seq_lens_k": "packed sequences are given by position_ids alone",
+}
+
+
+def refuse_arguments(module: nn.Module, dropout: float, arguments: dict[str, Any]) -> None:
+    """Raise ValueError for an argument of the layer that would need attention weights, or another attention."""
+    if dropout:
+        raise ValueError(f"attention_dropout: expected 0 in training, got {dropout}")
+    for name, why in REFUSED.items():
+        asked = arguments.get(name)
+        if asked is not None and asked is not False:
+            raise ValueError(f"{name}: expected None, as {why}, got {_text(asked)}")
+    if getattr(module.config, "output_attentions", False):
+        raise ValueError("config.output_attentions: expected False, as attention weights are never formed, got True")
+    if arguments.get("is_causal") is False:
+        raise ValueError("is_causal: expected True, got False")
+
+
+def refuse_cache_kind(cache: object) -> None:
+    """Raise TypeError unless the cache is one that gives every key back, or DynamicMaskCache."""
+    if not isinstance(cache, DynamicMaskCache | DynamicCache):
+        raise TypeError(f"past_key_values: expected DynamicMaskCache or DynamicCache, got {type(cache).__name__}")
+
+
+def refuse_cache(cache: Any, layer: int, keys: int) -> None:
+    """Raise unless the cache, updated, gave `keys` keys that are all there are, or is DynamicMaskCache."""
+    if cache is None or isinstance(cache, DynamicMaskCache):
+        return
+    refuse_cache_kind(cache)
+    kind = type(cache.layers[layer])
+    if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
+        raise TypeError(f"past_key_values: expected layers of DynamicLayer, got a {kind.__name__}")
+    seen = cache.get_seq_length(layer)
+    if seen != keys:
+        raise ValueError(
+            f"past_key_values: expected all {seen} keys, got {keys}: the model's own sliding-window cache has dropped keys "
+            "that may be selected again; expected DynamicMaskCache"
+        )
+
+
+def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> None:
+    """Raise ValueError for a DynamicCache around a traced FlexAttention, made by the forward pass itself as a rule.
+
+    torch 2.13 forgets what an object made in the graph is told after a higher-order operator, so its keys would be stale.
+    """
+    if not torch.compiler.is_compiling() or not isinstance(cache, DynamicCache):
+        return
+    gradient = torch.is_grad_enabled() and query.requires_grad
+    if (lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=gradient)) == "flex":
+        raise ValueError(
+            "use_cache: expected False, or past_key_values=DynamicMaskCache(), in a compiled forward pass; got a DynamicCache"
+        )
+
+
+def refuse_unmarked_packing(position_ids: Tensor | None, mask: Tensor | None, cache: object) -> None:
+    """Raise ValueError where positions restart and no mask says so: transformers looks for packing without a cache only."""
+    if position_ids is None or mask is not None or cache is None or torch.compiler.is_compiling():
+        return
+    if position_ids.dim() == 2 and position_ids.shape[1] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            "position_ids: expected consecutive positions with a cache, got positions that restart; packed sequences need "
+            "use_cache=False"
+        )
+
+
+def _text(value: object) -> str:
+    return f"a tensor {list(value.shape)}" if isinstance(value, Tensor) else repr(value)

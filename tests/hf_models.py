@@ -1,0 +1,57 @@
+"""Small random models of transformers, made offline."""
+
+import os
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+
+import torch
+import transformers
+
+SIZES = {
+    "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    "attn_implementation": "eager",
+}  # fmt: skip
+FAMILIES = {
+    "Llama": {},
+    "Qwen3": {"head_dim": 16},
+    "Mistral": {"sliding_window": 6},
+    "Phi3": {},
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
+}
+
+
+def causal_lm(family: str, **config) -> transformers.PreTrainedModel:
+    """An untrained model of this family, eager, in eval mode."""
+    torch.manual_seed(0)
+    make, model = getattr(transformers, f"{family}Config"), getattr(transformers, f"{family}ForCausalLM")
+    return model(make(**{**SIZES, **FAMILIES.get(family, {}), **config})).eval()
+
+
+def doge(**config) -> transformers.PreTrainedModel:
+    """A Doge whose gates differ: A is not 0."""
+    model = causal_lm("Doge", **{"keep_window_size": 5, **config})
+    for name, parameter in model.named_parameters():
+        if name.endswith("self_attn.A"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+def distinct_tokens(batch: int, length: int) -> torch.Tensor:
+    """No token twice in a row: equal tokens have equal gates, of which the shipped Doge chooses any."""
+    generator = torch.Generator().manual_seed(1)
+    return torch.stack([torch.randperm(60, generator=generator)[:length] + 4 for _ in range(batch)])
+
+
+def padding(side: str, like: torch.Tensor) -> torch.Tensor:
+    """An attention mask with 5 padded tokens in the first row, and none in the others."""
+    mask = torch.ones_like(like)
+    if side != "none":
+        mask[0, slice(5) if side == "left" else slice(-5, None)] = 0
+    return mask
+
+
+def assert_close(got: torch.Tensor, want: torch.Tensor, tolerance: float = 2e-5) -> None:
+    """Within a few float32 roundings of the largest value, as sums run in another order."""
+    error = (got - want).abs().max().item()
+    assert error <= tolerance * max(1.0, want.abs().max().item()), error

@@ -1,0 +1,152 @@
+"""The bounded cache: the same tokens as the shipped model and as a growing cache, in memory that does not grow."""
+
+import copy
+
+import pytest
+import torch
+
+from tests.hf_models import assert_close, causal_lm, distinct_tokens, doge, padding
+
+from transformers import DynamicCache, StaticCache  # isort: skip  # after hf_models, which keeps it offline
+from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma, use_flexdma
+
+# No token twice: their gates are equal in the first layer but for rounding, which differs with the number of tokens at once.
+GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "no_repeat_ngram_size": 1}
+
+
+def tokens(model, ids, side="none", **options):
+    return model.generate(ids, attention_mask=padding(side, ids), **{**GREEDY, **options})
+
+
+def gated(family="Llama", **options):
+    """A converted model whose gates differ."""
+    model = convert_to_dma(causal_lm(family), 6, **options)
+    for name, parameter in model.named_parameters():
+        if name.endswith("value_gate.A"):
+            torch.nn.init.normal_(parameter)
+    return model
+
+
+@pytest.mark.parametrize("side", ["none", "left"])
+@pytest.mark.parametrize("beams", [1, 3])
+def test_doge_generates_what_the_shipped_model_does(side, beams):
+    shipped, ids = doge(), distinct_tokens(2, 16)
+    model = use_flexdma(copy.deepcopy(shipped))
+    want = tokens(shipped, ids, side, num_beams=beams)
+    assert torch.equal(tokens(model, ids, side, num_beams=beams), want)
+    assert torch.equal(tokens(model, ids, side, num_beams=beams, cache_implementation="dynamic"), want)
+
+
+@pytest.mark.parametrize("recency", [None, "slope", "forget"])
+def test_a_converted_model_generates_the_same_with_either_cache(recency):
+    model, ids = gated(recency=recency), distinct_tokens(2, 16)
+    want = tokens(model, ids, "left", use_cache=False)
+    assert torch.equal(tokens(model, ids, "left"), want)
+    assert torch.equal(tokens(model, ids, "left", cache_implementation="dynamic"), want)
+
+
+def test_prefill_in_chunks_and_speculation_change_nothing():
+    model, ids = use_flexdma(doge()), distinct_tokens(1, 16)
+    want = tokens(model, ids)
+    assert torch.equal(tokens(model, ids, prefill_chunk_size=5), want)
+    assistant = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in assistant.parameters():
+            parameter += 0.2 * torch.randn_like(parameter)  # so that most of what it proposes is rejected
+    assert torch.equal(tokens(model, ids, assistant_model=assistant), want)
+
+
+def test_a_conversation_goes_on_from_its_cache():
+    model, (ids, later) = use_flexdma(doge()), distinct_tokens(1, 19).split([16, 3], 1)
+    first = tokens(model, ids, return_dict_in_generate=True, suppress_tokens=later[0].tolist())
+    more = torch.cat([first.sequences, later], 1)
+    assert torch.equal(tokens(model, more, past_key_values=first.past_key_values), tokens(model, more))
+
+
+@torch.no_grad()
+def test_its_memory_does_not_grow_with_the_context():
+    model = use_flexdma(doge())
+    cache = DynamicMaskCache()
+    sizes = []
+    for _ in range(6):
+        model(distinct_tokens(2, 50), past_key_values=cache)
+        sizes.append(cache.nbytes)
+    assert cache.get_seq_length() == 300
+    assert len(set(sizes)) == 1
+    keys_and_values = 2 * 2 * 2 * 2 * 5 * 8 * 4  # layers, key and value, rows, heads, w, D, bytes
+    assert keys_and_values < sizes[0] < 3 * keys_and_values
+
+
+@torch.no_grad()
+def test_its_rows_can_be_chosen_and_repeated():
+    model, ids = use_flexdma(doge()), distinct_tokens(2, 12)
+    cache = DynamicMaskCache()
+    model(ids[:, :8], past_key_values=cache)
+    cache.batch_repeat_interleave(2)
+    cache.batch_select_indices(torch.tensor([3, 1, 0]))
+    cache.batch_select_indices(torch.tensor([True, False, True]))
+    got = model(ids.flip(0)[:, 8:], past_key_values=cache).logits
+    assert_close(got, model(ids.flip(0)).logits[:, 8:])
+
+
+@pytest.mark.parametrize("removed", [1, 5, 8])  # a whole forward pass, a part of the one before, all of them
+@torch.no_grad()
+def test_it_can_be_rolled_back_exactly_if_it_recorded_the_past(removed):
+    model, ids = gated(recency="forget"), distinct_tokens(1, 24)
+    cache = DynamicMaskCache()
+    model(ids[:, :16], past_key_values=cache)
+    cache.activate_past_recording()
+    for part in ids[:, 16:].split([6, 1, 1], 1):
+        model(part, past_key_values=cache)
+    cache.crop(-removed)
+    assert cache.get_seq_length() == 24 - removed
+    got = model(ids[:, -removed:], past_key_values=cache).logits
+    assert_close(got, model(ids).logits[:, -removed:])
+
+
+@torch.no_grad()
+def test_a_rollback_that_cannot_be_exact_is_refused():
+    model, ids = use_flexdma(doge()), distinct_tokens(1, 24)
+    cache = DynamicMaskCache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="expected a rollback past no eviction"):
+        cache.crop(-4)
+    with pytest.raises(ValueError, match="expected a number <= 0"):
+        cache.crop(4)
+
+
+@torch.no_grad()
+def test_a_reset_cache_is_empty():
+    model, ids = use_flexdma(doge()), distinct_tokens(1, 24)
+    cache = DynamicMaskCache()
+    want = model(ids, past_key_values=cache).logits
+    cache.reset()
+    assert cache.get_seq_length() == cache.nbytes == 0
+    assert torch.equal(model(ids, past_key_values=cache).logits, want)
+
+
+@torch.no_grad()
+def test_a_model_without_flexdma_cannot_use_it():
+    model, ids, cache = doge(), distinct_tokens(1, 8), DynamicMaskCache()
+    model(ids, past_key_values=cache)
+    with pytest.raises(RuntimeError, match="expected a model of use_flexdma or convert_to_dma"):
+        model(ids, past_key_values=cache)
+
+
+def test_other_caches_are_refused():
+    model, ids = use_flexdma(doge()), distinct_tokens(1, 8)
+    with pytest.raises(ValueError, match=r"cache_implementation: expected None.*got 'static'"):
+        tokens(model, ids, cache_implementation="static")
+    static = StaticCache(config=model.config, max_cache_len=40)
+    with pytest.raises(TypeError, match="expected DynamicMaskCache or DynamicCache, got StaticCache"):
+        tokens(model, ids, past_key_values=static)
+
+
+@torch.no_grad()
+def test_a_cache_that_drops_keys_by_age_is_refused():
+    model, ids = gated("Mistral"), distinct_tokens(1, 16)
+    cache = DynamicCache(config=model.config)
+    model(ids, past_key_values=cache)
+    with pytest.raises(ValueError, match="past_key_values: expected all 17 keys, got 6"):
+        model(ids[:, :1], past_key_values=cache)
+    assert tokens(model, ids).shape == (1, 28)

@@ -1,0 +1,82 @@
+"""What the layers do not compute is refused by name."""
+
+import pytest
+import torch
+
+from tests.hf_models import causal_lm, distinct_tokens, doge
+
+from flexdma.integrations.transformers import convert_to_dma, use_flexdma  # isort: skip
+
+
+@pytest.fixture(params=["doge", "llama"])
+def model(request):
+    return use_flexdma(doge()) if request.param == "doge" else convert_to_dma(causal_lm("Llama"), 6)
+
+
+def test_attention_weights(model):
+    with pytest.raises(
+        ValueError, match="output_attentions: expected None, as attention weights are never formed, got True"
+    ):
+        model(distinct_tokens(1, 8), output_attentions=True)
+
+
+def test_a_head_mask(model):
+    with pytest.raises(ValueError, match=r"head_mask: expected None, as heads are not masked, got a tensor \[2, 4\]"):
+        model(distinct_tokens(1, 8), head_mask=torch.ones(2, 4))
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **c: use_flexdma(doge(**c)), lambda **c: convert_to_dma(causal_lm("Llama", **c), 6)]
+)
+def test_attention_dropout_in_training_only(make):
+    model, ids = make(attention_dropout=0.1), distinct_tokens(1, 8)
+    assert model(ids).logits.isfinite().all()
+    with pytest.raises(ValueError, match=r"attention_dropout: expected 0 in training, got 0\.1"):
+        model.train()(ids)
+
+
+def test_a_mask_of_queries_by_keys(model):
+    with pytest.raises(ValueError, match=r"attention_mask: expected \[B, tokens\].*got \[1, 1, 8, 8\] of torch.bool"):
+        model(distinct_tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
+
+
+def test_a_mask_of_another_length(model):
+    with pytest.raises(
+        ValueError, match=r"attention_mask: expected \[B, past and new tokens\] = \[1, 8\], got \[1, 7\]"
+    ):
+        model(distinct_tokens(1, 8), attention_mask=torch.ones(1, 7))
+
+
+def test_packed_positions_that_a_cache_hides(model):
+    positions = torch.arange(4).repeat(2)[None]
+    with pytest.raises(ValueError, match="position_ids: expected consecutive positions with a cache"):
+        model(distinct_tokens(1, 8), position_ids=positions)
+
+
+def test_bidirectional_attention(model):
+    with pytest.raises(ValueError, match="attention_mask: expected causal attention, got a bidirectional mask"):
+        model(distinct_tokens(1, 8), is_causal=False)
+
+
+@torch.no_grad()
+def test_a_growing_cache_made_while_compiling(model):
+    with pytest.raises(Exception, match=r"use_cache: expected False, or past_key_values=DynamicMaskCache\(\)"):
+        torch.compile(model, fullgraph=True, backend="eager")(distinct_tokens(1, 8))
+
+
+def test_another_attention_for_gates():
+    model = convert_to_dma(causal_lm("Llama"), 6)
+    model.set_attn_implementation("sdpa")
+    with pytest.raises(ValueError, match="attn_implementation: expected 'flexdma' for a converted model, got 'sdpa'"):
+        model(distinct_tokens(1, 8))
+
+
+def test_gates_that_are_not_there():
+    with pytest.raises(TypeError, match="expected a converted model for 'flexdma', got LlamaAttention without gates"):
+        causal_lm("Llama").to("cpu").__class__(_flexdma_config())(distinct_tokens(1, 8))
+
+
+def _flexdma_config():
+    config = causal_lm("Llama").config
+    config._attn_implementation = "flexdma"
+    return config
