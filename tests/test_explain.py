@@ -196,7 +196,10 @@ def test_calibration_finds_the_rates_that_explain_its_seconds():
     )
     sorting = costs.sorted_keys(PROBLEM) * shape.heads / 1e9
     stages = {
-        "gather": {"gate": 1.0, "ranking": sorting, "lifespans": sorting * 4, "reference gates": sorting, "living keys": sorting * 4},
+        "gather": {
+            "gate": 1.0, "ranking": sorting, "lifespans": sorting * 4, "reference gates": sorting,
+            "living keys": sorting * 4,
+        },
         "flex": {
             "ranking": sorting, "lifespans": sorting * 4, "reference gates": sorting, "packing": sorting * 5,
             "mask metadata": sorting * 9,

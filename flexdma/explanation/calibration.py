@@ -131,11 +131,13 @@ def _where(machine: Mapping[str, Any], dtype: object) -> str:
 
 
 def _mean(rates: list[Rates]) -> Rates:
-    """Geometric, rate by rate; None where none has it."""
+    """Geometric, rate by rate; None where none has it, 0 where it was not measured."""
 
     def mean(name: str) -> float | None:
         values = [value for one in rates if (value := getattr(one, name)) is not None]
-        return exp(sum(map(log, values)) / len(values)) if values else None
+        if not values or not all(values):
+            return 0.0 if values else None
+        return exp(sum(map(log, values)) / len(values))
 
     names = [field.name for field in fields(Rates) if field.name != "measured_on"]
     return Rates(rates[0].measured_on, **{name: mean(name) for name in names})  # type: ignore[arg-type]
