@@ -1,0 +1,58 @@
+"""A program, not a test: the bytes that Inductor counts for the kernels it generates for sm_90, as JSON.
+
+Each line of standard input is a case; each line of standard output its bytes by graph: [forward] or [forward, backward].
+Inductor's count is of the buffers that every generated kernel and every ATen call reads and writes, once each: what moves
+if nothing is read twice by one kernel and nothing stays in cache between two.  Nothing runs: tensors are fake, of any size.
+
+test_cost.py starts it, because the stand-ins for a CUDA device claim a process of their own.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+from torch._inductor import config
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flexdma import dynamic_mask_attention
+from flexdma.inspection.call import run_once
+from flexdma.inspection.capture import watching
+from flexdma.inspection.standins import install
+from flexdma.inspection.targets import known_target
+
+
+def main() -> None:
+    """Answer every case."""
+    warnings.filterwarnings("ignore")
+    install(known_target("sm_90"))
+    graphs: list[int] = []
+    codegen = GraphLowering.codegen
+
+    def counting(graph: GraphLowering):
+        generated = codegen(graph)
+        graphs.append(graph.count_bytes()[0])
+        return generated
+
+    GraphLowering.codegen = counting  # type: ignore[method-assign]
+    for line in sys.stdin:
+        case = json.loads(line)
+        graphs.clear()
+        torch._dynamo.reset()
+        batch, query_heads, heads, length, size = case["shape"]
+        with config.patch(force_disable_caches=True), FakeTensorMode(), watching(launch=False, device="cuda"):
+            options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": case["backward"]}
+            query, key, value = (torch.empty(batch, h, length, size, **options) for h in (query_heads, heads, heads))
+            gate = torch.empty(batch, heads, length, device="cuda", requires_grad=case["backward"])
+
+            def call(*tensors, window=case["window"]):
+                return dynamic_mask_attention(*tensors, window_size=window, lowering="flex")
+
+            with torch.set_grad_enabled(case["backward"]):
+                run_once(call, (query, key, value, gate), {})
+        print(json.dumps(graphs), flush=True)
+
+
+if __name__ == "__main__":
+    main()
