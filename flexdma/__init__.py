@@ -2,10 +2,12 @@
 
 dynamic_mask_attention      the operator
 DynamicMaskAttention        the layer around it; ValueGate, its gate
+DynamicMaskState            the keys that can be seen again: decoding, chunked prefill, endless context
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
 flexdma.score_mods          score_mod recipes for plain FlexAttention
 flexdma.block_masks         mask_mod and BlockMask recipes
 flexdma.reference           the specification, dense
+save_states, load_states    states as safetensors files
 inspect_kernels             what the compiler generates for a call, on any machine
 explain                     what a gate selects, what that costs, and whether it pays
 doctor                      graph breaks, recompilations and fallbacks of a model call
@@ -21,14 +23,17 @@ from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_t
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.modules import DynamicMaskAttention
 from flexdma.packing import pack
+from flexdma.state import DynamicMaskState
 
 if TYPE_CHECKING:
     from flexdma.diagnosis import doctor
     from flexdma.explanation import explain
     from flexdma.inspection import inspect_kernels
+    from flexdma.state_files import load_states, save_states
 
 __all__ = [
     "DynamicMaskAttention",
+    "DynamicMaskState",
     "Lifespans",
     "ValueGate",
     "__version__",
@@ -40,16 +45,20 @@ __all__ = [
     "explain",
     "global_top_w",
     "inspect_kernels",
+    "load_states",
     "pack",
+    "save_states",
     "sliding_window",
 ]
 
 
-# Name -> where it is.  Imported when first used: they look into the compiler, which takes a second to import.
+# Name -> where it is.  Imported when first used: they need what takes a second to import, or an extra.
 _TOOLS = {
     "doctor": "flexdma.diagnosis",
     "explain": "flexdma.explanation",
     "inspect_kernels": "flexdma.inspection",
+    "load_states": "flexdma.state_files",
+    "save_states": "flexdma.state_files",
 }
 
 

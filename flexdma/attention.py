@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks, lifespans
+from flexdma.decoding import decode
 from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
 from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
 from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
@@ -19,6 +20,8 @@ from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
+from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_difference
+from flexdma.survival import at_positions, extended, first_keys, settled
 
 
 def dynamic_mask_attention(
@@ -35,10 +38,12 @@ def dynamic_mask_attention(
     recent: int = 0,
     key_padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
+    state: DynamicMaskState | None = None,
+    return_state: bool = False,
     lowering: str | None = None,
     block_size: int | tuple[int, int] | None = None,
     kernel_options: dict | None = None,
-) -> Tensor:
+) -> Any:
     """Attention in which each query sees the `window_size` best-gated keys before it, and gates add to the logits.
 
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
@@ -52,11 +57,16 @@ def dynamic_mask_attention(
     score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
         is added.  It is called with broadcastable index tensors, so it must be elementwise.
     sinks, recent, key_padding_mask, document_ids: as in `causal_top_w`.
+    state: the keys that an earlier call's tokens left; key, value, gate, key_padding_mask and document_ids are then those
+        of the new tokens alone, and the result is what one call over all tokens gives.  document_ids=None continues the
+        last document.  One token at a time costs O(w), if lowering, block_size and kernel_options are left alone.
+    return_state: return (output, the state after these tokens), to go on from.  Not with selection="global", whose choice
+        looks ahead, nor with window_size=None, which bounds nothing.
     lowering: "flex", "gather", "dense", or None: `choose_lowering` says which.  All compute the same.
     block_size: of the mask, one int or (rows, keys); None takes the lowering's own.  "gather" has query blocks only.
     kernel_options: FlexAttention's, for lowering="flex".
 
-    Returns [B, Hq, Q, Dv], in query's dtype.  A query that sees no key gives 0, and gradient 0.
+    Returns [B, Hq, Q, Dv], in query's dtype, or (that, DynamicMaskState).  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, gate, and what score_mod captures.
     Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; memory is given in docs/design.md.
     """
@@ -64,48 +74,88 @@ def dynamic_mask_attention(
     checks.one_of("selection", selection, checks.SELECTIONS)
     if lowering is not None:
         checks.one_of("lowering", lowering, checks.LOWERINGS)
+    _check_scores(scale, score_mod)
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
+    choice: dict[str, Any] = {"sinks": sinks, "recent": recent}
+    before, keys = None, None
+    if state is not None or return_state:
+        before = _state_before(state, key, value, gate, window_size, selection, choice)
+        gate = gate.to(before.gate.dtype).expand(key.shape[:3])
+        checks.selection_arguments(gate, window_size, sinks, recent, **masks)
+        if (
+            state is not None
+            and key.shape[2] == 1
+            and lowering is None
+            and block_size is None
+            and kernel_options is None
+        ):
+            output, after = decode(query, key, value, gate, before, scale=scale, score_mod=score_mod, **masks)
+            return (output, after) if return_state else output
+        keys = first_keys(key, value, gate, **masks) if state is None else extended(state, key, value, gate, **masks)
+        key, value, gate = keys.key, keys.value, keys.gate
+        masks = {"key_padding_mask": keys.key_padding_mask, "document_ids": keys.document_ids}
+        if state is not None and score_mod is not None:
+            score_mod = at_positions(score_mod, keys, state.length, query.shape[1] // key.shape[1])
+
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
     # What a score_mod captures may need gradients too, and cannot be asked while tracing.
     may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
     chosen = lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=may_need_gradient)
     _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
-    if score_mod is not None and not callable(score_mod):
-        raise TypeError(f"score_mod: expected a function, got {type(score_mod).__name__}")
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    choice: dict[str, Any] = {
-        "sinks": sinks,
-        "recent": recent,
-        "key_padding_mask": key_padding_mask,
-        "document_ids": document_ids,
-    }
-    if chosen == "dense":
-        choice |= {"window_size": window_size, "selection": selection, "scale": scale, "score_mod": score_mod}
-        return dense_dynamic_mask_attention(query, key, value, gate, **choice)
-
-    alive = select(selection, gate, window_size, choice)
+    if chosen != "dense" or return_state:
+        alive = select(selection, gate, window_size, choice | masks)
     # No query sees more keys than this.
     capacity = sinks + recent + (key.shape[2] if window_size is None else _widest(window_size))
-    if chosen == "gather":
-        block = GATHER_BLOCK_SIZE if block_size is None else checks.block_sizes(block_size)[0]
-        return gather_attend(
-            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block
+    if chosen == "dense":
+        output = dense_dynamic_mask_attention(
+            query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,
+            **choice, **masks,
         )  # fmt: skip
+    elif chosen == "gather":
+        block = GATHER_BLOCK_SIZE if block_size is None else checks.block_sizes(block_size)[0]
+        output = gather_attend(
+            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block
+        )
+    else:
+        if query.device.type == "cpu":
+            if needs_gradient:
+                raise ValueError(
+                    "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
+                )
+            query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
+        default = FLEX_BLOCK_SIZE.get(query.device.type, FLEX_BLOCK_SIZE["cuda"])
+        attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
+        output = attend(
+            query, key, value, gate, alive, unit=capacity, scale=scale, score_mod=score_mod,
+            block_size=default if block_size is None else checks.block_sizes(block_size),
+            kernel_options=kernel_options, needs_gradient=may_need_gradient,
+        )  # fmt: skip
+    if not return_state:
+        return output
+    assert before is not None
+    assert keys is not None
+    return output, settled(before, keys, alive)
 
-    if query.device.type == "cpu":
-        if needs_gradient:
-            raise ValueError(
-                "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
-            )
-        query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
-    default = FLEX_BLOCK_SIZE.get(query.device.type, FLEX_BLOCK_SIZE["cuda"])
-    attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
-    return attend(
-        query, key, value, gate, alive, unit=capacity, scale=scale, score_mod=score_mod,
-        block_size=default if block_size is None else checks.block_sizes(block_size),
-        kernel_options=kernel_options, needs_gradient=may_need_gradient,
+
+def _state_before(
+    state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Tensor, window_size, selection: str, choice: dict
+) -> DynamicMaskState:
+    """The given state, once it is one that these arguments can go on from; an empty one where there is none."""
+    if selection not in STATEFUL_SELECTIONS:
+        raise ValueError(f"selection: expected one of {STATEFUL_SELECTIONS} with a state, got {selection!r}")
+    if window_size is None:
+        raise ValueError("window_size: expected an int or one per gate head with a state, which it bounds, got None")
+    windows = checks.windows(window_size, gate.shape[1], needed=True)
+    begin = DynamicMaskState.empty(
+        key.shape[0], key.shape[1], key.shape[3], as_window(windows), value_dim=value.shape[3], selection=selection,
+        dtype=key.dtype, gate_dtype=torch.float64 if gate.dtype == torch.float64 else torch.float32, device=key.device,
+        **choice,
     )  # fmt: skip
+    if state is None:
+        return begin
+    refuse_difference("state", state, begin)
+    return state
 
 
 def _widest(window_size: int | Sequence[int]) -> int:
@@ -117,6 +167,13 @@ def select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans
     if selection == "threshold":
         return lifespans.above_threshold(gate, window_size=window_size, **choice)
     return (lifespans.causal_top_w if selection == "causal" else lifespans.global_top_w)(gate, window_size, **choice)
+
+
+def _check_scores(scale: float | None, score_mod: ScoreMod | None) -> None:
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(f"score_mod: expected a function, got {type(score_mod).__name__}")
 
 
 def _check_lowering_options(

@@ -73,30 +73,41 @@ class ValueGate(nn.Module):
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, form={self.form!r}, recency={self.recency!r}"
         )
 
-    def forward(self, value: Tensor, *, first_position: int = 0, forgotten: Tensor | None = None) -> Tensor:
+    def forward(self, value: Tensor, *, first_position: int | Tensor = 0, forgotten: Tensor | None = None) -> Tensor:
         """The gates of these values.
 
-        first_position: the position of the first value, where this is not the beginning (recency="slope").
+        first_position: the position of the first value, one int or [B] integers, where this is not the beginning
+            (recency="slope").
         forgotten: [B, Hkv] float64, the sum of -logsigmoid over all earlier positions (recency="forget").
         """
         batch = checks.tensor("value", value, ("B", self.num_kv_heads, "K", self.head_dim)).shape[0]
+        if isinstance(first_position, Tensor):
+            first_position = checks.tensor("first_position", first_position, (batch,), value)[:, None, None]
         with torch.autocast(value.device.type, enabled=False):
-            joined = value.transpose(1, 2).flatten(2).float()  # [B, K, Hkv * Dv]
-            gate = self.A.float()[:, None] * softplus(_project(self.dt_proj, joined)).mT
+            gate = self.A.float()[:, None] * softplus(_project(self.dt_proj, value))
             if self.form == "exp":
                 gate = gate.exp()
             if self.recency == "slope":
                 position = first_position + torch.arange(value.shape[2], device=value.device)
                 gate = gate.double() + self.slope.double()[:, None] * position
             elif self.recency == "forget":
-                decay = -logsigmoid(_project(self.forget_proj, joined)).mT.double().cumsum(-1)
-                if forgotten is not None:
-                    checks.tensor("forgotten", forgotten, (batch, self.num_kv_heads), value)
-                    decay = decay + forgotten.double()[..., None]
-                gate = gate.double() + decay
+                gate = gate.double() + self._forgotten(value, forgotten)
         return gate
 
+    def forgotten_after(self, value: Tensor, forgotten: Tensor | None = None) -> Tensor:
+        """[B, Hkv] float64: `forgotten` for the values that follow these, given that for these (recency="forget")."""
+        with torch.autocast(value.device.type, enabled=False):
+            return self._forgotten(value, forgotten)[..., -1]
 
-def _project(projection: nn.Linear, joined: Tensor) -> Tensor:
+    def _forgotten(self, value: Tensor, before: Tensor | None) -> Tensor:
+        decay = -logsigmoid(_project(self.forget_proj, value)).double().cumsum(-1)
+        if before is None:
+            return decay
+        checks.tensor("forgotten", before, (value.shape[0], self.num_kv_heads), value)
+        return decay + before.double()[..., None]
+
+
+def _project(projection: nn.Linear, value: Tensor) -> Tensor:
+    """[B, Hkv, K, Dv] -> [B, Hkv, K], from all heads of a position, in float32."""
     bias = None if projection.bias is None else projection.bias.float()
-    return linear(joined, projection.weight.float(), bias)
+    return linear(value.transpose(1, 2).flatten(2).float(), projection.weight.float(), bias).mT

@@ -1,6 +1,7 @@
 """Dynamic Mask Attention as a layer (arXiv 2508.02124): projections, gate, operator, output projection."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from flexdma import checks
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
 from flexdma.signatures import ScoreMod
+from flexdma.state import DynamicMaskState
 
 
 class DynamicMaskAttention(nn.Module):
@@ -78,19 +80,44 @@ class DynamicMaskAttention(nn.Module):
         key_padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
         score_mod: ScoreMod | None = None,
-    ) -> Tensor:
-        """Causal self-attention over the N tokens.
+        state: DynamicMaskState | None = None,
+        return_state: bool = False,
+    ) -> Any:
+        """Causal self-attention over the N tokens, and over those of `state`.
 
         position_embeddings: cos and sin of the rotary embedding (arXiv 2104.09864), each [N, D] or [B, N, D], the halves
             repeated; None for no rotation.
         key_padding_mask, document_ids [B, N], score_mod: as in `dynamic_mask_attention`.
+        state, return_state: as there; `empty_state` makes the first.  With return_state the result is (that, state).
         """
         query, key, value = self.project(hidden_states, position_embeddings)
+        before: dict[str, Any] = {}
+        if state is not None:
+            before = {"first_position": state.length, "forgotten": state.forgotten}
+        gate = self.gate(value, **before)
         output = dynamic_mask_attention(
-            query, key, value, self.gate(value), key_padding_mask=key_padding_mask, document_ids=document_ids,
-            score_mod=score_mod, **self.options,
+            query, key, value, gate, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
+            state=state, return_state=return_state, **self.options,
         )  # fmt: skip
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        if not return_state:
+            return self.o_proj(output.transpose(1, 2).flatten(2))
+        output, after = output
+        output = self.o_proj(output.transpose(1, 2).flatten(2))
+        if self.gate.recency == "forget":
+            after = replace(after, forgotten=self.gate.forgotten_after(value, before.get("forgotten")))
+        return output, after
+
+    def empty_state(self, batch_size: int) -> DynamicMaskState:
+        """The state of this layer before the first token, on the device and of the dtype of its projections."""
+        weight = self.k_proj.weight
+        window = self.options["window_size"]
+        if window is None:
+            raise ValueError("window_size: expected an int or one per KV head with a state, which it bounds, got None")
+        return DynamicMaskState.empty(
+            batch_size, self.num_kv_heads, self.head_dim, window, sinks=self.options["sinks"],
+            recent=self.options["recent"], selection=self.options["selection"], dtype=weight.dtype, device=weight.device,
+            gate_dtype=torch.float32 if self.gate.recency is None else torch.float64,
+        )  # fmt: skip
 
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None

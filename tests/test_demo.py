@@ -19,6 +19,7 @@ from flexdma.demo.attentions import KINDS, make_attention
 from flexdma.demo.checkpoint import load_checkpoint
 from flexdma.demo.masks import layer_lifespans, visible_keys_per_query
 from flexdma.demo.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
+from flexdma.demo.sampling import sample
 from flexdma.demo.text import TextError, load_text, training_windows, validation_windows
 from flexdma.demo.training import Budget, train
 from flexdma.plots import tile_maps
@@ -57,6 +58,30 @@ def deterministic(results: Path) -> dict:
             for kind, model in content["models"].items()
         },
     }
+
+
+@pytest.mark.parametrize(("kind", "recency"), [("dma", "slope"), ("dma-recency", "slope"), ("dma-recency", "forget")])
+def test_the_bounded_state_gives_the_logits_of_one_pass(kind, recency):
+    model = tiny_model(kind, recency).eval()
+    for attention in model.attentions():
+        torch.nn.init.normal_(attention.gate.A)
+    tokens = torch.randint(256, (2, 40))
+    with torch.no_grad():
+        whole, states, logits = model(tokens), model.empty_states(2), []
+        for size in (17, 1, 1, 20, 1):
+            read = sum(part.shape[1] for part in logits)
+            part, states = model.following(tokens[:, read : read + size], states)
+            logits.append(part)
+    torch.testing.assert_close(torch.cat(logits, 1), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_remembers_the_same_however_long_it_is():
+    model = tiny_model("dma-recency").eval()
+    prompt = torch.randint(256, (12,))
+    short, long = (sample(model, prompt, length, seed=0) for length in (3, 30))
+    assert long.continuation.startswith(short.continuation[:2])
+    assert short.state_bytes == long.state_bytes
+    assert long.full_cache_bytes == 2 * TINY.layers * TINY.kv_heads * (TINY.width // TINY.heads) * 4 * 42
 
 
 def test_a_run_writes_the_whole_report_and_the_same_seed_writes_the_same_numbers(text_file, tmp_path, capsys):

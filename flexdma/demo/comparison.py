@@ -50,7 +50,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
             f"{options.steps} steps of {budget.batch * budget.context:,} bytes, seed {options.seed}",
         )
     )
-    prompt, continuation = sample(
+    written = sample(
         models["dma-recency"],
         text.validation[: min(options.context, PROMPT)],
         options.sample,
@@ -58,9 +58,12 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     )
     console.print(
         Panel(
-            RichText.assemble((prompt[-SHOWN:], "dim"), continuation),
+            RichText.assemble((written.prompt[-SHOWN:], "dim"), written.continuation),
             title=f"{labels['dma-recency']} continues validation text (dim)",
             title_align="left",
+            subtitle=f"from a state of {written.state_bytes / 1024:,.0f} KiB at any length; a full cache: "
+            f"{written.full_cache_bytes / 1024:,.0f} KiB by now",
+            subtitle_align="left",
         )
     )
     with console.status("drawing"):
@@ -89,7 +92,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
             "sizes": vars(models["dma"].sizes),
             "models": {kind: outcome.numbers() for kind, outcome in outcomes.items()},
             "tiles_visited": tiles,
-            "sample": {"prompt": prompt, "continuation": continuation},
+            "sample": written._asdict(),
         },
     )
     console.print(

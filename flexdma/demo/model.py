@@ -2,14 +2,15 @@
 
 import math
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from flexdma import DynamicMaskAttention, Lifespans
+from flexdma import DynamicMaskAttention, DynamicMaskState, Lifespans
 from flexdma.demo.attentions import lifespans_of, make_attention
 
 ROTARY_BASE = 10_000.0
@@ -41,6 +42,15 @@ class Block(nn.Module):
         """[B, N, width] -> the same."""
         hidden = hidden + self.attention(self.attention_norm(hidden), position_embeddings)
         return hidden + self.mlp(self.mlp_norm(hidden))
+
+    def following(
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], state: DynamicMaskState
+    ) -> tuple[Tensor, DynamicMaskState]:
+        """The same for [B, n, width] that follow the tokens of the attention's state, and the state after them."""
+        normed = self.attention_norm(hidden)
+        attended, state = self.attention(normed, position_embeddings, state=state, return_state=True)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.mlp_norm(hidden)), state
 
 
 def run_block(block: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
@@ -93,11 +103,31 @@ class ByteModel(nn.Module):
             hidden = run_block(block, hidden, embeddings)
         return self.head(self.norm(hidden))
 
+    def empty_states(self, batch_size: int) -> list[DynamicMaskState]:
+        """The state of each layer before the first byte; only kinds of dynamic mask attention have them."""
+        return [attention.empty_state(batch_size) for attention in self.attentions()]
 
-def rotary_embedding(length: int, head_dim: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Cosine and sine [length, head_dim] of the rotary embedding (arXiv 2104.09864)."""
+    def following(self, tokens: Tensor, states: Sequence[DynamicMaskState]) -> tuple[Tensor, list[DynamicMaskState]]:
+        """Logits [B, n, 256] after the bytes [B, n] that follow those of the states, and the states after them."""
+        hidden = self.embedding(tokens)
+        head_dim = self.sizes.width // self.sizes.heads
+        embeddings = rotary_embedding(tokens.shape[1], head_dim, tokens.device, first=states[0].length)
+        after = []
+        for block, state in zip(self.blocks, states, strict=True):
+            hidden, state = cast(Block, block).following(hidden, embeddings, state)
+            after.append(state)
+        return self.head(self.norm(hidden)), after
+
+
+def rotary_embedding(
+    length: int, head_dim: int, device: torch.device, *, first: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Cosine and sine of the rotary embedding (arXiv 2104.09864): [length, head_dim], or [B, ...] from `first` [B] on."""
     exponent = torch.arange(0, head_dim, 2, device=device) / head_dim
-    angle = torch.arange(length, device=device)[:, None] * ROTARY_BASE**-exponent
+    position = torch.arange(length, device=device)
+    if first is not None:
+        position = first[:, None] + position
+    angle = position[..., None] * ROTARY_BASE**-exponent
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()
 

@@ -1,4 +1,6 @@
-"""Text from a trained model, byte by byte."""
+"""Text from a trained model, byte by byte, with the bounded state: what each layer keeps does not grow with the text."""
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -6,21 +8,33 @@ from torch import Tensor
 from flexdma.demo.model import ByteModel
 
 
-@torch.no_grad()
-def sample(model: ByteModel, prompt: Tensor, length: int, *, seed: int, temperature: float = 0.6) -> tuple[str, str]:
-    """The prompt [P] and `length` bytes drawn to follow it, both as text.
+class Sample(NamedTuple):
+    """The prompt and what was drawn to follow it, as text; and what that took to remember, in bytes."""
 
-    Each byte re-evaluates the P bytes before it: the plainest loop that is right, quick enough for a sample, and of one
-    shape, so that a device which compiles the attention does so once.
-    """
+    prompt: str
+    continuation: str
+    state_bytes: int  # of all layers, at any length
+    full_cache_bytes: int  # keys and values of every byte read and written
+
+
+@torch.no_grad()
+def sample(model: ByteModel, prompt: Tensor, length: int, *, seed: int, temperature: float = 0.6) -> Sample:
+    """The prompt [P] and `length` bytes drawn to follow it: the prompt in one pass, then one byte at a time in O(w)."""
     generator = torch.Generator().manual_seed(seed)
-    tokens = prompt.tolist()
     device = model.embedding.weight.device
+    states, unread, drawn = model.empty_states(1), prompt.to(device)[None], []
     for _ in range(length):
-        logits = model(torch.tensor([tokens[-len(prompt) :]], device=device))[0, -1].float().cpu()
-        probabilities = torch.softmax(logits / temperature, -1)
-        tokens.append(int(torch.multinomial(probabilities, 1, generator=generator)))
-    return _as_text(tokens[: len(prompt)]), _as_text(tokens[len(prompt) :])
+        logits, states = model.following(unread, states)
+        probabilities = torch.softmax(logits[0, -1].float().cpu() / temperature, -1)
+        drawn.append(int(torch.multinomial(probabilities, 1, generator=generator)))
+        unread = torch.tensor([drawn[-1:]], device=device)
+    read = len(prompt) + length
+    return Sample(
+        _as_text(prompt.tolist()),
+        _as_text(drawn),
+        sum(state.nbytes for state in states),
+        sum(read * (state.key.nbytes + state.value.nbytes) // state.position.shape[-1] for state in states),
+    )
 
 
 def _as_text(values: list[int]) -> str:

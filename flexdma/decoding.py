@@ -1,0 +1,162 @@
+"""Decoding: one new token against a state, in O(w) time and memory whatever the context.
+
+The newest of w + 1 keys outranks the weakest or does not ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124): one
+slot changes hands, or two with sinks and recent tokens.  Everything is elementwise or a reduction over slots of static
+shape, so it compiles once, and the attention is a plain one over C slots.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flexdma.lowerings.gather import HIDDEN
+from flexdma.signatures import ScoreMod
+from flexdma.state import DynamicMaskState
+from flexdma.survival import NEVER, per_head_windows
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    state: DynamicMaskState,
+    *,
+    scale: float,
+    score_mod: ScoreMod | None,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> tuple[Tensor, DynamicMaskState]:
+    """Query [B, Hq, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1] -> [B, Hq, 1, Dv] and the new state.
+
+    key_padding_mask, document_ids: [B, 1].
+    """
+    if document_ids is not None:
+        state = _in_document(state, document_ids[:, 0].long())
+    new = inserted(state, key, value, gate, key_padding_mask)
+    return _attend(query, state.length, new, scale, score_mod), new
+
+
+def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
+    """The state as the next token of this document [B] finds it: without keys where it is another than the last."""
+    ended = (document != state.document)[:, None]
+    lost = ended & (state.position >= 0).any(-1)
+    return replace(
+        state,
+        gate=state.gate.masked_fill(ended[..., None], float("-inf")),
+        position=state.position.masked_fill(ended[..., None], -1),
+        document=document,
+        last_sink=state.last_sink.masked_fill(ended, -1),
+        last_loss=torch.where(lost, state.length[:, None], state.last_loss),
+    )
+
+
+def inserted(
+    state: DynamicMaskState, key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None
+) -> DynamicMaskState:
+    """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time."""
+    now = state.length[:, None, None]  # [B, 1, 1]: position of the new token
+    real = gate != float("-inf")  # [B, Hkv, 1]
+    if key_padding_mask is not None:
+        real = real & key_padding_mask[:, None]
+    # A NaN in a key that nobody may see would reach the output by being multiplied with 0.
+    key, value = key.masked_fill(~real[..., None], 0.0), value.masked_fill(~real[..., None], 0.0)
+    gate = gate.masked_fill(~real, float("-inf"))
+    position = torch.where(real, now, -1)
+
+    weakest = _weakest(state)
+    rival = state.gate.gather(-1, weakest)
+    outranked = (rival > gate) | (rival.isnan() & ~gate.isnan())  # of equal gates the newer wins
+    enters = real & ~outranked
+    if state.selection == "threshold":
+        enters = enters & ~(gate <= 0)
+    slots, writes = weakest, enters
+    arriving: tuple[Tensor, ...] = (key, value, gate, position)
+    leaving = tuple(_at(tensor, weakest) for tensor in (state.key, state.value, state.gate, state.position))
+    lost = enters & (leaving[3] >= 0)
+    last_sink = state.last_sink[..., None]
+
+    if state.sinks + state.recent:
+        sinks = ((state.position >= 0) & (state.position <= last_sink)).sum(-1, keepdim=True)
+        last_sink = torch.where(real & (sinks < state.sinks), now, last_sink)
+        # Whoever of the two is not in the top-w may stay as a sink or as recent.
+        loser = tuple(_choose(enters, old, fresh) for old, fresh in zip(leaving, arriving, strict=True))
+        stays = _protected(loser[3], last_sink, now, state.recent)
+        others = state.position[..., state.widest :]
+        safe = _protected(others, last_sink, now, state.recent)
+        expired = (others >= 0) & ~safe
+        lost = (lost & ~stays) | expired.any(-1, keepdim=True)
+        free = state.widest + safe.int().argmin(-1, keepdim=True)
+        over = torch.nn.functional.pad(expired, (state.widest, 0))
+        state = replace(
+            state, gate=state.gate.masked_fill(over, float("-inf")), position=state.position.masked_fill(over, -1)
+        )
+        slots, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays], -1)
+        arriving = tuple(torch.cat([fresh, old], 2) for fresh, old in zip(arriving, loser, strict=True))
+
+    def written(tensor: Tensor, fresh: Tensor) -> Tensor:
+        index = slots if tensor.dim() == 3 else slots[..., None].expand_as(fresh)
+        return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
+
+    return replace(
+        state,
+        key=written(state.key, arriving[0]),
+        value=written(state.value, arriving[1]),
+        gate=written(state.gate, arriving[2]),
+        position=written(state.position, arriving[3]),
+        length=state.length + 1,
+        last_sink=last_sink.squeeze(-1),
+        last_loss=torch.where(lost.squeeze(-1), state.length[:, None], state.last_loss),
+    )
+
+
+def _weakest(state: DynamicMaskState) -> Tensor:
+    """[B, Hkv, 1]: the slot of the top-w to give away first: one without a key, else that of the last in rank."""
+    gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
+    unordered = gate.isnan()  # above infinity
+    level = torch.where(unordered, float("inf"), gate.detach())
+    age = torch.where(unordered, position + NEVER // 2, position)
+    if isinstance(state.window_size, tuple):
+        beyond = torch.arange(state.widest, device=gate.device) >= per_head_windows(state)
+        level, age = level.masked_fill(beyond, float("inf")), age.masked_fill(beyond, NEVER)
+    return torch.where(level == level.amin(-1, keepdim=True), age, NEVER).argmin(-1, keepdim=True)
+
+
+def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) -> Tensor:
+    return (position >= 0) & ((position <= last_sink) | (position > now - recent))
+
+
+def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Where condition [B, Hkv, n] the first, else the second: [B, Hkv, n, ...]."""
+    return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
+
+
+def _at(tensor: Tensor, slot: Tensor) -> Tensor:
+    return tensor.gather(2, slot if tensor.dim() == 3 else slot[..., None].expand(-1, -1, -1, tensor.shape[-1]))
+
+
+def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, score_mod: ScoreMod | None) -> Tensor:
+    """Attention of query [B, Hq, 1, D] at positions now [B] to the keys of the state."""
+    batch, query_heads, _one, _size = query.shape
+    heads = state.position.shape[1]
+    computed = torch.float64 if query.dtype == torch.float64 else torch.float32
+    visible = (state.position >= 0)[:, :, None]  # [B, Hkv, 1, C]
+    gate = state.gate[:, :, None]
+    reference = torch.where(gate.detach().isfinite(), gate.detach(), float("-inf")).amax(-1, keepdim=True)
+    difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
+    bias = torch.where(visible, difference.to(computed), HIDDEN)
+    nothing = ~visible.any(-1, keepdim=True)
+    with torch.autocast(query.device.type, enabled=False):
+        rows = query.reshape(batch, heads, query_heads // heads, -1).to(computed) * scale
+        scores = rows @ state.key.to(computed).mT  # [B, Hkv, G, C]
+        if score_mod is not None:
+            head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
+            row = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+            scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), state.position[:, :, None]).expand_as(scores)
+        scores = scores + bias
+        if score_mod is not None:
+            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
+        weights = scores.masked_fill(nothing, 0.0).softmax(-1)
+        output = torch.where(nothing, 0.0, weights @ state.value.to(computed))
+    return output.reshape(batch, query_heads, 1, -1).to(query.dtype)

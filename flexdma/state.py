@@ -1,0 +1,222 @@
+"""DynamicMaskState: the keys that can ever be seen again.
+
+After any prefix a causal running top-w ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124) can return only to the
+w keys it shows now; with sinks and recent tokens, to w + sinks + recent of them.  So
+
+    (state, new tokens) -> (output, new state)
+
+is decoding with one new token, chunked prefill with many, and both equal one pass over everything.  The bound on a cache is
+also that of SparseK (arXiv 2406.16747) and of trained evictions since; that it is exact for trained DMA, ties, sinks,
+documents and all, is what the tests here hold it to.
+
+A state is a value: nothing changes it in place, so that it can be kept, branched from and differentiated through.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from flexdma import checks
+from flexdma.survival import without_last
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicMaskState:
+    """What `dynamic_mask_attention(..., state=..., return_state=True)` takes and returns; make one with `empty`.
+
+    C = w + sinks + recent slots per KV head, w the widest window.  Slots 0 .. w - 1 hold the top-w in any order, the others
+    the sinks and recent keys that are not among them.  A slot without a key has position -1, gate -inf, key and value 0.
+
+    key [B, Hkv, C, D], value [B, Hkv, C, Dv], gate [B, Hkv, C] float32 or float64, position [B, Hkv, C] int64.
+    length: [B] int64, tokens so far, padding included: the position of the next one.
+    document: [B] int64, the id of the last token's document; 0 where none was given.
+    last_sink: [B, Hkv] int64, position of the latest sink of that document; -1 before the first.
+    last_loss: [B, Hkv] int64, the latest position whose arrival ended a visible key; -1 for none.  `crop` asks it.
+    forgotten: [B, Hkv] float64, for `ValueGate(recency="forget")`: the sum of -logsigmoid so far.  The operator hands it on.
+    window_size, sinks, recent, selection: of the operator.
+    """
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    position: Tensor
+    length: Tensor
+    document: Tensor
+    last_sink: Tensor
+    last_loss: Tensor
+    forgotten: Tensor
+    window_size: int | tuple[int, ...]
+    sinks: int = 0
+    recent: int = 0
+    selection: str = "causal"
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window_size: int | Sequence[int],
+        *,
+        value_dim: int | None = None,
+        sinks: int = 0,
+        recent: int = 0,
+        selection: str = "causal",
+        dtype: torch.dtype = torch.float32,
+        gate_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "DynamicMaskState":
+        """The state before the first token.
+
+        batch_size, num_kv_heads, head_dim, value_dim: B, Hkv, D and Dv (default D).
+        window_size, sinks, recent, selection: as in `dynamic_mask_attention`; selection is "causal" or "threshold".
+        dtype: of keys and values.  gate_dtype: float64 for gates that are (those with a recency), float32 for all others.
+        Raises ValueError or TypeError naming the argument.
+        """
+        for name, size in (("batch_size", batch_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim),
+                           ("value_dim", head_dim if value_dim is None else value_dim)):  # fmt: skip
+            checks.positive_int(name, size)
+        checks.positive_int("sinks", sinks, 0)
+        checks.positive_int("recent", recent, 0)
+        checks.one_of("selection", selection, STATEFUL_SELECTIONS)
+        if gate_dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
+        if not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
+        windows = checks.windows(window_size, num_kv_heads, needed=True)
+        rows = (batch_size, num_kv_heads)
+        slots = (*rows, max(windows) + sinks + recent)
+        integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
+        return cls(
+            key=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
+            value=torch.zeros(*slots, head_dim if value_dim is None else value_dim, dtype=dtype, device=device),
+            gate=torch.full(slots, float("-inf"), dtype=gate_dtype, device=device),
+            position=torch.full(slots, -1, **integers),
+            length=torch.zeros(batch_size, **integers),
+            document=torch.zeros(batch_size, **integers),
+            last_sink=torch.full(rows, -1, **integers),
+            last_loss=torch.full(rows, -1, **integers),
+            forgotten=torch.zeros(rows, dtype=torch.float64, device=device),
+            window_size=as_window(windows),
+            sinks=sinks,
+            recent=recent,
+            selection=selection,
+        )
+
+    @property
+    def widest(self) -> int:
+        """w: the number of slots of the top-w, which is the largest window."""
+        return self.position.shape[-1] - self.sinks - self.recent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors; they do not grow."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {name: getattr(self, name) for name in TENSORS}
+
+    def options(self) -> dict[str, Any]:
+        """What is not a tensor, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> "DynamicMaskState":
+        return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str) -> "DynamicMaskState":
+        """The same state on another device."""
+        return self._map(lambda _, tensor: tensor.to(device))
+
+    def detach(self) -> "DynamicMaskState":
+        """Without the graph behind it: truncated back-propagation through chunks."""
+        return self._map(lambda _, tensor: tensor.detach())
+
+    def checkpoint(self) -> "DynamicMaskState":
+        """A copy to `restore` later, exact whatever is evicted meanwhile, even where CUDA graphs reuse this one's memory."""
+        return self._map(lambda _, tensor: tensor.clone())
+
+    def restore(self, saved: "DynamicMaskState") -> "DynamicMaskState":
+        """`saved`, a copy of it, where it is a checkpoint of this state's shapes and options; ValueError where not."""
+        refuse_difference("saved", saved, self)
+        return saved.checkpoint()
+
+    def reorder(self, rows: Tensor) -> "DynamicMaskState":
+        """The batch rows of these numbers, [any] int64, repeats allowed: beam search, sequences that leave or branch."""
+        checks.tensor("rows", rows, ("rows",), self.length)
+        return self._map(lambda _, tensor: tensor.index_select(0, rows))
+
+    def put(self, rows: Tensor, other: "DynamicMaskState") -> "DynamicMaskState":
+        """A state with the batch rows of these numbers, [n] int64 and distinct, replaced by the n rows of `other`."""
+        checks.tensor("rows", rows, (other.length.shape[0],), self.length)
+        refuse_difference("other", other, self, batch=False)
+        theirs = other.tensors()
+        return self._map(lambda name, tensor: tensor.index_copy(0, rows, theirs[name]))
+
+    def crop(self, tokens: int) -> "DynamicMaskState":
+        """The state before the last `tokens` tokens; ValueError where it is gone.
+
+        Exact as long as no key that was visible has been evicted since, so always while fewer than w tokens have come; after
+        that take a `checkpoint()` first.  Synchronises.
+        """
+        checks.positive_int("tokens", tokens, 0)
+        shortest = int(self.length.min())
+        if tokens > shortest:
+            raise ValueError(f"tokens: expected at most the {shortest} tokens of the shortest sequence, got {tokens}")
+        kept = self.length - tokens
+        gone = (self.last_loss >= kept[:, None]) & (kept > 0)[:, None]
+        if gone.any():
+            at = int(self.last_loss[gone].max())
+            raise ValueError(
+                f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
+                f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
+            )
+        if self.forgotten.count_nonzero() and tokens:
+            raise ValueError(
+                f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
+                "before tokens that may be rolled back"
+            )
+        return without_last(self, kept)
+
+
+TENSORS = tuple(field.name for field in fields(DynamicMaskState) if field.type is Tensor)
+OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type is not Tensor)
+# "global" chooses among all keys, later ones too: no prefix has a state.
+STATEFUL_SELECTIONS = ("causal", "threshold")
+
+pytree.register_pytree_node(
+    DynamicMaskState,
+    lambda state: (list(state.tensors().values()), tuple(state.options().values())),
+    lambda tensors, options: DynamicMaskState(*tensors, *options),
+    serialized_type_name="flexdma.DynamicMaskState",
+)
+
+
+def as_window(windows: Sequence[int]) -> int | tuple[int, ...]:
+    """One int where there is one, else a tuple of one per head: what a state keeps, comparable and hashable."""
+    return windows[0] if len(windows) == 1 else tuple(windows)
+
+
+def refuse_difference(name: str, state: object, expected: DynamicMaskState, *, batch: bool = True) -> None:
+    """Raise unless `state` has the options, shapes, dtypes and device of `expected`; batch: and its number of sequences."""
+    if not isinstance(state, DynamicMaskState):
+        raise TypeError(f"{name}: expected a DynamicMaskState, got {type(state).__name__}")
+    for option, want in expected.options().items():
+        if getattr(state, option) != want:
+            raise ValueError(
+                f"{name}: expected {option}={want!r}, got a state with {option}={getattr(state, option)!r}"
+            )
+    for field, want in expected.tensors().items():
+        have = getattr(state, field)
+        if have.device != want.device:
+            raise ValueError(f"{name}: expected a state on {want.device}, got one on {have.device}")
+        if have.dtype != want.dtype:
+            raise TypeError(f"{name}: expected {field} of {want.dtype}, got {have.dtype}")
+        if have.shape[1:] != want.shape[1:]:
+            raise ValueError(f"{name}: expected {field} {['B', *want.shape[1:]]}, got {list(have.shape)}")
+        if batch and have.shape[0] != want.shape[0]:
+            raise ValueError(f"{name}: expected batch size {want.shape[0]}, got {have.shape[0]}")

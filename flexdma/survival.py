@@ -1,0 +1,192 @@
+"""Survival: a state before new keys, and the state that they leave.
+
+Both are lifespans (arXiv 2508.02124, flexdma/lifespans.py) at the edge of what has been seen: `extended` lays the keys of a
+state out before the new ones, so that everything that holds for one sequence of keys holds for these, and `settled` keeps
+those that the next query could see.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexdma.lifespans import Lifespans
+from flexdma.opaque import realize
+from flexdma.signatures import ScoreMod
+
+if TYPE_CHECKING:
+    from flexdma.state import DynamicMaskState
+
+# Above every position.
+NEVER = 2**62
+
+
+class Keys(NamedTuple):
+    """Keys in order of position: C places of a state, then the n new ones; M = C + n.
+
+    key [B, Hkv, M, D], value [B, Hkv, M, Dv], gate [B, Hkv, M], position [B, Hkv, M] int64.  Places of the state without a
+    key have gate -inf and position -1.
+    key_padding_mask, document_ids: [B, M], or None as for the new keys alone.
+    """
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    position: Tensor
+    key_padding_mask: Tensor | None
+    document_ids: Tensor | None
+    new: int
+
+
+def first_keys(
+    key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None
+) -> Keys:
+    """All keys of a sequence from its beginning."""
+    position = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
+    return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2])
+
+
+def extended(
+    state: "DynamicMaskState",
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> Keys:
+    """The keys of the state, then key [B, Hkv, n, D], value, gate [B, Hkv, n].  O(C log C + n) time."""
+    place = _places(state)
+    held = place >= 0
+    slot = place.clamp(min=0)
+    arrivals = state.length[:, None, None] + torch.arange(key.shape[2], device=key.device)
+    batch, heads, capacity = place.shape
+    if key_padding_mask is not None:
+        key_padding_mask = pad(key_padding_mask, (capacity, 0), value=True)
+    if document_ids is not None:
+        document_ids = torch.cat([state.document[:, None].expand(-1, capacity), document_ids.long()], 1)
+    return Keys(
+        torch.cat([_along_keys(state.key, slot), key], 2),
+        torch.cat([_along_keys(state.value, slot), value], 2),
+        torch.cat([state.gate.gather(-1, slot).masked_fill(~held, float("-inf")), gate], 2),
+        torch.cat([state.position.gather(-1, slot).masked_fill(~held, -1), arrivals.expand(batch, heads, -1)], 2),
+        key_padding_mask,
+        document_ids,
+        key.shape[2],
+    )
+
+
+def _places(state: "DynamicMaskState") -> Tensor:
+    """[B, Hkv, C]: the slot of the key that comes at each place before the new keys; -1 for none.
+
+    In order of position.  The last `recent` places are those of the last `recent` positions, with or without a key, so that
+    "the last n keys" counted in places is the same counted in positions.
+    """
+    position, capacity = state.position, state.position.shape[-1]
+    back = state.length[:, None, None] - position  # 1: the last token
+    old = (position >= 0) & (back > state.recent)
+    by_age = torch.where(old, position, NEVER).argsort(-1)
+    ordinal = torch.arange(capacity, device=position.device)
+    rank = torch.empty_like(by_age).scatter_(-1, by_age, ordinal.expand_as(by_age))
+    place = torch.where(old, rank, torch.where(position >= 0, capacity - back, capacity))
+    slots = torch.full((*position.shape[:-1], capacity + 1), -1, device=position.device)
+    return slots.scatter_(-1, place, ordinal.expand_as(place))[..., :capacity]
+
+
+def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
+    """The state after these keys.
+
+    state: the one before, for its options and length.  lifespans: of `keys`.  O(M log M) time.
+    """
+    total = keys.gate.shape[-1]
+    real = keys.gate != float("-inf")
+    if keys.key_padding_mask is not None:
+        real = real & keys.key_padding_mask[:, None]
+    last_loss = _last_loss(state, lifespans, total, keys.new)
+    document = state.document
+    if keys.document_ids is not None:
+        document = keys.document_ids[:, -1]
+        changed = keys.document_ids[:, 1:] != keys.document_ids[:, :-1]
+        start = pad(torch.where(changed, torch.arange(1, total, device=real.device), 0), (1, 0)).amax(-1)
+        real = real & (torch.arange(total, device=real.device) >= start[:, None, None])
+    is_sink = real & (real.cumsum(-1) <= state.sinks)
+    last_sink = torch.where(is_sink, keys.position, -1).amax(-1)
+    return _kept(replace(state, length=state.length + keys.new, document=document, last_sink=last_sink,
+                         last_loss=last_loss), keys, real, is_sink)  # fmt: skip
+
+
+def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
+    """The state at this length [B], of which none of its keys has been lost since."""
+    no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
+    keys = extended(state, *no_keys, None, None)
+    real = (keys.position >= 0) & (keys.position < length[:, None, None])
+    last_sink = torch.minimum(state.last_sink, length[:, None] - 1)
+    is_sink = real & (keys.position <= last_sink[..., None])
+    # Beginning again, nothing has been lost.
+    last_loss = torch.where((length > 0)[:, None], state.last_loss, -1)
+    return _kept(replace(state, length=length, last_sink=last_sink, last_loss=last_loss), keys, real, is_sink)
+
+
+def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
+    """`state`, whose length is already the new one, with the keys among the `real` ones that the last query saw."""
+    batch, heads, total = real.shape
+    ordinal = torch.arange(total, device=real.device)
+    eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
+    gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
+    # Stable and on the reversed row, so that ties go to the newer; torch.sort puts NaN first when descending.
+    best = total - 1 - gate.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : state.widest]
+    number = torch.arange(best.shape[-1], device=real.device)
+    chosen = eligible.gather(-1, best) & (number < per_head_windows(state))
+    slots, holds = [best, number.new_zeros(batch, heads, state.widest - best.shape[-1])], [chosen]
+    if state.sinks + state.recent:
+        in_top = torch.zeros_like(real).scatter_(-1, best, chosen)
+        recent = keys.position >= state.length[:, None, None] - state.recent
+        protected = torch.where(real & ~in_top & (is_sink | recent), ordinal, -1)
+        others = protected.sort(dim=-1, descending=True).values[..., : state.sinks + state.recent]
+        missing = state.sinks + state.recent - others.shape[-1]
+        slots.append(pad(others, (0, missing), value=-1))
+        holds = [pad(chosen, (0, state.widest - chosen.shape[-1])), slots[-1] >= 0]
+    slot = torch.cat(slots, -1).clamp(min=0)
+    held = torch.cat(holds, -1)
+    held = pad(held, (0, slot.shape[-1] - held.shape[-1]))
+    empty = ~held[..., None]
+    return replace(
+        state,
+        key=_along_keys(keys.key, slot).masked_fill(empty, 0.0),
+        value=_along_keys(keys.value, slot).masked_fill(empty, 0.0),
+        gate=keys.gate.gather(-1, slot).masked_fill(~held, float("-inf")),
+        position=keys.position.gather(-1, slot).masked_fill(~held, -1),
+    )
+
+
+def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new: int) -> Tensor:
+    """[B, Hkv]: the latest position whose arrival ended a visible key, in the state or since."""
+    held = total - new
+    ended = (lifespans.birth < lifespans.death) & (lifespans.death < total) & (lifespans.death >= held)
+    latest = torch.where(ended, lifespans.death.long() - held, -1).amax(-1)
+    return torch.where(latest >= 0, state.length[:, None] + latest, state.last_loss)
+
+
+def per_head_windows(state: "DynamicMaskState") -> Tensor:
+    """[1 or Hkv, 1] int64, filled on the device."""
+    windows: Sequence[int] = state.window_size if isinstance(state.window_size, tuple) else (state.window_size,)
+    return torch.cat([torch.full((1, 1), w, device=state.position.device, dtype=torch.int64) for w in windows])
+
+
+def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
+    """`score_mod`, called with places among `keys`, told positions instead.  length [B]: of the state before them."""
+    held = keys.position.shape[-1] - keys.new
+    # Buffers: the C++ lowering captures no views and no expressions.
+    key_position, shift = realize(keys.position), realize(length - held)
+
+    def told(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score_mod(score, b, h, shift[b] + i, key_position[b, h // group, j])
+
+    return told
+
+
+def _along_keys(tensor: Tensor, index: Tensor) -> Tensor:
+    """[B, H, K, D] at [B, H, n] -> [B, H, n, D]."""
+    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[-1]))

@@ -1,0 +1,200 @@
+"""DynamicMaskState as a value: what it holds, how it is moved, cropped, saved, and what it refuses."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.utils._pytree as pytree
+
+from flexdma import DynamicMaskAttention, DynamicMaskState, dynamic_mask_attention, load_states, save_states
+from tests.comparison import inputs
+
+
+def after(tokens, *, window_size=3, batch=2, state=None, start=0, seed=0, **options):
+    """The state after the tokens start .. start + tokens - 1 of a fixed random sequence, and their output."""
+    tensors = [t[:, :, start : start + tokens] for t in inputs(batch, 4, 2, 64, 64, 4, dtype=torch.float32, seed=seed)]
+    output, state = dynamic_mask_attention(*tensors, window_size=window_size, state=state, return_state=True, **options)
+    return state, output
+
+
+def assert_equal_states(a, b):
+    assert a.options() == b.options()
+    for name, tensor in a.tensors().items():
+        torch.testing.assert_close(tensor, b.tensors()[name], rtol=0, atol=0, msg=name)
+
+
+def test_literal():
+    gate = torch.tensor([[[3.0, 1.0, 2.0, 5.0, 0.0]]])
+    key = torch.arange(5.0).view(1, 1, 5, 1)
+    _, state = dynamic_mask_attention(key, key, key, gate, window_size=2, sinks=1, recent=1, return_state=True)
+    # Top-2: positions 3 and 0.  The sink is 0, so its own place is free; 4 is recent.
+    assert state.position.tolist() == [[[3, 0, 4, -1]]]
+    assert state.key.flatten().tolist() == [3.0, 0.0, 4.0, 0.0]
+    assert state.gate.tolist() == [[[5.0, 3.0, 0.0, -torch.inf]]]
+    assert (state.length.tolist(), state.last_sink.tolist(), state.widest) == ([5], [[0]], 2)
+    # Key 1 ended at 2 as recent, key 2 at 3; nothing that was visible at 3 ended at 4.
+    assert state.last_loss.tolist() == [[3]]
+
+
+def test_memory_does_not_grow():
+    short, _ = after(4)
+    long, _ = after(40)
+    assert short.nbytes == long.nbytes == DynamicMaskState.empty(2, 2, 4, 3).nbytes
+
+
+def test_is_a_pytree():
+    state, _ = after(5)
+    leaves, spec = pytree.tree_flatten(state)
+    assert len(leaves) == 9
+    assert_equal_states(pytree.tree_unflatten(leaves, spec), state)
+    assert pytree.tree_map(lambda leaf: leaf.to("meta"), state).key.device.type == "meta"
+
+
+def test_values_only():
+    """No call changes the state that it is given."""
+    state, _ = after(9, sinks=1, recent=2)
+    kept = state.checkpoint()
+    for tokens in (1, 1, 4):
+        after(tokens, state=state, start=9, sinks=1, recent=2)
+    assert_equal_states(state, kept)
+
+
+def test_checkpoint_and_restore():
+    state, _ = after(20)
+    saved = state.checkpoint()
+    advanced, draft = after(3, state=state, start=20)
+    restored = advanced.restore(saved)
+    assert_equal_states(restored, state)
+    again, output = after(3, state=restored, start=20)
+    assert_equal_states(again, advanced)
+    torch.testing.assert_close(output, draft, rtol=0, atol=0)
+    with pytest.raises(ValueError, match="saved: expected window_size=3, got a state with window_size=4"):
+        state.restore(after(3, window_size=4)[0])
+
+
+@pytest.mark.parametrize(("options", "kept"), [({}, 7), ({"sinks": 2, "recent": 3}, 4)])
+def test_crop_is_exact_while_nothing_was_lost(options, kept):
+    """Nothing is evicted before the window is full, nor with `recent` before the first recent key is let go."""
+    window = 10
+    state, _ = after(9, window_size=window, **options)
+    cropped, expected = state.crop(9 - kept), after(kept, window_size=window, **options)[0]
+    for a, b in ((cropped, expected), *_continued(cropped, expected, kept, window, options)):
+        assert [sorted(row) for row in a.position.flatten(0, 1).tolist()] == [
+            sorted(row) for row in b.position.flatten(0, 1).tolist()
+        ]
+        torch.testing.assert_close(a.length, b.length)
+        torch.testing.assert_close(a.last_sink, b.last_sink)
+
+
+def _continued(cropped, expected, start, window, options):
+    pairs = []
+    for tokens in (1, 20):
+        (cropped, a), (expected, b) = (
+            after(tokens, state=state, start=start, window_size=window, **options) for state in (cropped, expected)
+        )
+        torch.testing.assert_close(a, b)
+        pairs.append((cropped, expected))
+        start += tokens
+    return pairs
+
+
+def test_crop_refuses_what_is_gone():
+    state, _ = after(30)
+    at = int(state.last_loss.max())
+    with pytest.raises(
+        ValueError, match=f"the last was at position {at}, and evicted keys are gone.*got 5.*checkpoint"
+    ):
+        state.crop(5)
+    torch.testing.assert_close(state.crop(0).position.sort().values, state.position.sort().values)
+    with pytest.raises(ValueError, match="tokens: expected at most the 30 tokens of the shortest sequence, got 31"):
+        state.crop(31)
+    begun = state.crop(30)
+    assert (begun.position == -1).all()
+    assert (begun.length == 0).all()
+    assert_equal_states(after(5, state=begun)[0], after(5)[0])
+    forgetting = replace(after(2)[0], forgotten=torch.ones(2, 2, dtype=torch.float64))
+    with pytest.raises(ValueError, match="tokens: expected 0 with forget gates"):
+        forgetting.crop(1)
+
+
+def test_reorder_and_put():
+    state, _ = after(12, batch=3)
+    beams = state.reorder(torch.tensor([2, 2, 0, 1]))
+    for row, source in enumerate((2, 2, 0, 1)):
+        assert_equal_states(beams.reorder(torch.tensor([row])), state.reorder(torch.tensor([source])))
+    fresh, _ = after(5, batch=1, seed=7)
+    joined = state.put(torch.tensor([1]), fresh)
+    assert_equal_states(joined.reorder(torch.tensor([1])), fresh)
+    assert_equal_states(joined.reorder(torch.tensor([0, 2])), state.reorder(torch.tensor([0, 2])))
+    with pytest.raises(ValueError, match=r"rows: expected \[1\], got \[2\]"):
+        state.put(torch.tensor([0, 1]), fresh)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_file_round_trip(tmp_path, dtype):
+    state, _ = after(12, sinks=1)
+    state = replace(state, key=state.key.to(dtype), value=state.value.to(dtype))
+    heads, _ = after(4, window_size=[3, 5])
+    save_states(tmp_path / "state.safetensors", {"layer.0": state, "layer.1": heads})
+    loaded = load_states(tmp_path / "state.safetensors")
+    assert list(loaded) == ["layer.0", "layer.1"]
+    assert_equal_states(loaded["layer.0"], state)
+    assert_equal_states(loaded["layer.1"], heads)
+
+
+def test_damaged_files_are_refused(tmp_path):
+    path = tmp_path / "state.safetensors"
+    save_states(path, {"layer": after(12)[0]})
+    content = path.read_bytes()
+    for keep in (0, 4, len(content) // 2, len(content) - 1):
+        path.write_bytes(content[:keep])
+        with pytest.raises(ValueError, match=r"path: expected a whole safetensors file, got .*state\.safetensors"):
+            load_states(path)
+    for at in (len(content) - 1, len(content) // 2, content.index(b"window_size")):
+        path.write_bytes(content[:at] + bytes([content[at] ^ 4]) + content[at + 1 :])
+        with pytest.raises(ValueError, match="path: expected"):
+            load_states(path)
+    from safetensors.torch import save_file
+
+    save_file({"weight": torch.zeros(2)}, path)
+    with pytest.raises(ValueError, match=r"path: expected the format flexdma.DynamicMaskState/1, got None"):
+        load_states(path)
+    with pytest.raises(FileNotFoundError):
+        load_states(tmp_path / "absent.safetensors")
+
+
+def test_foreign_states_are_refused():
+    state, _ = after(4)
+    cases = [
+        ({"window_size": 4}, ValueError, "state: expected window_size=4, got a state with window_size=3"),
+        ({"sinks": 1}, ValueError, "state: expected sinks=1, got a state with sinks=0"),
+        ({"recent": 2}, ValueError, "state: expected recent=2, got a state with recent=0"),
+        ({"selection": "threshold"}, ValueError, "state: expected selection='threshold', got .*selection='causal'"),
+        ({"batch": 3}, ValueError, "state: expected batch size 3, got 2"),
+        ({"selection": "global"}, ValueError, r"selection: expected one of \('causal', 'threshold'\) with a state"),
+        (
+            {"window_size": None, "selection": "threshold"},
+            ValueError,
+            "window_size: expected an int or one per gate head",
+        ),
+    ]
+    for options, error, message in cases:
+        with pytest.raises(error, match=message):
+            after(1, state=state, **options)
+    for change, error, message in [
+        ({"key": state.key.bfloat16()}, TypeError, "state: expected key of torch.float32, got torch.bfloat16"),
+        ({"gate": state.gate.double()}, TypeError, "state: expected gate of torch.float32, got torch.float64"),
+        ({"value": state.value[..., :2]}, ValueError, r"state: expected value \['B', 2, 3, 4\], got \[2, 2, 3, 2\]"),
+        ({"key": state.key.to("meta")}, ValueError, "state: expected a state on cpu, got one on meta"),
+    ]:
+        with pytest.raises(error, match=message):
+            after(1, state=replace(state, **change))
+    with pytest.raises(TypeError, match="state: expected a DynamicMaskState, got dict"):
+        after(1, state={})
+    with pytest.raises(TypeError, match=r"gate_dtype: expected torch.float32 or torch.float64, got torch.bfloat16"):
+        DynamicMaskState.empty(1, 1, 4, 2, gate_dtype=torch.bfloat16)
+
+
+def test_layer_without_a_bound_has_no_state():
+    with pytest.raises(ValueError, match="window_size: expected an int"):
+        DynamicMaskAttention(8, 2, 1, 4, None, selection="threshold").empty_state(1)
