@@ -16,7 +16,7 @@ from torch._inductor import config
 from torch._inductor.graph import GraphLowering
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flexdma import dynamic_mask_attention
+from flexdma import DynamicMaskState, dynamic_mask_attention
 from flexdma.inspection.call import run_once
 from flexdma.inspection.capture import watching
 from flexdma.inspection.standins import install
@@ -40,18 +40,28 @@ def main() -> None:
         case = json.loads(line)
         graphs.clear()
         torch._dynamo.reset()
-        batch, query_heads, heads, length, size = case["shape"]
         with config.patch(force_disable_caches=True), FakeTensorMode(), watching(launch=False, device="cuda"):
-            options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": case["backward"]}
-            query, key, value = (torch.empty(batch, h, length, size, **options) for h in (query_heads, heads, heads))
-            gate = torch.empty(batch, heads, length, device="cuda", requires_grad=case["backward"])
-
-            def call(*tensors, window=case["window"]):
-                return dynamic_mask_attention(*tensors, window_size=window, lowering="flex")
-
-            with torch.set_grad_enabled(case["backward"]):
-                run_once(call, (query, key, value, gate), {})
+            generate(**case)
         print(json.dumps(graphs), flush=True)
+
+
+def generate(shape: list[int], window: int, backward: bool = False, decode: bool = False) -> None:
+    """The kernels of one call, in bfloat16; `decode`: of one token against a state of `window` slots."""
+    batch, query_heads, heads, length, size = shape
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
+    query, key, value = (torch.empty(batch, h, length, size, **options) for h in (query_heads, heads, heads))
+    gate = torch.empty(batch, heads, length, device="cuda", requires_grad=backward)
+    state = None
+    if decode:
+        state = DynamicMaskState.empty(batch, heads, size, window, dtype=torch.bfloat16, device="cuda")
+
+    def call(*tensors: torch.Tensor) -> object:
+        if decode:
+            return dynamic_mask_attention(*tensors, window_size=window, state=state, return_state=True)
+        return dynamic_mask_attention(*tensors, window_size=window, lowering="flex")
+
+    with torch.set_grad_enabled(backward):
+        run_once(call, (query, key, value, gate), {})
 
 
 if __name__ == "__main__":
