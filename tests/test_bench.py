@@ -126,7 +126,9 @@ def test_the_dense_path_computes_dynamic_mask_attention():
 
 def test_a_dense_mask_that_does_not_fit_is_not_tried():
     with pytest.raises(UnavailableError, match="dense masks need about"):
-        check_fits(Shape(2**24, 1024, False), 4, "cpu")
+        check_fits(Shape(4096, 1024, False, query_heads=2**20), 4, "cpu")
+    with pytest.raises(UnavailableError, match="above N=8192"):
+        check_fits(Shape(16384, 1024, False), 4, "cpu")
 
 
 @pytest.fixture
@@ -251,18 +253,21 @@ def test_the_report_divides_by_the_fastest_causal_attention():
     }  # fmt: skip
     results = measure.begun(SUITES["quick"], "quick", 1, "float32", "cpu") | {"calls": [case]}
     text = report.markdown(results)
-    assert "| s | flexdma | 1.5000 | 2.00 x | 2 |  | 1 MiB |" in text
+    assert "| s | flexdma | 1.5000 | 2.00 x | 2 |  | 1.0 MiB |" in text
     assert "| s | SDPA causal, flash | 3.0000 | 1.00 x | 2 |" in text
     assert "| s | SDPA causal, cudnn | RuntimeError: no |" in text
 
 
 def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):
-    page, picture = tmp_path / "page.md", tmp_path / "scaling.svg"
+    page, picture, source = (tmp_path / name for name in ("page.md", "scaling.svg", "bench-cpu.json"))
+    sizes = [{"length": n, "window": 8, "seconds": {"flexdma": n, "SDPA causal": n * n}} for n in (64, 128)]
+    sizes = [size | {"failed": {}, "useful_flops": 1.0} for size in sizes]
+    source.write_text(json.dumps(json.loads(RESULTS.read_text()) | {"lengths": sizes}))
     page.write_text("above\n<!-- bench cpu -->\nold\n<!-- end of bench cpu -->\nbelow\n")
-    arguments = ["bench", "--from", str(RESULTS), "--markdown", str(page), "--plot", str(picture)]
-    assert main(arguments) == 0
+    assert main(["bench", "--from", str(source), "--markdown", str(page), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out.strip()
     assert page.read_text() == f"above\n<!-- bench cpu -->\n\n{printed}\n\n<!-- end of bench cpu -->\nbelow\n"
+    assert "| 128 | 128000.0 | 16384000.0 | 128.00 x |" in printed
     assert "<svg" in picture.read_text()
 
 

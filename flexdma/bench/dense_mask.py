@@ -12,6 +12,7 @@ from flexdma.bench.shapes import Shape
 from flexdma.bench.timing import UnavailableError
 
 GIB = 2**30
+CPU_LONGEST = 8192  # 20 seconds a run at twice that
 
 
 def dense_mask_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, window_size: int) -> Tensor:
@@ -39,7 +40,9 @@ def bytes_needed(shape: Shape, element: int) -> int:
 
 
 def check_fits(shape: Shape, element: int, device: str) -> None:
-    """Raises UnavailableError where this would not fit: a CPU process that tries is killed instead of told."""
+    """Raises UnavailableError where this would not fit, as a CPU process that tries is killed, or takes minutes."""
+    if device == "cpu" and shape.length > CPU_LONGEST:
+        raise UnavailableError(f"skipped: slower than all others together above N={CPU_LONGEST}")
     needed, free = bytes_needed(shape, element), free_bytes(device)
     if needed > 0.7 * free:
         raise UnavailableError(f"skipped: dense masks need about {needed / GIB:.0f} GiB, {free / GIB:.0f} GiB are free")

@@ -24,7 +24,8 @@ SECTIONS = ("calls", "stages", "gate_gradient", "lengths", "launches", "windows"
 FLEXDMA, SDPA, SELECTION = "flexdma", "SDPA causal", "selection"
 # Quadratic: beyond this a CPU takes minutes, and a GPU the time of the cases after it.
 SDPA_LONGEST = {"cpu": 32768, "cuda": 262144}
-ONCE = 131072  # the longest that a CPU is asked to run more than once
+ONCE = 131072  # the longest that a CPU, which compiles nothing here, is asked to run more than once
+SIZE_ROUNDS = 3
 Tick = Callable[[str], None]
 Case = tuple[str, str, Callable[[Tick], dict[str, Any]]]
 
@@ -146,7 +147,9 @@ def _size(
         calls[SDPA] = next(iter(sdpa_causal(query, key, value).values()))
     once = not cuda and shape.length > ONCE
     with torch.no_grad():
-        measured = interleaved(calls, 1 if once else min(rounds, 3), tick, budget, memory=not once)
+        measured = interleaved(
+            calls, 1 if once else min(rounds, SIZE_ROUNDS), tick, budget, memory=cuda, warm_up=not once
+        )
     return {**_about(shape), "length": shape.length, "window": shape.window, **vars(measured)}
 
 

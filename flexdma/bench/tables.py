@@ -34,7 +34,7 @@ def _calls(cases: Entries) -> list[str]:
                 [
                     case["shape"], name, f"{seconds:.4f}", "" if base is None else f"{base / seconds:.2f} x",
                     f"{flops / seconds / 1e9:,.0f}", "" if ratio is None else f"{ratio:.2f}",
-                    f"{case['peak_bytes'][name] / MIB:,.0f} MiB",
+                    _mebibytes(case["peak_bytes"].get(name)),
                 ]
             )  # fmt: skip
         rows += [[case["shape"], name, why, "", "", "", ""] for name, why in case["failed"].items()]
@@ -63,7 +63,7 @@ def _one_profile(profile: dict[str, Any]) -> list[str]:
         flops = profile["useful_flops"].get(name)
         rate = f"{flops / seconds / 1e9:,.0f}" if flops and seconds > 0 else ""
         share = "" if of is None else f"{seconds / of:.1%}"
-        return [name, f"{seconds * 1e3:.2f}", share, rate, f"{peaks[name] / MIB:,.1f} MiB" if name in peaks else ""]
+        return [name, f"{seconds * 1e3:.2f}", share, rate, _mebibytes(peaks.get(name))]
 
     rows = [row(name, seconds, whole) for name, seconds in stages.items()]
     total = sum(stages.values())
@@ -87,7 +87,7 @@ def _gate_gradient(cases: Entries) -> list[str]:
     for case in cases:
         for name, seconds in case["seconds"].items():
             share = "" if name == WITHOUT else f"{case['share'].get(name, float('nan')):.1%}"
-            peak = f"{case['peak_bytes'][name] / MIB:,.0f} MiB"
+            peak = _mebibytes(case["peak_bytes"].get(name))
             rows.append([f"{case['lowering']}, {case['shape']}", name, f"{seconds * 1e3:.2f}", share, peak])
     head = ["", "route", "backward, milliseconds", "gate gradient's share", "peak memory"]
     return [*lines, *_table(head, *rows), *(line for case in cases for line in _failures(case))]
@@ -158,6 +158,10 @@ def _memory(cases: Entries) -> list[str]:
 
 def _milliseconds(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e3:.1f}"
+
+
+def _mebibytes(number: int | None) -> str:
+    return "" if number is None else f"{number / MIB:,.1f} MiB"
 
 
 def _failures(case: dict[str, Any]) -> list[str]:

@@ -62,11 +62,13 @@ def interleaved(
     budget: Budget | None = None,
     *,
     memory: bool = True,
+    warm_up: bool = True,
 ) -> Measured:
     """Median seconds of each contender over `rounds` rounds in which each runs once.
 
-    Interleaving shares the machine's slow moments among all.  Two runs are not counted: the first, which compiles, and
-    one that measures memory.  Slow contenders run fewer times (SECONDS_EACH), and none after the budget is spent.
+    Interleaving shares the machine's slow moments among all.  Two runs are not counted: the first (`warm_up`), which
+    compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH), and none after the budget
+    is spent.
     `tick(name)` precedes every run.
     """
     measured, times = Measured(), dict[str, list[float]]()
@@ -76,7 +78,8 @@ def interleaved(
             continue
         tick(name)
         try:
-            _timed(contender)
+            if warm_up:
+                _timed(contender)
             if memory:
                 measured.peak_bytes[name] = peak_bytes(contender)
             times[name] = []
@@ -86,9 +89,8 @@ def interleaved(
     for number in range(rounds):
         for name in list(times):
             taken = times[name]
-            if number >= LEAST and (sum(taken) + sum(taken) / len(taken) > SECONDS_EACH):
-                continue
-            if budget is not None and budget.over:
+            slow = len(taken) >= LEAST and sum(taken) * (1 + 1 / len(taken)) > SECONDS_EACH
+            if slow or (budget is not None and budget.over):
                 continue
             tick(name)
             try:
