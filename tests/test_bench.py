@@ -172,7 +172,7 @@ def test_a_ledger_counts_what_runs_inside_a_stage_once(monkeypatch):
 
 def test_a_ledger_restores_what_it_watches():
     before = flexdma.lifespans._ranked
-    with Ledger().watching({"ranking": (flexdma.lifespans, "_ranked")}):
+    with Ledger().watching([("ranking", flexdma.lifespans, "_ranked")]):
         assert flexdma.lifespans._ranked is not before
     assert flexdma.lifespans._ranked is before
 
@@ -183,7 +183,7 @@ def test_every_stage_is_timed(lowering, uncompiled_flex):
     entry = profile(shape, inputs(shape, "cpu", torch.float32), lowering, 1, silent, compiler=uncompiled_flex)
     backward = ("attention backward", "gate gradient", "gate, its own backward") if shape.backward else ()
     stages = ("gate", *BEFORE_ATTENTION[lowering], "key/value gather", "attention forward", *backward)
-    assert tuple(entry["seconds"]) == stages
+    assert [name for name in entry["seconds"] if name in stages] == list(stages)
     assert entry["whole"] > 0
     assert entry["failed"] == {}
 

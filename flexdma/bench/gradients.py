@@ -4,8 +4,10 @@ The backward alone is timed, on a forward that has just been made; the share is 
 needs no gradient.
 """
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,7 +24,11 @@ Route = Callable[[], AbstractContextManager]
 
 def routes() -> dict[str, Route]:
     """Name -> a context in which the gate's gradient takes that route."""
-    return {"default": nullcontext, "deterministic": _deterministic}
+    found: dict[str, Route] = {"default": nullcontext, "deterministic": _deterministic}
+    if importlib.util.find_spec("flexdma.lowerings.gate_gradient") is not None:
+        lowering: Any = importlib.import_module("flexdma.lowerings.gate_gradient")
+        found |= {name: partial(lowering.gate_gradient_route, name) for name in lowering.ROUTES}
+    return found
 
 
 @contextmanager

@@ -6,8 +6,9 @@ the sum may then exceed the whole.  Backward: run on a forward that has just bee
 """
 
 import functools
+import importlib.util
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -37,15 +38,25 @@ BEFORE_ATTENTION = {
     "gather": (RANKING, LIFESPANS, REFERENCE, LIVING),
     "flex": (RANKING, LIFESPANS, REFERENCE, PACKING, METADATA),
 }
-# What the gather lowering calls, and by which name it does.
-CALLED: dict[str, tuple[Any, str]] = {
-    RANKING: (lifespans, "_ranked"),
-    LIFESPANS: (attention, "select"),
-    REFERENCE: (gather, "reference_gate"),
-    LIVING: (gather, "living_keys"),
-    TAKE: (gather, "_take"),
-    FORWARD: (attention, "gather_attend"),
-}
+# What the gather lowering calls: stage, module, and the name by which it does.
+CALLED: list[tuple[str, Any, str]] = [
+    (RANKING, lifespans, "_ranked"),
+    (LIFESPANS, attention, "select"),
+    (REFERENCE, gather, "reference_gate"),
+    (LIVING, gather, "living_keys"),
+    (TAKE, gather, "_take"),
+    (FORWARD, attention, "gather_attend"),
+]
+if importlib.util.find_spec("flexdma.lowerings.fused") is not None:
+    # Inference through PyTorch's own kernel: its `_attend` gathers, writes a mask and calls that.
+    _fused: Any = importlib.import_module("flexdma.lowerings.fused")
+    CALLED += [
+        (REFERENCE, _fused, "reference_gate"),
+        (LIVING, _fused, "living_lists"),
+        (TAKE, _fused, "_attend"),
+        (METADATA, _fused, "_mask"),
+        (FORWARD, _fused, "scaled_dot_product_attention"),
+    ]
 
 
 @dataclass
@@ -71,16 +82,16 @@ class Ledger:
                 self._open[-1] += taken
 
     @contextmanager
-    def watching(self, functions: dict[str, tuple[Any, str]]) -> Iterator[None]:
-        """While active, calls of these functions, by these names, are stages."""
-        originals = {name: getattr(module, attribute) for name, (module, attribute) in functions.items()}
+    def watching(self, functions: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
+        """While active, calls of these functions (stage, module, name) are stages."""
+        originals = [getattr(module, attribute) for _, module, attribute in functions]
         try:
-            for name, (module, attribute) in functions.items():
-                setattr(module, attribute, self._watched(name, originals[name]))
+            for (name, module, attribute), original in zip(functions, originals, strict=True):
+                setattr(module, attribute, self._watched(name, original))
             yield
         finally:
-            for name, (module, attribute) in functions.items():
-                setattr(module, attribute, originals[name])
+            for (_, module, attribute), original in zip(functions, originals, strict=True):
+                setattr(module, attribute, original)
 
     def _watched(self, name: str, function: Callable) -> Callable:
         @functools.wraps(function)
@@ -230,7 +241,14 @@ def _as_entry(shape: Shape, lowering: str, measured: Measured, ledger: Ledger) -
     if "selection" in peaks:
         peaks[LIFESPANS] = peaks["selection"]
     forward_flops = replace(shape, backward=False).useful_flops()
-    names = (GATE, *BEFORE_ATTENTION[lowering], TAKE, FORWARD, BACKWARD, GATE_GRADIENT, GATE_BACKWARD)
+    names = (
+        *dict.fromkeys((GATE, *BEFORE_ATTENTION[lowering], METADATA)),
+        TAKE,
+        FORWARD,
+        BACKWARD,
+        GATE_GRADIENT,
+        GATE_BACKWARD,
+    )
     return {
         "shape": str(shape),
         "lowering": lowering,

@@ -86,7 +86,7 @@ def interleaved(
         except Exception as error:  # whatever a kernel, a compiler or a peer may raise
             measured.failed[name] = in_one_line(error)
             _release()
-    for number in range(rounds):
+    for _ in range(rounds):
         for name in list(times):
             taken = times[name]
             slow = len(taken) >= LEAST and sum(taken) * (1 + 1 / len(taken)) > SECONDS_EACH
