@@ -20,7 +20,7 @@ from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
-from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_difference
+from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_difference, state_layout
 from flexdma.survival import at_positions, extended, first_keys, settled
 
 
@@ -82,6 +82,7 @@ def dynamic_mask_attention(
     if state is not None or return_state:
         before = _state_before(state, key, value, gate, window_size, selection, choice)
         gate = gate.to(before.gate.dtype).expand(key.shape[:3])
+        window_size = before.window_size
         checks.selection_arguments(gate, window_size, sinks, recent, **masks)
         if (
             state is not None
@@ -147,14 +148,17 @@ def _state_before(
     if window_size is None:
         raise ValueError("window_size: expected an int or one per gate head with a state, which it bounds, got None")
     windows = checks.windows(window_size, gate.shape[1], needed=True)
-    begin = DynamicMaskState.empty(
-        key.shape[0], key.shape[1], key.shape[3], as_window(windows), value_dim=value.shape[3], selection=selection,
-        dtype=key.dtype, gate_dtype=torch.float64 if gate.dtype == torch.float64 else torch.float32, device=key.device,
-        **choice,
-    )  # fmt: skip
+    gate_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
+    batch, heads, _keys, size = key.shape
+    value_size, device = value.shape[3], key.device
     if state is None:
-        return begin
-    refuse_difference("state", state, begin)
+        return DynamicMaskState.empty(
+            batch, heads, size, as_window(windows), value_dim=value_size, selection=selection, dtype=key.dtype,
+            gate_dtype=gate_dtype, device=device, **choice,
+        )  # fmt: skip
+    slots = (batch, heads, max(windows) + choice["sinks"] + choice["recent"])
+    options = {"window_size": as_window(windows), "selection": selection, **choice}
+    refuse_difference("state", state, state_layout(slots, size, value_size, key.dtype, gate_dtype), options, device)
     return state
 
 

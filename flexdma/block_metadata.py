@@ -9,12 +9,16 @@ row blocks, counts the visible keys of every tile: it is not empty iff the count
 block is born after the tile's first position or dies before its last.  O(K) + one int per tile; nothing is Q x K.
 """
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
 from flexdma.opaque import opaque_on_cpu
+from flexdma.order_statistics import scattered
 from flexdma.signatures import MaskMod
 
 
@@ -24,11 +28,19 @@ def ceil_div(numerator: int, denominator: int) -> int:
 
 
 def _empty_metadata(
-    birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int, transposed: bool
+    birth: Tensor,
+    death: Tensor,
+    queries: int,
+    group: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    most: int | None = None,
 ) -> list[Tensor]:
     batch, heads, keys = birth.shape
     row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(keys, columns)
-    numbers = [birth.new_empty((batch, heads, row_blocks)), birth.new_empty((batch, heads, row_blocks, key_blocks))] * 2
+    entries = key_blocks if most is None or most >= key_blocks else most + 1
+    numbers = [birth.new_empty((batch, heads, row_blocks)), birth.new_empty((batch, heads, row_blocks, entries))] * 2
     if transposed:
         numbers += [
             birth.new_empty((batch, heads, key_blocks)),
@@ -39,11 +51,20 @@ def _empty_metadata(
 
 @opaque_on_cpu("block_metadata", _empty_metadata)
 def block_metadata(
-    birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int, transposed: bool
+    birth: Tensor,
+    death: Tensor,
+    queries: int,
+    group: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    most: int | None = None,
 ) -> list[Tensor]:
     """Numbers and indices of the partial and the full blocks of every row block, and transposed for the backward.
 
     birth, death: [B, H, K] int32; the queries are the last `queries` of the K positions, `group` rows each.
+    most: a bound on the key blocks that a row block visits, which must hold (`packing.most_visited`): the indices of row
+        blocks are then [B, H, R, most + 1] where that is smaller.  Those of key blocks have no such bound: a key may live on.
     Returns int32 tensors [partial number, partial indices, full number, full indices], of shapes [B, H, R] and
     [B, H, R, C] with R row blocks and C key blocks; with `transposed` four more, [B, H, C] and [B, H, C, R].
 
@@ -71,24 +92,29 @@ def block_metadata(
     full = (birth.amax(-1, keepdim=True) <= first_position) & (death.amin(-1, keepdim=True) > last_position)
 
     partial = visited & ~full
-    metadata = _ordered(partial.mT) + _ordered(full.mT)
+    metadata = _ordered(partial.mT, most) + _ordered(full.mT, most)
     return metadata + _ordered(partial) + _ordered(full) if transposed else metadata
 
 
-def _ordered(chosen: Tensor) -> list[Tensor]:
-    """[..., n] bool -> how many are chosen [...], and all indices [..., n] with the chosen ones first, in order."""
+def _ordered(chosen: Tensor, most: int | None = None) -> list[Tensor]:
+    """[..., n] bool -> how many are chosen [...], and all indices [..., n] with the chosen ones first, in order.
+
+    With `most` < n no row has more chosen: the indices are [..., most + 1], the last for those that are not.
+    """
     n = chosen.shape[-1]
-    indices = torch.arange(n, device=chosen.device, dtype=torch.int32)
+    indices = torch.arange(n, device=chosen.device, dtype=torch.int32).expand(chosen.shape)
     before = chosen.cumsum(-1, dtype=torch.int32)
-    number = before[..., -1]
-    place = torch.where(chosen, before - 1, number[..., None] + indices - before)
-    ordered = torch.empty(chosen.shape, dtype=torch.int32, device=chosen.device)
-    ordered.scatter_(-1, place.long(), indices.expand(chosen.shape))
-    return [number, ordered]
+    number = chosen.sum(-1, dtype=torch.int32)
+    if most is None or most >= n:
+        place = torch.where(chosen, before - 1, number[..., None] + indices - before)
+        return [number, scattered(indices, place.long())]
+    place = torch.where(chosen, before - 1, most)
+    ordered = torch.zeros(*chosen.shape[:-1], most + 1, dtype=torch.int32, device=chosen.device)
+    return [number, ordered.scatter_(-1, place.long(), indices)]
 
 
 def block_mask_from(
-    metadata: list[Tensor], lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod
+    metadata: Sequence[Any], lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod
 ) -> BlockMask:
     """The BlockMask of `block_metadata`'s 4 tensors (inference only) or 8."""
     number, indices, full_number, full_indices, *transposed = metadata

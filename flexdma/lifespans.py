@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from flexdma import checks
 from flexdma.opaque import opaque_on_cpu
-from flexdma.order_statistics import kth_smallest
+from flexdma.order_statistics import kth_smallest, scattered
 
 
 class Lifespans(NamedTuple):
@@ -209,11 +209,10 @@ def _death_by_rank(ranked: Tensor, start: Tensor, end: Tensor, windows: Tensor, 
     `shared`: its end for the w best keys of the document, j (never visible) for the others.
     """
     positions = torch.arange(ranked.shape[-1], device=ranked.device)
-    # int32 in the scatter, as in kth_smallest.
-    rank = torch.empty_like(ranked, dtype=torch.int32).scatter_(-1, ranked, positions.int().expand_as(ranked)).long()
+    rank = scattered(positions.int().expand_as(ranked), ranked).long()
     survives = rank - start < windows
     if shared:
         return torch.where(survives, end, positions)
     left = start.expand_as(rank).contiguous()
-    evicted_at = kth_smallest(ranked, left, rank, (windows - 1).expand_as(rank))
+    evicted_at = kth_smallest(ranked.int(), left, rank, (windows - 1).expand_as(rank))
     return torch.where(survives, end, torch.maximum(evicted_at, positions))

@@ -107,16 +107,16 @@ class DynamicMaskAttention(nn.Module):
             after = replace(after, forgotten=self.gate.forgotten_after(value, before.get("forgotten")))
         return output, after
 
-    def empty_state(self, batch_size: int) -> DynamicMaskState:
-        """The state of this layer before the first token, on the device and of the dtype of its projections."""
+    def empty_state(self, batch_size: int, dtype: torch.dtype | None = None) -> DynamicMaskState:
+        """The state of this layer before the first token, on its device; dtype: of keys, default that of its projections."""
         weight = self.k_proj.weight
         window = self.options["window_size"]
         if window is None:
             raise ValueError("window_size: expected an int or one per KV head with a state, which it bounds, got None")
         return DynamicMaskState.empty(
             batch_size, self.num_kv_heads, self.head_dim, window, sinks=self.options["sinks"],
-            recent=self.options["recent"], selection=self.options["selection"], dtype=weight.dtype, device=weight.device,
-            gate_dtype=torch.float32 if self.gate.recency is None else torch.float64,
+            recent=self.options["recent"], selection=self.options["selection"], dtype=dtype or weight.dtype,
+            device=weight.device, gate_dtype=torch.float32 if self.gate.recency is None else torch.float64,
         )  # fmt: skip
 
     def project(

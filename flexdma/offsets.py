@@ -18,7 +18,8 @@ def reference_gate(gate: Tensor, lifespans: Lifespans) -> Tensor:
     """The largest finite gate among the keys that live up to each position, in its own document; 0 before the first.
 
     gate, birth, death: [B, H, K] -> [B, H, K], no gradient.  Under a running top-w, and for keys above a threshold, that is
-    the largest gate the query sees: the first in rank leaves only with its document.  ceil(log2 K) elementwise rounds.
+    the largest gate the query sees: the first in rank leaves only with its document.  Of
+    gates that float32 rounds to the same number it may be any.  Three cumulative passes.
     """
     return _largest_so_far(gate.detach(), *(bound.expand(gate.shape) for bound in lifespans))[0]
 
@@ -29,22 +30,18 @@ def _empty_gate(gate: Tensor, birth: Tensor, death: Tensor) -> list[Tensor]:
 
 @opaque_on_cpu("largest_so_far", _empty_gate)
 def _largest_so_far(gate: Tensor, birth: Tensor, death: Tensor) -> list[Tensor]:
-    length = gate.shape[-1]
-    positions = torch.arange(length, device=gate.device)
-    birth, death = birth.long(), death.long()
-    # How many keys live across the step from s - 1 to s.  None: a document, or a row without keys, begins at s.
-    crosses = (death > birth + 1).int()
-    steps = torch.zeros(*birth.shape[:-1], length + 1, dtype=torch.int32, device=gate.device)
-    steps.scatter_add_(-1, (birth + 1).clamp(max=length), crosses).scatter_add_(-1, death, -crosses)
-    begins = steps.cumsum(-1)[..., :length] == 0
-    start = torch.where(begins, positions, 0).cummax(-1).values
+    positions = torch.arange(gate.shape[-1], device=gate.device)
+    lives = death > birth
+    # No earlier key lives on at s: a document, or a row without keys, begins.
+    latest = torch.where(lives, death, 0).cummax(-1).values
+    document = (pad(latest[..., :-1], (1, 0)) <= positions).cumsum(-1)
 
-    largest = torch.where(gate.isfinite() & (death > birth), gate, float("-inf"))
-    shift = 1
-    while shift < length:
-        earlier = pad(largest[..., :-shift], (shift, 0), value=float("-inf"))
-        largest = torch.where(positions - shift >= start, torch.maximum(largest, earlier), largest)
-        shift *= 2
+    # One maximum for all documents: an int64 of the document's number and 32 bits that order as the float32 gate does.
+    # Gates that only float64 tells apart may stand in for each other: any reference near the largest serves.
+    seen = torch.where(gate.isfinite() & lives, gate, float("-inf"))
+    bits = seen.float().view(torch.int32)
+    place = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + document * 2**32
+    largest = seen.gather(-1, place.cummax(-1).indices)
     return [torch.where(largest == float("-inf"), 0.0, largest)]
 
 

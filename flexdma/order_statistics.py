@@ -1,28 +1,36 @@
 """Order statistics on prefixes: the k-th smallest of values[left:right], for every element at once.
 
 A wavelet matrix (Claude, Navarro and Ordóñez, "The wavelet matrix", 2015) answered level by level while it is built, so
-that nothing is stored: ceil(log2 N) rounds, each one cumulative sum, three gathers and one scatter.  O(N log N) time,
-O(N) memory, no loop over positions, no host synchronisation.
+that nothing is stored.  O(N log N) time, O(N) memory, no loop over positions, no host synchronisation.
 """
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+# Three counters of 21 bits fit in an int64.
+DIGITS, FIELD = 4, 21
+MASK = 2**FIELD - 1
+
 
 def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tensor:
     """For every element n, the k[n]-th smallest (0 = the smallest) of values[left[n]:right[n]].
 
-    values: [..., N] int64, each row a permutation of 0 .. N-1.
+    values: [..., N] int32, each row a permutation of 0 .. N-1.
     left, right, k: [..., N] int64, 0 <= left <= right <= N.
     Returns [..., N] int64; meaningless where k[n] >= right[n] - left[n], never out of the range of int64.
 
         values = [2 0 3 1], left = 0, right = 4, k = 2      the third smallest of all four: 2
     """
+    # On a CPU, where a launch costs nothing, one bit a round was measured 1.3 times faster.
+    by_digit = values.device.type != "cpu" and values.shape[-1] <= MASK
+    return (kth_smallest_by_digit if by_digit else kth_smallest_by_bit)(values, left, right, k)
+
+
+def kth_smallest_by_bit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tensor:
+    """`kth_smallest` in ceil(log2 N) rounds of one cumulative sum, three gathers and one scatter."""
     length = values.shape[-1]
     positions = torch.arange(length, device=values.device)
-    # int32: Inductor writes no int64 scatter of its own, and would call ATen's in every round, after a fill.
-    values = values.to(torch.int32)
     result = torch.zeros_like(k)
     bit = 1
     # Written as a comparison, not as bit_length(): a symbolic length is then guarded per power of two, not per length.
@@ -41,6 +49,60 @@ def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tens
         result = result + torch.where(smaller, 0, bit)
         k = torch.where(smaller, k, k - zeros)
         before = zeros_before[..., :-1]
-        destination = torch.where(is_zero, before, total + positions - before)
-        values = torch.empty_like(values).scatter_(-1, destination, values)
+        values = scattered(values, torch.where(is_zero, before, total + positions - before))
     return result
+
+
+def kth_smallest_by_digit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tensor:
+    """`kth_smallest` for N < 2^21 in ceil(log4 N) rounds: four digits, counted in one cumulative sum."""
+    length = values.shape[-1]
+    positions = torch.arange(length, device=values.device)
+    result = torch.zeros_like(k)
+    ones = sum(1 << (FIELD * d) for d in range(DIGITS - 1))
+    shift = 0
+    while 1 << shift < length:
+        shift += 2
+    while shift > 0:
+        shift -= 2
+        digit = (values.long() >> shift) & (DIGITS - 1)
+        # Field d counts the digits up to d; all are up to the last.
+        steps = torch.where(digit == DIGITS - 1, 0, ones << (digit * FIELD)) & (2**63 - 1)
+        counters = pad(steps.cumsum(-1), (1, 0))  # [..., N + 1]
+        before, total = counters[..., :-1], counters[..., -1:]
+        at_left, at_right = counters.gather(-1, left), counters.gather(-1, right)
+        inside = at_right - at_left  # field by field: none borrows
+        chosen = torch.zeros_like(k)
+        for d in range(DIGITS - 1):
+            chosen = chosen + (k >= _field(inside, d)).long()
+        k = k - _below(inside, chosen)
+        start = _below(total, chosen)
+        left = start + _up_to(at_left, chosen, left) - _below(at_left, chosen)
+        right = start + _up_to(at_right, chosen, right) - _below(at_right, chosen)
+        result = result + (chosen << shift)
+        values = scattered(values, _below(total, digit) + _up_to(before, digit, positions) - _below(before, digit))
+    return result
+
+
+def _field(counters: Tensor, digit: Tensor | int) -> Tensor:
+    return (counters >> (digit * FIELD)) & MASK
+
+
+def _up_to(counters: Tensor, digit: Tensor, index: Tensor) -> Tensor:
+    """How many of the first `index` elements have at most this digit."""
+    return torch.where(digit == DIGITS - 1, index, _field(counters, digit.clamp(max=DIGITS - 2)))
+
+
+def _below(counters: Tensor, digit: Tensor) -> Tensor:
+    return torch.where(digit == 0, 0, _field(counters, (digit - 1).clamp(min=0)))
+
+
+def scattered(values: Tensor, place: Tensor) -> Tensor:
+    """[..., N] int32 -> the same with values[..., n] at place[..., n]; `place` is a permutation of each row."""
+    # int32: Inductor writes no int64 scatter of its own, and would call ATen's.
+    if values.device.type == "cpu":
+        return torch.empty_like(values).scatter_(-1, place, values)
+    # Inductor fills what it scatters into, at a launch of its own; index_put_ into an empty tensor it leaves alone.
+    length = values.shape[-1]
+    row = torch.arange(values.numel() // length, device=values.device).view(*values.shape[:-1], 1)
+    empty = torch.empty(values.numel(), dtype=values.dtype, device=values.device)
+    return empty.index_put_(((place + row * length).flatten(),), values.flatten()).view(values.shape)

@@ -6,7 +6,7 @@ neighbours keeps their whole block alive; packed, keys of similar lifespans shar
 Keys are put in classes by lifetime: at most 2 w steps, then up to 8 w, 32 w, ...; inside a class they stand in order of
 death; keys that no query sees go last.  For every input (proof in docs/packing.md) a query block of q positions, q <= w,
 visits on average at most  (7 w + 2 q) / kv_block + 2 (max(0, ceil(log4(K / 2w))) + 1)  key blocks; measured over seven gate
-families it is 1.3 to 2.1 times the ideal w / kv_block in blocks of 128 x 128.
+families it is 1.3 to 2.1 times the ideal w / kv_block in blocks of 128 x 128.  `most_visited` bounds every single one.
 """
 
 import torch
@@ -42,3 +42,18 @@ def pack(lifespans: Lifespans, window_size: int, *, first_query: int = 0) -> Ten
     # One number for one sort: class, then death; int64 because their product is not bounded by K.
     place = torch.where(never, length, lifetime_class).long() * (length + 1) + torch.where(never, 0, death)
     return place.sort(dim=-1, stable=True).indices
+
+
+def most_visited(keys: int, capacity: int, positions: int, columns: int) -> int:
+    """No block of `positions` queries visits more key blocks than this, whatever the gates (proof in docs/packing.md).
+
+    keys: K.  capacity: no position has more living keys; the `window_size` that the keys were packed with.
+    columns: keys of a block.
+    """
+    blocks = (5 * capacity + positions) // columns + 2
+    longest = FIRST_CLASS * capacity
+    while longest < keys:
+        # Keys that live longer than this, up to CLASS_BASE times as long.
+        blocks += capacity * (CLASS_BASE + 1 + -(-positions // longest)) // columns + 2
+        longest *= CLASS_BASE
+    return min(blocks, capacity + positions, -(-keys // columns))

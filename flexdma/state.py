@@ -77,8 +77,9 @@ class DynamicMaskState:
         dtype: of keys and values.  gate_dtype: float64 for gates that are (those with a recency), float32 for all others.
         Raises ValueError or TypeError naming the argument.
         """
+        value_dim = head_dim if value_dim is None else value_dim
         for name, size in (("batch_size", batch_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim),
-                           ("value_dim", head_dim if value_dim is None else value_dim)):  # fmt: skip
+                           ("value_dim", value_dim)):  # fmt: skip
             checks.positive_int(name, size)
         checks.positive_int("sinks", sinks, 0)
         checks.positive_int("recent", recent, 0)
@@ -88,24 +89,12 @@ class DynamicMaskState:
         if not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
         windows = checks.windows(window_size, num_kv_heads, needed=True)
-        rows = (batch_size, num_kv_heads)
-        slots = (*rows, max(windows) + sinks + recent)
-        integers: dict[str, Any] = {"dtype": torch.int64, "device": device}
-        return cls(
-            key=torch.zeros(*slots, head_dim, dtype=dtype, device=device),
-            value=torch.zeros(*slots, head_dim if value_dim is None else value_dim, dtype=dtype, device=device),
-            gate=torch.full(slots, float("-inf"), dtype=gate_dtype, device=device),
-            position=torch.full(slots, -1, **integers),
-            length=torch.zeros(batch_size, **integers),
-            document=torch.zeros(batch_size, **integers),
-            last_sink=torch.full(rows, -1, **integers),
-            last_loss=torch.full(rows, -1, **integers),
-            forgotten=torch.zeros(rows, dtype=torch.float64, device=device),
-            window_size=as_window(windows),
-            sinks=sinks,
-            recent=recent,
-            selection=selection,
-        )
+        slots = max(windows) + sinks + recent
+        layout = state_layout((batch_size, num_kv_heads, slots), head_dim, value_dim, dtype, gate_dtype)
+        tensors: dict[str, Any] = {
+            name: torch.full(shape, EMPTY.get(name, 0), dtype=of, device=device) for name, (shape, of) in layout.items()
+        }
+        return cls(**tensors, window_size=as_window(windows), sinks=sinks, recent=recent, selection=selection)
 
     @property
     def widest(self) -> int:
@@ -125,6 +114,9 @@ class DynamicMaskState:
         """What is not a tensor, by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
+    def _layout(self) -> "Layout":
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors().items()}
+
     def _map(self, function: Callable[[str, Tensor], Tensor]) -> "DynamicMaskState":
         return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
@@ -142,7 +134,7 @@ class DynamicMaskState:
 
     def restore(self, saved: "DynamicMaskState") -> "DynamicMaskState":
         """`saved`, a copy of it, where it is a checkpoint of this state's shapes and options; ValueError where not."""
-        refuse_difference("saved", saved, self)
+        refuse_difference("saved", saved, self._layout(), self.options(), self.length.device)
         return saved.checkpoint()
 
     def reorder(self, rows: Tensor) -> "DynamicMaskState":
@@ -152,8 +144,8 @@ class DynamicMaskState:
 
     def put(self, rows: Tensor, other: "DynamicMaskState") -> "DynamicMaskState":
         """A state with the batch rows of these numbers, [n] int64 and distinct, replaced by the n rows of `other`."""
+        refuse_difference("other", other, self._layout(), self.options(), self.length.device, batch=False)
         checks.tensor("rows", rows, (other.length.shape[0],), self.length)
-        refuse_difference("other", other, self, batch=False)
         theirs = other.tensors()
         return self._map(lambda name, tensor: tensor.index_copy(0, rows, theirs[name]))
 
@@ -183,6 +175,10 @@ class DynamicMaskState:
         return without_last(self, kept)
 
 
+# Name -> (shape, dtype).
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+# What the tensors of an empty state hold where it is not 0.
+EMPTY = {"gate": float("-inf"), "position": -1, "last_sink": -1, "last_loss": -1}
 TENSORS = tuple(field.name for field in fields(DynamicMaskState) if field.type is Tensor)
 OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type is not Tensor)
 # "global" chooses among all keys, later ones too: no prefix has a state.
@@ -201,22 +197,42 @@ def as_window(windows: Sequence[int]) -> int | tuple[int, ...]:
     return windows[0] if len(windows) == 1 else tuple(windows)
 
 
-def refuse_difference(name: str, state: object, expected: DynamicMaskState, *, batch: bool = True) -> None:
-    """Raise unless `state` has the options, shapes, dtypes and device of `expected`; batch: and its number of sequences."""
+def state_layout(
+    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
+) -> Layout:
+    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
+    batch, rows = slots[:1], slots[:2]
+    return {
+        "key": ((*slots, size), dtype),
+        "value": ((*slots, value_size), dtype),
+        "gate": (slots, gate_dtype),
+        "position": (slots, torch.int64),
+        "length": (batch, torch.int64),
+        "document": (batch, torch.int64),
+        "last_sink": (rows, torch.int64),
+        "last_loss": (rows, torch.int64),
+        "forgotten": (rows, torch.float64),
+    }
+
+
+def refuse_difference(
+    name: str, state: object, layout: Layout, options: dict[str, Any], device: torch.device, *, batch: bool = True
+) -> None:
+    """Raise unless `state` has this layout, these options and this device; batch: and this number of sequences."""
     if not isinstance(state, DynamicMaskState):
         raise TypeError(f"{name}: expected a DynamicMaskState, got {type(state).__name__}")
-    for option, want in expected.options().items():
+    for option, want in options.items():
         if getattr(state, option) != want:
             raise ValueError(
                 f"{name}: expected {option}={want!r}, got a state with {option}={getattr(state, option)!r}"
             )
-    for field, want in expected.tensors().items():
+    for field, (shape, dtype) in layout.items():
         have = getattr(state, field)
-        if have.device != want.device:
-            raise ValueError(f"{name}: expected a state on {want.device}, got one on {have.device}")
-        if have.dtype != want.dtype:
-            raise TypeError(f"{name}: expected {field} of {want.dtype}, got {have.dtype}")
-        if have.shape[1:] != want.shape[1:]:
-            raise ValueError(f"{name}: expected {field} {['B', *want.shape[1:]]}, got {list(have.shape)}")
-        if batch and have.shape[0] != want.shape[0]:
-            raise ValueError(f"{name}: expected batch size {want.shape[0]}, got {have.shape[0]}")
+        if have.device != device:
+            raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
+        if have.dtype != dtype:
+            raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}")
+        if tuple(have.shape[1:]) != tuple(shape[1:]):
+            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
+        if batch and have.shape[0] != shape[0]:
+            raise ValueError(f"{name}: expected batch size {shape[0]}, got {have.shape[0]}")

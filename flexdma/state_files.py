@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma.state import OPTIONS, TENSORS, DynamicMaskState, refuse_difference
+from flexdma.state import OPTIONS, TENSORS, DynamicMaskState, refuse_difference, state_layout
 from flexdma.whole_files import write_whole
 
 FORMAT = "flexdma.DynamicMaskState/1"
@@ -72,16 +72,9 @@ def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]
     found: dict[str, Any] = {field: tensors[f"{name}.{field}"] for field in TENSORS}
     state = DynamicMaskState(**found, **options)
     batch, heads, _slots, size = state.key.shape
-    expected = DynamicMaskState.empty(
-        batch,
-        heads,
-        size,
-        value_dim=state.value.shape[-1],
-        dtype=state.key.dtype,
-        gate_dtype=state.gate.dtype,
-        **options,
-    )
-    refuse_difference(name, state, expected)
+    slots = DynamicMaskState.empty(batch, heads, size, device="meta", **options).position.shape[2]  # checks the options
+    layout = state_layout((batch, heads, slots), size, state.value.shape[-1], state.key.dtype, state.gate.dtype)
+    refuse_difference(name, state, layout, options, state.key.device)
     return state
 
 

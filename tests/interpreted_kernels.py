@@ -17,6 +17,7 @@ from flexdma.inspection.interpreter import InterpretedCall
 from flexdma.inspection.kernel import Kernel
 from flexdma.lifespans import causal_top_w, global_top_w
 from flexdma.lowerings.flex import _schedule
+from flexdma.lowerings.gate_gradient import gate_gradient_route
 from flexdma.reference import dense_dynamic_mask_attention
 
 # float32 tiles are 16 wide by default, which takes the interpreter minutes.
@@ -30,16 +31,20 @@ def squashed(score, b, h, q_idx, kv_idx):
 
 
 CASES = {
-    "causal, grouped, documents, float64 gates, float32": {
+    "causal, grouped, documents, float64 gates, float32, deterministic": {
         "shape": (1, 4, 2, 141, 141, 16), "dtype": "float32", "gate_dtype": "float64", "window_size": 40, "documents": True,
-        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "controls": True,
+        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "controls": True, "deterministic": True,
+    },
+    "causal, grouped, the gate's gradient by a column, bfloat16": {
+        "shape": (1, 4, 2, 141, 141, 24), "dtype": "bfloat16", "window_size": 40, "route": "column", "gates": ("random",),
     },
     "global, grouped, odd length, bfloat16": {
         "shape": (1, 4, 2, 201, 201, 32), "dtype": "bfloat16", "window_size": 180, "selection": "global",
         "gates": ("random",),
     },
-    "causal, batch, fewer queries than keys, bfloat16": {
+    "causal, batch, fewer queries than keys, the gate's gradient by transposed attention, bfloat16": {
         "shape": (2, 2, 2, 131, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
+        "route": "transposed",
     },
     "inference, one gate for all heads, bfloat16": {
         "shape": (1, 4, 2, 200, 200, 32), "dtype": "bfloat16", "window_size": 50, "gate_heads": 1, "training": False,
@@ -84,7 +89,8 @@ def relative(got, want):
 
 
 def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_heads=None, documents=False,
-        selection="causal", score_mod=None, training=True, kernel_options=None, controls=False):  # fmt: skip
+        selection="causal", score_mod=None, training=True, route="atomics", deterministic=False, kernel_options=None,
+        controls=False):  # fmt: skip
     """Print one line per input."""
     dtype, gate_dtype = getattr(torch, dtype), getattr(torch, gate_dtype)
     generator = torch.Generator().manual_seed(0)
@@ -116,11 +122,15 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
         partial, full = visited(tensors[3], window_size, selection, shape, *tensors[4:])
         result = {"case": name, "gates": kind, "control": control, "partial_blocks": partial, "full_blocks": full}
         result["errors"] = {n: relative(a, b) for n, a, b in zip(NAMES, got, want, strict=False)}
+        result["atomics"] = sum(len(kernel.atomic_lines) for kernel in call.seen.kernels)
+        result["cuda_graph_obstacles"] = call.seen.cuda_graph_obstacles
         result["epsilon"] = torch.finfo(dtype).eps
         print(json.dumps(result), flush=True)
 
     example = inputs(shape, dtype, gate_dtype, gate_heads or shape[2], documents, "random", generator)
-    call = InterpretedCall(attend, [t.requires_grad_(training and t.is_floating_point()) for t in example])
+    torch.use_deterministic_algorithms(deterministic)
+    with gate_gradient_route(route):
+        call = InterpretedCall(attend, [t.requires_grad_(training and t.is_floating_point()) for t in example])
     for kind in gates:
         compare(kind)
     if controls:

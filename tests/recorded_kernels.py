@@ -12,23 +12,34 @@ from pathlib import Path
 import torch
 
 from flexdma import dynamic_mask_attention, inspect_kernels
+from flexdma.lowerings.gate_gradient import gate_gradient_route
 
 RECORD = Path(__file__).parent / "kernels.json"
 # 8 query heads on 2 KV heads, 4096 tokens, D = 64, w = 512.
 SETTINGS = {
-    "training, bfloat16": {"dtype": "bfloat16", "gate_dtype": "float32"},
-    "training, bfloat16, float64 gates": {"dtype": "bfloat16", "gate_dtype": "float64"},
+    "training, bfloat16": {"gate_dtype": "float32", "route": "atomics"},
+    "training, bfloat16, float64 gates": {"gate_dtype": "float64", "route": "atomics"},
+    "training, bfloat16, the gate's gradient by transposed attention": {"gate_dtype": "float32", "route": "transposed"},
 }
+
+
+def by_transposed_attention(*tensors, **options):
+    """The operator with the gate's gradient by this route."""
+    with gate_gradient_route("transposed"):
+        return dynamic_mask_attention(*tensors, **options)
 
 
 def figures(setting: str) -> dict:
     """Phase -> figures of its attention kernel, and the launches of the whole operator."""
-    dtype, gate_dtype = (getattr(torch, name) for name in SETTINGS[setting].values())
-    query, key, value = (torch.empty(1, heads, 4096, 64, dtype=dtype, requires_grad=True) for heads in (8, 2, 2))
-    gate = torch.empty(1, 2, 4096, dtype=gate_dtype, requires_grad=True)
-    report = inspect_kernels(dynamic_mask_attention, query, key, value, gate, window_size=512, target="sm_90")
+    chosen = SETTINGS[setting]
+    heads = (8, 2, 2)
+    query, key, value = (torch.empty(1, n, 4096, 64, dtype=torch.bfloat16, requires_grad=True) for n in heads)
+    gate = torch.empty(1, 2, 4096, dtype=getattr(torch, chosen["gate_dtype"]), requires_grad=True)
+    attend = by_transposed_attention if chosen["route"] == "transposed" else dynamic_mask_attention
+    report = inspect_kernels(attend, query, key, value, gate, window_size=512, target="sm_90")
     return {
-        kernel.phase: {
+        # The second attention kernel of a backward is the one for the gate.
+        "backward, gate" if kernel.phase == "backward" and "BLOCK_M" in kernel.tiles else kernel.phase: {
             "launches of the phase": report.launches(kernel.phase),
             "other calls of the phase": len(report.other_calls[kernel.phase]),
             "tiles": kernel.tiles,

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import flexdma
+from flexdma.lowerings.gate_gradient import ROUTES, gate_gradient_route
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
@@ -83,6 +84,42 @@ def test_new_gates_and_lengths_do_not_recompile_forever():
         want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=64)
         assert (got - want).abs().max() < 1e-4
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_every_route_of_the_gates_gradient(route):
+    with gate_gradient_route(route):
+        compare(inputs(1, 8, 2, 1025, 1025, 64, dtype=torch.float32), window_size=128, document_ids=documents_of(1025))
+        compare(inputs(1, 8, 2, 1025, 1025, 64, dtype=torch.float32), window_size=128, score_mod=lambda s, *_: s / 2)
+
+
+def documents_of(length):
+    return (torch.arange(length)[None] > length // 3).long()
+
+
+def test_deterministic_algorithms_give_the_same_gradients_every_time():
+    tensors = [t.cuda() for t in inputs(1, 8, 2, 1024, 1024, 64, dtype=torch.bfloat16)]
+    torch.use_deterministic_algorithms(True)
+    try:
+        runs = [with_gradients_on_gpu(flexdma.dynamic_mask_attention, tensors, window_size=128) for _ in range(3)]
+    finally:
+        torch.use_deterministic_algorithms(False)
+    for other in runs[1:]:
+        assert all(map(torch.equal, runs[0], other))
+
+
+def test_a_cuda_graph_replays_forward_and_backward():
+    def step(query, key, value, gate):
+        return flexdma.dynamic_mask_attention(query, key, value, gate, window_size=64, sinks=2)
+
+    compiled = torch.compile(step, fullgraph=True, mode="reduce-overhead")
+    torch._dynamo.utils.counters.clear()
+    for seed in range(4):
+        tensors = [t.cuda() for t in inputs(1, 4, 2, 512, 512, 64, dtype=torch.float32, seed=seed)]
+        got = [t.clone() for t in with_gradients_on_gpu(compiled, tensors)]
+        for a, b in zip(got, with_gradients_on_gpu(step, tensors), strict=True):
+            torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["inductor"]["cudagraph_skips"] == 0
 
 
 def test_a_cuda_graph_replays_a_layer():

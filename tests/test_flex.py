@@ -6,16 +6,15 @@ kernels are generated from on CUDA.
 
 import pytest
 import torch
-import torch.nn.attention.flex_attention as torch_flex
 from torch._dynamo.testing import CompileCounterWithBackend
 
 import flexdma
-from flexdma.attention import select
 from flexdma.lowerings import flex
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod, softcap_score_mod
 from tests.comparison import assert_same, inputs
 from tests.test_operator import VARIANTS
+from tests.uncompiled_flex import flex_with_gradients
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile"),
@@ -28,35 +27,18 @@ def attend(*tensors, **options):
     return flexdma.dynamic_mask_attention(*tensors, lowering="flex", **options)
 
 
-@pytest.fixture
-def uncompiled(monkeypatch):
-    """The flex lowering as plain PyTorch, gradients included."""
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    # Before 2.13 the check for gradients on a CPU stood by itself.
-    monkeypatch.setattr(torch_flex, "_validate_nestedness", lambda *tensors: None, raising=False)
-
-    def function(query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, **choice):
-        lifespans = select(selection, gate, window_size, choice)
-        return flex.flex_attend(
-            query, key, value, gate, lifespans, unit=20, scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            score_mod=score_mod, block_size=(32, 16), kernel_options=None, needs_gradient=True,
-        )  # fmt: skip
-
-    return function
-
-
 @pytest.mark.parametrize("queries", [129, 45])
 @pytest.mark.parametrize("name", VARIANTS)
-def test_uncompiled_with_gradients_equals_the_specification(uncompiled, name, queries):
+def test_uncompiled_with_gradients_equals_the_specification(name, queries):
     tensors = inputs(2, 4, 2, queries, 129, 16)
     # Differences of gates are taken in float32 by this lowering; all the rest of this test is float64.
-    assert_same(uncompiled, tensors, tolerance=1e-6, **{"window_size": 20, **VARIANTS[name]})
+    assert_same(flex_with_gradients, tensors, tolerance=1e-6, **{"window_size": 20, **VARIANTS[name]})
 
 
-def test_uncompiled_float64_gates_carry_their_low_part(uncompiled):
+def test_uncompiled_float64_gates_carry_their_low_part():
     tensors = inputs(1, 2, 1, 100, 100, 16)
     large = [*tensors[:3], tensors[3] + 1e9]
-    got = uncompiled(*large, window_size=20)
+    got = flex_with_gradients(*large, window_size=20)
     want = dense_dynamic_mask_attention(*tensors, window_size=20)
     assert (got - want).abs().max() < 1e-6
 
@@ -149,10 +131,10 @@ def test_float64_is_refused_by_name():
         attend(*inputs(1, 1, 1, 8, 8, 16), window_size=2)
 
 
-def test_uncompiled_outliers_cost_the_others_nothing(uncompiled):
+def test_uncompiled_outliers_cost_the_others_nothing():
     tensors = inputs(1, 2, 1, 100, 100, 16, dtype=torch.float32)
     tensors[3][..., 10], tensors[3][..., 50] = 1e9, -1e9
     ids = (torch.arange(100)[None] > 20).long()
-    got = uncompiled(*tensors, window_size=16, document_ids=ids)[:, :, 21:]
+    got = flex_with_gradients(*tensors, window_size=16, document_ids=ids)[:, :, 21:]
     want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=16, document_ids=ids)[:, :, 21:]
     assert (got - want).abs().max() < 3e-6

@@ -51,7 +51,10 @@ def test_generated_kernels_agree_with_the_specification(case):
     assert len(sound) == len(CASES[case]["gates"])
     assert len(results) - len(sound) == (2 if CASES[case].get("controls") else 0)
     for result in sound:
+        assert result["cuda_graph_obstacles"] == []
         assert result["partial_blocks"] > 0
+        if CASES[case].get("deterministic"):
+            assert result["atomics"] == 0
         allowed = ALLOWED[result["epsilon"]] * result["epsilon"]
         assert {name: error for name, error in result["errors"].items() if not error <= allowed} == {}, result
     for result in results:

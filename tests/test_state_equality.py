@@ -51,7 +51,9 @@ def test_any_split_is_one_pass(gate, data):
         options["window_size"] = [options["window_size"], data.draw(st.integers(1, 6))]
     options["selection"] = data.draw(st.sampled_from(["causal", "threshold"]))
     query, key, value, _gate = inputs(1, 4, heads, length, length, 4)
-    tensors = (query, key, value, gate.double().nan_to_num(nan=torch.nan, posinf=50.0, neginf=-torch.inf))
+    # The specification adds a gate as it is, so its own rounding grows with the gate.
+    gate = torch.where(gate == -torch.inf, gate, gate.clamp(-1e3, 1e3)).double()
+    tensors = (query, key, value, gate)
     whole = dynamic_mask_attention(*tensors, lowering="dense", **options)
     split, state = run(tensors, data.draw(splits(length)), **options)
     torch.testing.assert_close(split, whole, equal_nan=True, rtol=1e-9, atol=1e-9)

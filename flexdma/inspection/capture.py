@@ -30,6 +30,9 @@ class Capture:
         default_factory=list
     )  # phase, call, last inputs, last outputs
     uses_attention: bool = False
+    cuda_graph_obstacles: list[str] = field(
+        default_factory=list
+    )  # why mode="reduce-overhead" would not use CUDA graphs
 
     def other_calls(self) -> dict[str, list[str]]:
         """Phase -> operators that the generated modules call as they are."""
@@ -71,6 +74,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
         nonlocal phase
         phase = "backward" if self.is_backward else "forward"
         module: Any = generate(self)
+        seen.cuda_graph_obstacles += _cuda_graph_obstacles(self)
         seen.uses_attention |= any(map(_is_attention, self.orig_gm.graph.nodes))
         seen.graphs.setdefault(phase, []).append(Path(module.__file__).read_text())
         namespace = getattr(module.call, "__func__", module.call).__globals__
@@ -146,6 +150,18 @@ def _remembering(seen: Capture, phase: str, call: Callable) -> Callable:
         return outputs
 
     return remember
+
+
+def _cuda_graph_obstacles(graph: Any) -> list[str]:
+    """Inductor's own reasons: tensors on the CPU, operators that wait for the device, sizes known only when it has run."""
+    from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
+    from torch._inductor.utils import get_first_incompatible_cudagraph_node
+
+    reasons = (
+        check_multiple_devices_or_any_cpu_nodes(graph.device_node_mapping),
+        get_first_incompatible_cudagraph_node(graph.orig_gm),
+    )
+    return [str(reason) for reason in reasons if reason is not None]
 
 
 def _is_attention(node: torch.fx.Node) -> bool:

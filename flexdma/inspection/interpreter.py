@@ -35,6 +35,7 @@ class InterpretedCall:
             )
         install(known_target(target))
         _multiply_bfloat16_as_float32()
+        _exponentiate_without_libdevice()
         # Fake tensors have no address, and would be copied as misaligned.
         aligned = config.patch(assume_aligned_inputs=True)
         with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
@@ -108,3 +109,12 @@ def _multiply_bfloat16_as_float32() -> None:
         return interpreter.TensorHandle(bits.view(numpy.float32), language.float32)
 
     builder.create_dot = lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest)
+
+
+def _exponentiate_without_libdevice() -> None:
+    """Inductor takes exp outside of attention from CUDA's library, of which the interpreter knows nothing."""
+    from torch._inductor.runtime import triton_helpers
+    from triton import language
+
+    # Looked up when called: the interpreter replaces it while a kernel runs.
+    triton_helpers.libdevice.exp = lambda x: language.exp(x)

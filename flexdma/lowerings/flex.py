@@ -10,13 +10,14 @@ from operator import index
 
 import torch
 from torch import Tensor
-from torch.nn.attention.flex_attention import flex_attention
 
 from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lifespans import Lifespans
+from flexdma.lowerings import gate_gradient
 from flexdma.offsets import reference_gate, split
 from flexdma.opaque import opaque_on_cpu, realize
-from flexdma.packing import pack
+from flexdma.order_statistics import scattered
+from flexdma.packing import most_visited, pack
 from flexdma.signatures import ScoreMod
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
@@ -41,7 +42,7 @@ def flex_attend(
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
-    unit: the lifetime that packing counts in, about the number of keys a query sees.
+    unit: no position has more living keys.  Packing counts lifetimes in it, and index tensors are as long as follows.
     Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
     """
     batch, query_heads, queries, size = query.shape
@@ -68,7 +69,9 @@ def flex_attend(
     reference_high, reference_low = split(reference_gate(gate, lifespans)[..., first_query:])
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
-    high, low = realize(packed(high)), None if low is None else realize(packed(low))
+    high, low = packed(high), None if low is None else realize(packed(low))
+    route = gate_gradient.chosen_route(needs_gradient and high.requires_grad, score_mod is not None)
+    added = realize(high if route == "atomics" else high.detach())
     if score_mod is not None:
         key_position = per_head(order)
         query_position = realize(torch.arange(first_query, keys, device=query.device))
@@ -78,7 +81,7 @@ def flex_attend(
         i = row // group
         if score_mod is not None:
             score = score_mod(score, b, h * group + row % group, query_position[i], key_position[b, h, column])
-        difference = high[b, h, column] - reference_high[b, h, i]
+        difference = added[b, h, column] - reference_high[b, h, i]
         if low is not None and reference_low is not None:
             difference = difference + (low[b, h, column] - reference_low[b, h, i])
         return score + difference
@@ -88,14 +91,9 @@ def flex_attend(
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     block_mask = block_mask_from(metadata, (queries * group, keys), block_size, packed_mask_mod)
-    output = flex_attention(
-        realize(rows),  # a buffer: the C++ lowering takes no view of a computed tensor
-        packed_key,
-        packed_value,
-        score_mod=packed_score_mod,
-        block_mask=block_mask,
-        scale=scale,
-        kernel_options=kernel_options,  # type: ignore[arg-type]
+    rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
+    output = gate_gradient.attend(
+        route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options
     )
     return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 
@@ -111,8 +109,7 @@ def _permutation(order: Tensor, needs_gradient: bool) -> Callable[[Tensor], Tens
     if not needs_gradient:
         return lambda tensor: _along_keys(tensor, order)
     positions = torch.arange(order.shape[-1], device=order.device, dtype=torch.int32).expand_as(order)
-    # int32: Inductor writes no int64 scatter of its own.
-    inverse = torch.empty_like(order, dtype=torch.int32).scatter_(-1, order, positions).long()
+    inverse = scattered(positions, order).long()
     return lambda tensor: _Permuted.apply(tensor, order, inverse)
 
 
@@ -144,11 +141,17 @@ def _realize(tensor: Tensor | None) -> Tensor | None:
 def _empty_schedule(
     birth: Tensor, death: Tensor, queries: int, group: int, unit: int, rows: int, columns: int, transposed: bool
 ) -> list[Tensor]:
-    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed)
+    most = _most_visited(birth.shape[-1], group, unit, rows, columns)
+    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, most)
     return [
         torch.empty(birth.shape, dtype=torch.int64, device=birth.device),
         *map(torch.empty_like, [birth, death, *metadata]),
     ]
+
+
+def _most_visited(keys: int, group: int, unit: int, rows: int, columns: int) -> int:
+    positions = (rows + group - 2) // group + 1  # that a block of rows reaches into
+    return most_visited(keys, unit, positions, columns)
 
 
 @opaque_on_cpu("flex_schedule", _empty_schedule)
@@ -162,5 +165,6 @@ def _schedule(
     first_query = birth.shape[-1] - queries
     order = pack(Lifespans(birth, death), unit, first_query=first_query)
     birth, death = birth.gather(-1, order), death.gather(-1, order)
-    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed)
+    most = _most_visited(birth.shape[-1], group, unit, rows, columns)
+    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, most)
     return [order, birth - first_query, death - first_query, *metadata]
