@@ -4,9 +4,10 @@ A block is `rows` rows by `columns` keys; with G = Hq / Hkv query heads folded i
 """
 
 import sympy
-from sympy import Expr, Min, Piecewise, ceiling, floor
+from sympy import Expr, Min, Piecewise, ceiling, floor, log
 
 from flexdma.cost.symbols import Hkv, Hq, N, columns, rows, w
+from flexdma.packing import CLASS_BASE, FIRST_CLASS
 
 GROUP = Hq / Hkv
 SPAN = rows * Hkv / Hq  # positions of a block's rows
@@ -45,6 +46,18 @@ def row_blocks() -> Expr:
 def key_blocks() -> Expr:
     """Key blocks of a KV head."""
     return ceiling(N / columns)
+
+
+def entries_per_row_block() -> Expr:
+    """Length of a row block's index list: one more than `flexdma.packing.most_visited`, where that is smaller than all.
+
+    Exact where a block of rows reaches into at most FIRST_CLASS w positions.
+    """
+    positions = floor((rows + GROUP - 2) / GROUP) + 1
+    longest = FIRST_CLASS * w
+    classes = Piecewise((ceiling(log(N / longest, CLASS_BASE)), longest < N), (0, True))
+    most = floor((5 * w + positions) / columns) + 2 + classes * (floor((CLASS_BASE + 2) * w / columns) + 2)
+    return Min(Min(most, w + positions) + 1, key_blocks())
 
 
 def _sum_of_floors(offset: Expr, count: Expr) -> Expr:

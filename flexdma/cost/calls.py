@@ -10,18 +10,22 @@ from dataclasses import dataclass, fields
 from sympy import Expr, Integer, Max, Piecewise, ceiling, log
 
 from flexdma.cost import symbols
-from flexdma.cost.blocks import GROUP, key_blocks, row_blocks, shown_pairs
+from flexdma.cost.blocks import GROUP, entries_per_row_block, key_blocks, row_blocks, shown_pairs
 from flexdma.cost.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
 
-# Bytes per key of ranking, lifespans, reference gates, packing and what the mods capture; and per key and round.
-PER_KEY, PER_KEY_AND_ROUND = 290, 52
+# Bytes per key of lifespans' rest, reference gates, packing and what the mods capture; and per key and round of ranking:
+# two bits a round up to 2^21 keys, one above.
+PER_KEY, ROUNDS_END = 207, 2**21
+PER_ROUND_OF_TWO_BITS, PER_ROUND_OF_ONE = 40, 44
 # Bytes per pair of a row block and a key block: building the metadata, without and with its transposed half.
-PER_BLOCK_PAIR = {False: 76, True: 120}
+PER_BLOCK_PAIR = {False: 42, True: 72}
+# Bytes per entry of the row blocks' index tensors: building them, and reading them in the kernel.
+PER_ENTRY, READ_PER_ENTRY = 24, 8
 # The most that building holds at once, operator by operator, as PyTorch's allocator counts it; and per key.
-PEAK_PER_BLOCK_PAIR, PEAK_PER_KEY = {False: 36, True: 52}, 29
+PEAK_PER_BLOCK_PAIR, PEAK_PER_KEY = {False: 23, True: 31}, 33
 # Bytes per row (a query of one head): forward, the logarithm of its sum; backward, that, and D_i = dO_i . o_i twice.
 PER_ROW, BACKWARD_PER_ROW = 4, 12
-BACKWARD_PER_KEY, BACKWARD_PER_BLOCK_PAIR = 41, 16
+BACKWARD_PER_KEY, BACKWARD_PER_BLOCK_PAIR = 41, 8
 # Decoding, per number of the state's keys and values in units of its bytes, and per key besides.  Inductor counts a slot
 # that is overwritten as the whole buffer, so that this is too much by up to 4 of the 10.
 DECODE, DECODE_PER_KEY = 10, 144
@@ -70,14 +74,13 @@ def forward(*, training: bool = False) -> Cost:
     folded = _if_grouped(4 * query, 2 * query)
     unfolded = _if_grouped(2 * output, Integer(0))
     packing = 2 * (key + value)
-    indices = 8 * _block_pairs()
-    attention = query + key + value + output + PER_ROW * B * Hq * N + indices
+    attention = query + key + value + output + PER_ROW * B * Hq * N + READ_PER_ENTRY * _entries()
     held = metadata(training=training) + key + value + query
     return Cost(
         flops=2 * B * Hq * rho * shown_pairs() * (D + Dv),
         bytes=folded + unfolded + packing + attention + _bookkeeping(training),
         metadata=metadata(training=training),
-        peak=Max(held, PEAK_PER_BLOCK_PAIR[training] * _block_pairs() + PEAK_PER_KEY * B * Hkv * N),
+        peak=Max(held, PEAK_PER_BLOCK_PAIR[training] * _block_pairs() + PEAK_PER_KEY * B * Hkv * N + 8 * _entries()),
     )
 
 
@@ -89,9 +92,8 @@ def backward() -> Cost:
     """
     query, key, value, output = _tensors()
     rows = _if_grouped(3 * (query + output), 2 * query + 3 * output)
-    bookkeeping = (
-        BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * B * Hkv * N + BACKWARD_PER_BLOCK_PAIR * _block_pairs()
-    )
+    bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * B * Hkv * N + READ_PER_ENTRY * _entries()
+    bookkeeping += BACKWARD_PER_BLOCK_PAIR * _block_pairs()
     return Cost(
         flops=2 * B * Hq * rho * shown_pairs() * (4 * D + 3 * Dv),
         bytes=rows + 4 * (key + value) + bookkeeping,
@@ -153,7 +155,7 @@ def metadata(*, training: bool) -> Expr:
     keys = B * Hkv * N
     inverse = 8 if training else 0
     numbers = 8 * B * Hkv * (row_blocks() + (key_blocks() if training else 0))
-    return (8 + 8 + inverse) * keys + numbers + (16 if training else 8) * _block_pairs()
+    return (8 + 8 + inverse) * keys + numbers + 8 * _entries() + (8 * _block_pairs() if training else 0)
 
 
 def _tensors() -> tuple[Expr, Expr, Expr, Expr]:
@@ -162,8 +164,15 @@ def _tensors() -> tuple[Expr, Expr, Expr, Expr]:
 
 
 def _bookkeeping(training: bool) -> Expr:
-    rounds = ceiling(log(N, 2))
-    return B * Hkv * N * (PER_KEY + PER_KEY_AND_ROUND * rounds) + PER_BLOCK_PAIR[training] * _block_pairs()
+    ranking = Piecewise(
+        (PER_ROUND_OF_TWO_BITS * ceiling(log(N, 4)), N < ROUNDS_END), (PER_ROUND_OF_ONE * ceiling(log(N, 2)), True)
+    )
+    return B * Hkv * N * (PER_KEY + ranking) + PER_BLOCK_PAIR[training] * _block_pairs() + PER_ENTRY * _entries()
+
+
+def _entries() -> Expr:
+    """Of the row blocks' index tensors."""
+    return B * Hkv * row_blocks() * entries_per_row_block()
 
 
 def _block_pairs() -> Expr:
