@@ -10,14 +10,15 @@ import torch.nn.attention.flex_attention as torch_flex
 import flexdma
 from flexdma.__main__ import INTERRUPTED, main
 from flexdma.bench import command, masks, measure, report, timing
-from flexdma.bench.contenders import DENSE, EAGER, contenders, visited_over_ideal
+from flexdma.bench import contenders as contenders_module
+from flexdma.bench.contenders import COMPILED_GATHER, DENSE, contenders, visited_over_ideal
 from flexdma.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.bench.families import _autoregressive, gate_families
 from flexdma.bench.shapes import Shape, inputs
 from flexdma.bench.stages import BEFORE_ATTENTION, Ledger, profile
 from flexdma.bench.suites import SUITES
 from flexdma.bench.timing import OUT_OF_TIME, Budget, Prepared, UnavailableError, interleaved, peak_bytes
-from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -154,7 +155,14 @@ def test_visited_over_ideal_counts_pairs():
     ratios = visited_over_ideal(shape, torch.zeros(1, 2, 256))
     assert ratios["SDPA causal"] == 1  # nothing is ever evicted
     assert ratios[DENSE] == pytest.approx(256 * 256 / (256 * 257 / 2))
-    assert ratios[EAGER] == pytest.approx(256 * (256 + 128) / (256 * 257 / 2))
+    assert ratios[COMPILED_GATHER] == pytest.approx(256 * (256 + 128) / (256 * 257 / 2))
+
+
+def test_living_pairs_are_the_keys_that_a_block_sees():
+    gate = torch.randn(2, 2, 100)
+    seen = dense_visibility(gate, window_size=12)
+    blocks = [rows.any(2).sum().item() * 32 for rows in seen.split(32, 2)]
+    assert contenders_module._living_pairs(flexdma.causal_top_w(gate, 12), 32) == sum(blocks)
 
 
 # Stages
@@ -183,7 +191,7 @@ def test_every_stage_is_timed(lowering, uncompiled_flex):
     entry = profile(shape, inputs(shape, "cpu", torch.float32), lowering, 1, silent, compiler=uncompiled_flex)
     backward = ("attention backward", "gate gradient", "gate, its own backward") if shape.backward else ()
     stages = ("gate", *BEFORE_ATTENTION[lowering], "key/value gather", "attention forward", *backward)
-    assert [name for name in entry["seconds"] if name in stages] == list(stages)
+    assert tuple(entry["seconds"]) == stages
     assert entry["whole"] > 0
     assert entry["failed"] == {}
 

@@ -4,6 +4,7 @@ Every flexdma and every dense-mask call builds its mask inside the timer.  FlexA
 does not depend on the gates, so a model makes it once.
 """
 
+import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -20,6 +21,7 @@ from flexdma.bench.peers import peers
 from flexdma.bench.shapes import Shape
 from flexdma.block_masks import dynamic_block_mask
 from flexdma.block_metadata import block_mask_from, block_metadata, ceil_div
+from flexdma.lifespans import Lifespans
 from flexdma.lowerings.flex import BLOCK_SIZE
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
@@ -31,6 +33,10 @@ FLEX_CAUSAL, NATURAL = "FlexAttention causal", "FlexAttention, same mask in natu
 DENSE = "dense top-w mask + SDPA (as Hugging Face Doge)"
 # What attends to all earlier keys: its useful work is N (N + 1) / 2 pairs.
 TO_EVERYTHING = (CAUSAL, FLEX_CAUSAL)
+# Queries per block of eager inference, where it gathers each block's living keys and no more.
+FUSED_BLOCK: int | None = None
+if importlib.util.find_spec("flexdma.lowerings.fused") is not None:
+    FUSED_BLOCK = importlib.import_module("flexdma.lowerings.fused").BLOCK_SIZE
 FLEX_TILE = 128  # FlexAttention's default mask block
 
 Compile = Callable[..., Callable[..., Tensor]]
@@ -148,9 +154,22 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     return {
         CAUSAL: everything,
         FLEX_CAUSAL: everything,
-        EAGER: gathered,
+        EAGER: gathered if shape.backward or FUSED_BLOCK is None else _living_pairs(alive, FUSED_BLOCK) * group / shown,
         COMPILED_GATHER: gathered,
         COMPILED: tiles(birth, death, group, rows, columns),
         NATURAL: tiles(*alive, 1, FLEX_TILE, FLEX_TILE),
         DENSE: shape.query_heads * shape.length**2 / shown,
     }
+
+
+def _living_pairs(alive: Lifespans, block: int) -> int:
+    """Queries of each block times the keys alive in it, per query head of a group."""
+    birth, death = alive
+    length = birth.shape[-1]
+    lives = death > birth
+    born = lives.cumsum(-1)  # keys are in their natural order
+    gone = torch.zeros(*birth.shape[:-1], length + 1, dtype=torch.int64, device=birth.device)
+    gone = gone.scatter_add_(-1, death.long(), lives.long()).cumsum(-1)
+    starts = torch.arange(0, length, block, device=birth.device)
+    last = (starts + block).clamp(max=length) - 1
+    return int(((born[..., last] - gone[..., starts]) * block).sum())

@@ -54,7 +54,6 @@ if importlib.util.find_spec("flexdma.lowerings.fused") is not None:
         (REFERENCE, _fused, "reference_gate"),
         (LIVING, _fused, "living_lists"),
         (TAKE, _fused, "_attend"),
-        (METADATA, _fused, "_mask"),
         (FORWARD, _fused, "scaled_dot_product_attention"),
     ]
 
