@@ -20,7 +20,7 @@ from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
-from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_difference, state_layout
+from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign
 from flexdma.survival import at_positions, extended, first_keys, settled
 
 
@@ -149,17 +149,21 @@ def _state_before(
         raise ValueError("window_size: expected an int or one per gate head with a state, which it bounds, got None")
     windows = checks.windows(window_size, gate.shape[1], needed=True)
     gate_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
-    batch, heads, _keys, size = key.shape
-    value_size, device = value.shape[3], key.device
-    if state is None:
-        return DynamicMaskState.empty(
-            batch, heads, size, as_window(windows), value_dim=value_size, selection=selection, dtype=key.dtype,
-            gate_dtype=gate_dtype, device=device, **choice,
-        )  # fmt: skip
-    slots = (batch, heads, max(windows) + choice["sinks"] + choice["recent"])
     options = {"window_size": as_window(windows), "selection": selection, **choice}
-    refuse_difference("state", state, state_layout(slots, size, value_size, key.dtype, gate_dtype), options, device)
-    return state
+    if state is not None:
+        refuse_foreign(state, key, value, gate_dtype, **options)
+        return state
+    batch, heads, _keys, size = key.shape
+    return DynamicMaskState.empty(
+        batch,
+        heads,
+        size,
+        value_dim=value.shape[3],
+        dtype=key.dtype,
+        gate_dtype=gate_dtype,
+        device=key.device,
+        **options,
+    )
 
 
 def _widest(window_size: int | Sequence[int]) -> int:

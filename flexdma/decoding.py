@@ -42,10 +42,13 @@ def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
     """The state as the next token of this document [B] finds it: without keys where it is another than the last."""
     ended = (document != state.document)[:, None]
     lost = ended & (state.position >= 0).any(-1)
+    slots = ended[..., None]
     return replace(
         state,
-        gate=state.gate.masked_fill(ended[..., None], float("-inf")),
-        position=state.position.masked_fill(ended[..., None], -1),
+        key=state.key.masked_fill(slots[..., None], 0.0),
+        value=state.value.masked_fill(slots[..., None], 0.0),
+        gate=state.gate.masked_fill(slots, float("-inf")),
+        position=state.position.masked_fill(slots, -1),
         document=document,
         last_sink=state.last_sink.masked_fill(ended, -1),
         last_loss=torch.where(lost, state.length[:, None], state.last_loss),
@@ -83,16 +86,17 @@ def inserted(
         # Whoever of the two is not in the top-w may stay as a sink or as recent.
         loser = tuple(_choose(enters, old, fresh) for old, fresh in zip(leaving, arriving, strict=True))
         stays = _protected(loser[3], last_sink, now, state.recent)
+        loser = tuple(
+            _choose(stays, tensor, tensor.new_full((), blank))
+            for tensor, blank in zip(loser, (0.0, 0.0, float("-inf"), -1), strict=True)
+        )
         others = state.position[..., state.widest :]
         safe = _protected(others, last_sink, now, state.recent)
-        expired = (others >= 0) & ~safe
-        lost = (lost & ~stays) | expired.any(-1, keepdim=True)
-        free = state.widest + safe.int().argmin(-1, keepdim=True)
-        over = torch.nn.functional.pad(expired, (state.widest, 0))
-        state = replace(
-            state, gate=state.gate.masked_fill(over, float("-inf")), position=state.position.masked_fill(over, -1)
-        )
-        slots, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays], -1)
+        expired = (others >= 0) & ~safe  # at most one: the key that has just ceased to be recent
+        expires = expired.any(-1, keepdim=True)
+        lost = (lost & ~stays) | expires
+        free = state.widest + torch.where(expired, 0, torch.where(safe, 2, 1)).argmin(-1, keepdim=True)
+        slots, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
         arriving = tuple(torch.cat([fresh, old], 2) for fresh, old in zip(arriving, loser, strict=True))
 
     def written(tensor: Tensor, fresh: Tensor) -> Tensor:
@@ -153,7 +157,9 @@ def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, s
         if score_mod is not None:
             head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
             row = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
-            scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), state.position[:, :, None]).expand_as(scores)
+            # A slot without a key is told a position that exists.
+            position = state.position.clamp(min=0)[:, :, None]
+            scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
         scores = scores + bias
         if score_mod is not None:
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)

@@ -82,7 +82,12 @@ class ValueGate(nn.Module):
         """
         batch = checks.tensor("value", value, ("B", self.num_kv_heads, "K", self.head_dim)).shape[0]
         if isinstance(first_position, Tensor):
-            first_position = checks.tensor("first_position", first_position, (batch,), value)[:, None, None]
+            checks.tensor("first_position", first_position, (batch,), value)
+            if first_position.dtype != torch.int64:
+                raise TypeError(f"first_position: expected an int or torch.int64 numbers, got {first_position.dtype}")
+            first_position = first_position[:, None, None]
+        else:
+            checks.positive_int("first_position", first_position, 0)
         with torch.autocast(value.device.type, enabled=False):
             gate = self.A.float()[:, None] * softplus(_project(self.dt_proj, value))
             if self.form == "exp":
@@ -104,7 +109,9 @@ class ValueGate(nn.Module):
         if before is None:
             return decay
         checks.tensor("forgotten", before, (value.shape[0], self.num_kv_heads), value)
-        return decay + before.double()[..., None]
+        if before.dtype != torch.float64:
+            raise TypeError(f"forgotten: expected torch.float64, got {before.dtype}")
+        return decay + before[..., None]
 
 
 def _project(projection: nn.Linear, value: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from flexdma import checks
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
 from flexdma.signatures import ScoreMod
-from flexdma.state import DynamicMaskState
+from flexdma.state import DynamicMaskState, as_window, refuse_foreign
 
 
 class DynamicMaskAttention(nn.Module):
@@ -93,6 +93,7 @@ class DynamicMaskAttention(nn.Module):
         query, key, value = self.project(hidden_states, position_embeddings)
         before: dict[str, Any] = {}
         if state is not None:
+            refuse_foreign(state, key, value, self._gate_dtype, **self._state_options())
             before = {"first_position": state.length, "forgotten": state.forgotten}
         gate = self.gate(value, **before)
         output = dynamic_mask_attention(
@@ -110,14 +111,21 @@ class DynamicMaskAttention(nn.Module):
     def empty_state(self, batch_size: int, dtype: torch.dtype | None = None) -> DynamicMaskState:
         """The state of this layer before the first token, on its device; dtype: of keys, default that of its projections."""
         weight = self.k_proj.weight
-        window = self.options["window_size"]
-        if window is None:
-            raise ValueError("window_size: expected an int or one per KV head with a state, which it bounds, got None")
         return DynamicMaskState.empty(
-            batch_size, self.num_kv_heads, self.head_dim, window, sinks=self.options["sinks"],
-            recent=self.options["recent"], selection=self.options["selection"], dtype=dtype or weight.dtype,
-            device=weight.device, gate_dtype=torch.float32 if self.gate.recency is None else torch.float64,
+            batch_size, self.num_kv_heads, self.head_dim, dtype=dtype or weight.dtype, device=weight.device,
+            gate_dtype=self._gate_dtype, **self._state_options(),
         )  # fmt: skip
+
+    @property
+    def _gate_dtype(self) -> torch.dtype:
+        return torch.float32 if self.gate.recency is None else torch.float64
+
+    def _state_options(self) -> dict[str, Any]:
+        if self.options["window_size"] is None:
+            raise ValueError("window_size: expected an int or one per KV head with a state, which it bounds, got None")
+        windows = checks.windows(self.options["window_size"], self.num_kv_heads, needed=True)
+        options = {name: self.options[name] for name in ("sinks", "recent", "selection")}
+        return {"window_size": as_window(windows), **options}
 
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None

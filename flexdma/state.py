@@ -86,8 +86,8 @@ class DynamicMaskState:
         checks.one_of("selection", selection, STATEFUL_SELECTIONS)
         if gate_dtype not in (torch.float32, torch.float64):
             raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
-        if not dtype.is_floating_point:
-            raise TypeError(f"dtype: expected a floating point dtype, got {dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
         windows = checks.windows(window_size, num_kv_heads, needed=True)
         slots = max(windows) + sinks + recent
         layout = state_layout((batch_size, num_kv_heads, slots), head_dim, value_dim, dtype, gate_dtype)
@@ -121,8 +121,10 @@ class DynamicMaskState:
         return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str) -> "DynamicMaskState":
-        """The same state on another device."""
-        return self._map(lambda _, tensor: tensor.to(device))
+        """The same state on another device; it keeps its dtypes."""
+        if not isinstance(device, str | torch.device):
+            raise TypeError(f"device: expected a device, got {device!r}")
+        return self._map(lambda _, tensor: tensor.to(device=device))
 
     def detach(self) -> "DynamicMaskState":
         """Without the graph behind it: truncated back-propagation through chunks."""
@@ -139,35 +141,42 @@ class DynamicMaskState:
 
     def reorder(self, rows: Tensor) -> "DynamicMaskState":
         """The batch rows of these numbers, [any] int64, repeats allowed: beam search, sequences that leave or branch."""
-        checks.tensor("rows", rows, ("rows",), self.length)
+        _check_rows(rows, "rows", self.length)
         return self._map(lambda _, tensor: tensor.index_select(0, rows))
 
     def put(self, rows: Tensor, other: "DynamicMaskState") -> "DynamicMaskState":
         """A state with the batch rows of these numbers, [n] int64 and distinct, replaced by the n rows of `other`."""
         refuse_difference("other", other, self._layout(), self.options(), self.length.device, batch=False)
-        checks.tensor("rows", rows, (other.length.shape[0],), self.length)
+        _check_rows(rows, other.length.shape[0], self.length)
         theirs = other.tensors()
         return self._map(lambda name, tensor: tensor.index_copy(0, rows, theirs[name]))
 
-    def crop(self, tokens: int) -> "DynamicMaskState":
-        """The state before the last `tokens` tokens; ValueError where it is gone.
+    def crop(self, tokens: int | Tensor) -> "DynamicMaskState":
+        """The state before the last `tokens` tokens, one number or one per sequence [B]; ValueError where it is gone.
 
-        Exact as long as no key that was visible has been evicted since, so always while fewer than w tokens have come; after
-        that take a `checkpoint()` first.  Synchronises.
+        Exact as long as no key that was visible has been evicted since: always while one document has had fewer tokens than
+        the narrowest window and recent=0.  After that take a `checkpoint()` first.  Synchronises.
         """
-        checks.positive_int("tokens", tokens, 0)
-        shortest = int(self.length.min())
-        if tokens > shortest:
-            raise ValueError(f"tokens: expected at most the {shortest} tokens of the shortest sequence, got {tokens}")
+        if isinstance(tokens, Tensor):
+            checks.tensor("tokens", tokens, (self.length.shape[0],), self.length)
+            if tokens.dtype != torch.int64 or (tokens < 0).any():
+                raise ValueError(f"tokens: expected int64 numbers of at least 0, got {tokens}")
+        else:
+            checks.positive_int("tokens", tokens, 0)
         kept = self.length - tokens
-        gone = (self.last_loss >= kept[:, None]) & (kept > 0)[:, None]
+        if (kept < 0).any():
+            raise ValueError(
+                f"tokens: expected at most the {self.length.tolist()} tokens of each sequence, got {tokens}"
+            )
+        taken = (kept < self.length) & (kept > 0)
+        gone = (self.last_loss >= kept[:, None]) & taken[:, None]
         if gone.any():
             at = int(self.last_loss[gone].max())
             raise ValueError(
                 f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
                 f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
             )
-        if self.forgotten.count_nonzero() and tokens:
+        if (self.forgotten.any(-1) & taken).any():
             raise ValueError(
                 f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
                 "before tokens that may be rolled back"
@@ -189,12 +198,38 @@ pytree.register_pytree_node(
     lambda state: (list(state.tensors().values()), tuple(state.options().values())),
     lambda tensors, options: DynamicMaskState(*tensors, *options),
     serialized_type_name="flexdma.DynamicMaskState",
+    # JSON has no tuples.
+    to_dumpable_context=list,
+    from_dumpable_context=lambda options: tuple(tuple(o) if isinstance(o, list) else o for o in options),
+    flatten_with_keys_fn=lambda state: (
+        [(pytree.GetAttrKey(name), tensor) for name, tensor in state.tensors().items()],
+        tuple(state.options().values()),
+    ),
 )
 
 
 def as_window(windows: Sequence[int]) -> int | tuple[int, ...]:
     """One int where there is one, else a tuple of one per head: what a state keeps, comparable and hashable."""
     return windows[0] if len(windows) == 1 else tuple(windows)
+
+
+def _check_rows(rows: Tensor, count: object, like: Tensor) -> None:
+    checks.tensor("rows", rows, (count,), like)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
+
+
+def refuse_foreign(
+    state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, *, window_size: int | tuple[int, ...], sinks: int,
+    recent: int, selection: str,
+) -> None:  # fmt: skip
+    """Raise unless `state` is one that these keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and gates can go on from."""
+    widest = max(window_size) if isinstance(window_size, tuple) else window_size
+    batch, heads, _keys, size = key.shape
+    slots = (batch, heads, widest + sinks + recent)
+    layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype)
+    options = {"window_size": window_size, "sinks": sinks, "recent": recent, "selection": selection}
+    refuse_difference("state", state, layout, options, key.device)
 
 
 def state_layout(
@@ -228,6 +263,8 @@ def refuse_difference(
             )
     for field, (shape, dtype) in layout.items():
         have = getattr(state, field)
+        if have.dim() != len(shape):
+            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
         if have.device != device:
             raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
         if have.dtype != dtype:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma.state import OPTIONS, TENSORS, DynamicMaskState, refuse_difference, state_layout
+from flexdma.state import TENSORS, DynamicMaskState
 from flexdma.whole_files import write_whole
 
 FORMAT = "flexdma.DynamicMaskState/1"
@@ -26,16 +26,22 @@ def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> Non
     Needs safetensors (the extra flexdma[state]).
     """
     files = _safetensors()
-    if not isinstance(states, Mapping) or not all(isinstance(state, DynamicMaskState) for state in states.values()):
+    if not isinstance(states, Mapping):
         raise TypeError(f"states: expected a mapping of names to DynamicMaskState, got {type(states).__name__}")
+    for name, state in states.items():
+        if not isinstance(name, str) or not isinstance(state, DynamicMaskState):
+            raise TypeError(f"states: expected names to DynamicMaskState, got {name!r} to {type(state).__name__}")
+    path = Path(path)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"path: expected a file in a folder that exists, got {path}")
     tensors = {
-        f"{name}.{field}": tensor.detach().cpu().contiguous()
+        f"{name}.{field}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # states may share some
         for name, state in states.items()
         for field, tensor in state.tensors().items()
     }
     options = json.dumps({name: state.options() for name, state in states.items()})
     metadata = {"format": FORMAT, "states": options, "sha256": _digest(options, tensors)}
-    write_whole(Path(path), lambda part: files.save_file(tensors, part, metadata=metadata))
+    write_whole(path, lambda part: files.save_file(tensors, part, metadata=metadata))
 
 
 def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, DynamicMaskState]:
@@ -46,6 +52,8 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     _safetensors()
     from safetensors import SafetensorError, safe_open
 
+    if Path(path).is_dir():
+        raise ValueError(f"path: expected a file, got the folder {path}")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
@@ -60,21 +68,32 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     try:
         options: dict[str, dict[str, Any]] = json.loads(metadata["states"])
         states = {name: _assembled(name, tensors, chosen) for name, chosen in options.items()}
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        described = {f"{name}.{field}" for name in states for field in TENSORS}
+        if described != set(tensors):
+            raise ValueError(f"undescribed tensors {sorted(set(tensors) - described)}")
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: expected states that their options describe, got {path} ({error})") from None
     return {name: state.to(device) for name, state in states.items()}
 
 
 def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> DynamicMaskState:
     window = options["window_size"]
-    options = {option: options[option] for option in OPTIONS}
-    options["window_size"] = tuple(window) if isinstance(window, list) else window
+    options = {**options, "window_size": tuple(window) if isinstance(window, list) else window}
     found: dict[str, Any] = {field: tensors[f"{name}.{field}"] for field in TENSORS}
     state = DynamicMaskState(**found, **options)
     batch, heads, _slots, size = state.key.shape
-    slots = DynamicMaskState.empty(batch, heads, size, device="meta", **options).position.shape[2]  # checks the options
-    layout = state_layout((batch, heads, slots), size, state.value.shape[-1], state.key.dtype, state.gate.dtype)
-    refuse_difference(name, state, layout, options, state.key.device)
+    like = DynamicMaskState.empty(
+        batch,
+        heads,
+        size,
+        value_dim=state.value.shape[-1],
+        dtype=state.key.dtype,
+        gate_dtype=state.gate.dtype,
+        **options,
+    )
+    like.restore(state)  # shapes and dtypes
+    if (state.length < 0).any() or not ((state.position >= -1) & (state.position < state.length[:, None, None])).all():
+        raise ValueError(f"{name}: expected positions from -1 to below its length")
     return state
 
 

@@ -46,6 +46,7 @@ def first_keys(
 ) -> Keys:
     """All keys of a sequence from its beginning."""
     position = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
+    document_ids = None if document_ids is None else document_ids.long()
     return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2])
 
 
@@ -122,35 +123,40 @@ def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState
     no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
     keys = extended(state, *no_keys, None, None)
     real = (keys.position >= 0) & (keys.position < length[:, None, None])
-    last_sink = torch.minimum(state.last_sink, length[:, None] - 1)
-    is_sink = real & (keys.position <= last_sink[..., None])
-    # Beginning again, nothing has been lost.
-    last_loss = torch.where((length > 0)[:, None], state.last_loss, -1)
-    return _kept(replace(state, length=length, last_sink=last_sink, last_loss=last_loss), keys, real, is_sink)
+    is_sink = real & (keys.position <= state.last_sink[..., None])
+    begins = length == 0
+    return _kept(
+        replace(
+            state,
+            length=length,
+            document=state.document.masked_fill(begins, 0),
+            last_sink=torch.where(is_sink, keys.position, -1).amax(-1),
+            last_loss=state.last_loss.masked_fill(begins[:, None], -1),
+            forgotten=state.forgotten.masked_fill(begins[:, None], 0.0),
+        ),
+        keys,
+        real,
+        is_sink,
+    )
 
 
 def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
     """`state`, whose length is already the new one, with the keys among the `real` ones that the last query saw."""
-    batch, heads, total = real.shape
-    ordinal = torch.arange(total, device=real.device)
+    total = real.shape[-1]
     eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
     # Stable and on the reversed row, so that ties go to the newer; torch.sort puts NaN first when descending.
     best = total - 1 - gate.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : state.widest]
     number = torch.arange(best.shape[-1], device=real.device)
     chosen = eligible.gather(-1, best) & (number < per_head_windows(state))
-    slots, holds = [best, number.new_zeros(batch, heads, state.widest - best.shape[-1])], [chosen]
+    slots = _first(torch.where(chosen, best, -1), state.widest)  # -1 for none
     if state.sinks + state.recent:
         in_top = torch.zeros_like(real).scatter_(-1, best, chosen)
         recent = keys.position >= state.length[:, None, None] - state.recent
-        protected = torch.where(real & ~in_top & (is_sink | recent), ordinal, -1)
-        others = protected.sort(dim=-1, descending=True).values[..., : state.sinks + state.recent]
-        missing = state.sinks + state.recent - others.shape[-1]
-        slots.append(pad(others, (0, missing), value=-1))
-        holds = [pad(chosen, (0, state.widest - chosen.shape[-1])), slots[-1] >= 0]
-    slot = torch.cat(slots, -1).clamp(min=0)
-    held = torch.cat(holds, -1)
-    held = pad(held, (0, slot.shape[-1] - held.shape[-1]))
+        others = torch.where(real & ~in_top & (is_sink | recent), torch.arange(total, device=real.device), -1)
+        others = others.sort(dim=-1, descending=True).values
+        slots = torch.cat([slots, _first(others, state.sinks + state.recent)], -1)
+    held, slot = slots >= 0, slots.clamp(min=0)
     empty = ~held[..., None]
     return replace(
         state,
@@ -159,6 +165,12 @@ def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) 
         gate=keys.gate.gather(-1, slot).masked_fill(~held, float("-inf")),
         position=keys.position.gather(-1, slot).masked_fill(~held, -1),
     )
+
+
+def _first(numbers: Tensor, count: int) -> Tensor:
+    """The first `count` of [..., n], with -1 for those that are missing."""
+    numbers = numbers[..., :count]
+    return pad(numbers, (0, count - numbers.shape[-1]), value=-1)
 
 
 def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new: int) -> Tensor:
@@ -178,8 +190,8 @@ def per_head_windows(state: "DynamicMaskState") -> Tensor:
 def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
     """`score_mod`, called with places among `keys`, told positions instead.  length [B]: of the state before them."""
     held = keys.position.shape[-1] - keys.new
-    # Buffers: the C++ lowering captures no views and no expressions.
-    key_position, shift = realize(keys.position), realize(length - held)
+    # Buffers: the C++ lowering captures no views and no expressions.  A place without a key is told a position that exists.
+    key_position, shift = realize(keys.position.clamp(min=0)), realize(length - held)
 
     def told(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score_mod(score, b, h, shift[b] + i, key_position[b, h // group, j])

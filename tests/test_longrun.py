@@ -20,7 +20,7 @@ def test_the_report_follows_from_the_numbers():
     assert course.growth == pytest.approx(1.03)
     text = report.table(course)
     assert "| 65,536 | 8.0 | 8,192 | 100 |" in text
-    assert "Peak memory at the end / at 65,536 tokens: 1.030" in text
+    assert "Peak memory at the end / at 65,536 tokens: 1.030 (+3.0 MiB)" in text
     assert "State: 1.00 MiB; a full cache would hold 128 MiB" in text
     assert "The latter / the former: 1.050" in text
 
@@ -43,6 +43,12 @@ def test_command(tmp_path, capsys):
         (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
         (["--decode", "-1"], "--decode: expected at least 0, got -1"),
         (["--heads", "3"], "--heads: expected a multiple of --kv-heads 2, got 3"),
+        (["--window", "3000000000"], "--window: expected at most 2147483647, got 3000000000"),
+        (["--seed", str(2**70)], "--seed: expected 0 to 2^63 - 1"),
+        (["--threads", "0"], "--threads: expected at least 1, got 0"),
+        (["--device", "cpu:x"], "--device: expected cpu or cuda, got cpu:x"),
+        (["--json", "."], "--json: expected a file in a folder that exists, got ."),
+        (["--plot", "run.bad"], "--plot: expected a file name that ends in one of"),
         (["--device", "tpu"], "--device: expected cpu or cuda, got tpu"),
         (["--json", "/absent/run.json"], "--json: expected a file in a folder that exists, got /absent/run.json"),
     ],

@@ -48,6 +48,11 @@ def test_is_a_pytree():
     assert len(leaves) == 9
     assert_equal_states(pytree.tree_unflatten(leaves, spec), state)
     assert pytree.tree_map(lambda leaf: leaf.to("meta"), state).key.device.type == "meta"
+    paths, _spec = pytree.tree_flatten_with_path(state)
+    assert [str(path[0]) for path, _leaf in paths][:2] == [".key", ".value"]
+    heads, _ = after(5, window_size=[2, 3])
+    leaves, spec = pytree.tree_flatten(heads)
+    assert_equal_states(pytree.tree_unflatten(leaves, pytree.treespec_loads(pytree.treespec_dumps(spec))), heads)
 
 
 def test_values_only():
@@ -106,7 +111,7 @@ def test_crop_refuses_what_is_gone():
     ):
         state.crop(5)
     torch.testing.assert_close(state.crop(0).position.sort().values, state.position.sort().values)
-    with pytest.raises(ValueError, match="tokens: expected at most the 30 tokens of the shortest sequence, got 31"):
+    with pytest.raises(ValueError, match=r"tokens: expected at most the \[30, 30\] tokens of each sequence, got 31"):
         state.crop(31)
     begun = state.crop(30)
     assert (begun.position == -1).all()
@@ -130,6 +135,16 @@ def test_reorder_and_put():
         state.put(torch.tensor([0, 1]), fresh)
 
 
+def test_moving():
+    state, _ = after(5)
+    assert state.to("meta").key.device.type == "meta"
+    assert_equal_states(state.to("cpu"), state)
+    with pytest.raises(TypeError, match=r"device: expected a device, got torch\.bfloat16"):
+        state.to(torch.bfloat16)
+    with pytest.raises(TypeError, match=r"rows: expected torch\.int64, got torch\.float32"):
+        state.reorder(torch.zeros(1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_file_round_trip(tmp_path, dtype):
     state, _ = after(12, sinks=1)
@@ -140,6 +155,44 @@ def test_file_round_trip(tmp_path, dtype):
     assert list(loaded) == ["layer.0", "layer.1"]
     assert_equal_states(loaded["layer.0"], state)
     assert_equal_states(loaded["layer.1"], heads)
+
+
+def test_files_hold_states_that_share_tensors(tmp_path):
+    before, _ = after(9)
+    later, _ = after(1, state=before, start=9)
+    save_states(tmp_path / "both", {"before": before, "after": later})
+    assert_equal_states(load_states(tmp_path / "both")["after"], later)
+
+
+def test_what_no_file_can_hold(tmp_path):
+    state, _ = after(3)
+    for states, message in (({0: state}, "states: expected names to DynamicMaskState, got 0 to DynamicMaskState"),
+                            ({"a": 1}, "states: expected names to DynamicMaskState, got 'a' to int"),
+                            ([state], "states: expected a mapping of names to DynamicMaskState, got list")):  # fmt: skip
+        with pytest.raises(TypeError, match=message):
+            save_states(tmp_path / "state", states)
+    for path in (tmp_path, tmp_path / "absent" / "state"):
+        with pytest.raises(ValueError, match="path: expected a file in a folder that exists"):
+            save_states(path, {"a": state})
+    with pytest.raises(ValueError, match="path: expected a file, got the folder"):
+        load_states(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"position": torch.full((2, 2, 3), 99)},
+        {"length": torch.tensor([-1, 3])},
+        {"length": torch.tensor(3)},
+        {"key": torch.zeros(2, 2, 3, 4, dtype=torch.int32)},
+        {"last_sink": torch.zeros(2, 3, dtype=torch.int64)},
+    ],
+)
+def test_a_file_that_is_whole_but_no_state_is_refused(tmp_path, change):
+    state, _ = after(3)
+    save_states(tmp_path / "state", {"a": replace(state, **change)})
+    with pytest.raises(ValueError, match="path: expected states that their options describe"):
+        load_states(tmp_path / "state")
 
 
 def test_damaged_files_are_refused(tmp_path):
@@ -193,6 +246,18 @@ def test_foreign_states_are_refused():
         after(1, state={})
     with pytest.raises(TypeError, match=r"gate_dtype: expected torch.float32 or torch.float64, got torch.bfloat16"):
         DynamicMaskState.empty(1, 1, 4, 2, gate_dtype=torch.bfloat16)
+
+
+def test_a_layer_names_the_state_that_it_refuses():
+    layer, hidden = DynamicMaskAttention(8, 2, 1, 4, 3, recency="slope"), torch.randn(3, 1, 8)
+    for state, error, message in (
+        (layer.empty_state(2), ValueError, "state: expected batch size 3, got 2"),
+        (layer.empty_state(3).to("meta"), ValueError, "state: expected a state on cpu, got one on meta"),
+        (layer.empty_state(3, dtype=torch.bfloat16), TypeError, r"state: expected key of torch\.float32"),
+        ({}, TypeError, "state: expected a DynamicMaskState, got dict"),
+    ):
+        with pytest.raises(error, match=message):
+            layer(hidden, state=state)
 
 
 def test_layer_without_a_bound_has_no_state():

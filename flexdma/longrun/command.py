@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 import sys
 from dataclasses import asdict
 from functools import partial
@@ -12,6 +13,7 @@ import torch
 
 from flexdma import DynamicMaskAttention
 from flexdma.bench.report import machine
+from flexdma.checks import LARGEST
 from flexdma.gates import RECENCIES
 from flexdma.longrun import report
 from flexdma.longrun.course import Course, Sizes, make_layer
@@ -87,14 +89,20 @@ def _with_progress(layer: DynamicMaskAttention, sizes: Sizes) -> Course:
 
 
 def _problem(arguments: argparse.Namespace) -> str | None:
-    for name in ("tokens", "chunk", "window", "heads", "kv_heads", "head_dim", "hidden_size"):
-        if getattr(arguments, name) < 1:
-            return f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}"
+    """What keeps the run from being made or from being written, before it takes its minutes."""
+    for name in ("tokens", "chunk", "window", "heads", "kv_heads", "head_dim", "hidden_size", "threads"):
+        number, option = getattr(arguments, name), f"--{name.replace('_', '-')}"
+        if number is not None and number < 1:
+            return f"{option}: expected at least 1, got {number}"
+        if number is not None and number > LARGEST:
+            return f"{option}: expected at most {LARGEST}, got {number}"
     if arguments.decode < 0:
         return f"--decode: expected at least 0, got {arguments.decode}"
+    if not 0 <= arguments.seed < 2**63:
+        return f"--seed: expected 0 to 2^63 - 1, got {arguments.seed}"
     if arguments.heads % arguments.kv_heads:
         return f"--heads: expected a multiple of --kv-heads {arguments.kv_heads}, got {arguments.heads}"
-    if arguments.device.split(":")[0] not in ("cpu", "cuda"):
+    if re.fullmatch(r"cpu|cuda(:\d+)?", arguments.device) is None:
         return f"--device: expected cpu or cuda, got {arguments.device}"
     if arguments.device.startswith("cuda") and not torch.cuda.is_available():
         return f"--device: expected a CUDA device for {arguments.device}, found none"
@@ -104,6 +112,8 @@ def _problem(arguments: argparse.Namespace) -> str | None:
         return f"needs {' and '.join(missing)}: pip install flexdma[bench]"
     for name in ("json", "plot"):
         path = getattr(arguments, name)
-        if path is not None and not path.resolve().parent.is_dir():
+        if path is not None and (path.is_dir() or not path.resolve().parent.is_dir()):
             return f"--{name}: expected a file in a folder that exists, got {path}"
+    if arguments.plot is not None and arguments.plot.suffix[1:] not in report.picture_formats():
+        return f"--plot: expected a file name that ends in one of {', '.join(report.picture_formats())}, got {arguments.plot}"
     return None

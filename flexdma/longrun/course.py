@@ -49,7 +49,7 @@ class Course:
     def growth(self) -> float | None:
         """Peak memory at the end over that at MEMORY_FROM tokens; None for a shorter run."""
         early = [peak for tokens, _seconds, peak in self.marks if tokens == MEMORY_FROM]
-        return self.marks[-1][2] / early[0] if early else None
+        return self.marks[-1][2] / early[0] if early and self.marks[-1][0] > MEMORY_FROM else None
 
 
 def make_layer(sizes: Sizes, device: str) -> DynamicMaskAttention:

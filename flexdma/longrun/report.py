@@ -19,7 +19,8 @@ def table(course: Course) -> str:
             shown = tokens
     lines.append("")
     if course.growth is not None:
-        lines.append(f"Peak memory at the end / at {MEMORY_FROM:,} tokens: {course.growth:.3f}")
+        more = course.marks[-1][2] * (1 - 1 / course.growth) / MIB
+        lines.append(f"Peak memory at the end / at {MEMORY_FROM:,} tokens: {course.growth:.3f} ({more:+.1f} MiB)")
     lines.append(
         f"State: {course.state_bytes / MIB:.2f} MiB; a full cache would hold {course.full_cache_bytes / MIB:,.0f} MiB"
     )
@@ -29,6 +30,13 @@ def table(course: Course) -> str:
         early, late = course.decode_seconds.values()
         lines.append(f"The latter / the former: {late / early:.3f}")
     return "\n".join(lines)
+
+
+def picture_formats() -> list[str]:
+    """Endings of the files that `write_plot` can write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(FigureCanvasBase.get_supported_filetypes())
 
 
 def write_plot(path: Path, course: Course) -> None:
