@@ -216,7 +216,7 @@ def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled_flex):
     (stages,) = results["stages"]
     assert "no backward on a CPU" in stages["failed"]["whole"]
     assert stages["seconds"]["attention forward"] > 0
-    assert {"default", "deterministic"} <= results["gate_gradient"][0]["share"].keys()
+    assert {"atomics (default)", "transposed", "column"} == results["gate_gradient"][0]["share"].keys()
     text = report.markdown(json.loads(saved[-1]))
     for words in ("not installed", "no backward on a CPU", "launches by the host", "Forward against N", "| 1,024 |"):
         assert words in text

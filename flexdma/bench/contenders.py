@@ -62,7 +62,7 @@ def contenders(
         calls[COMPILED] = partial(compiled, *tensors, **options, lowering="flex")
         if shape.every:
             calls[FLEX_CAUSAL] = flex_causal(query, key, value, compiler)
-            calls[NATURAL] = partial(_natural_order(shape, compiler), *tensors)
+            calls[NATURAL] = partial(_natural_order(shape, compiler, cuda), *tensors)
     if shape.every:
         calls[DENSE] = partial(_dense, shape, tensors)
         calls |= peers(shape, tensors)
@@ -99,7 +99,7 @@ def flex_causal(query: Tensor, key: Tensor, value: Tensor, compiler: Compile) ->
     return partial(compiler(flex_attention), query, key, value, block_mask=mask, enable_gqa=True)
 
 
-def _natural_order(shape: Shape, compiler: Compile) -> Callable[..., Tensor]:
+def _natural_order(shape: Shape, compiler: Compile, cuda: bool) -> Callable[..., Tensor]:
     """The same mask and gates without packing, as the recipes offer it for plain FlexAttention."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, block_mask=None) -> Tensor:
@@ -115,7 +115,7 @@ def _natural_order(shape: Shape, compiler: Compile) -> Callable[..., Tensor]:
         return compiled(query, key, value, gate, block_mask=mask)
 
     # Inductor's C++ kernel captures graph inputs alone; on CUDA the mask is built by the same graph.
-    return compiled if torch.cuda.is_available() else with_mask_from_outside
+    return compiled if cuda else with_mask_from_outside
 
 
 def _dense(shape: Shape, tensors: list[Tensor]) -> Tensor:

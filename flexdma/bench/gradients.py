@@ -4,9 +4,8 @@ The backward alone is timed, on a forward that has just been made; the share is 
 needs no gradient.
 """
 
-import importlib.util
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -17,28 +16,19 @@ from flexdma import dynamic_mask_attention
 from flexdma.bench.contenders import Compile
 from flexdma.bench.shapes import Shape
 from flexdma.bench.timing import Budget, Prepared, interleaved
+from flexdma.lowerings import gate_gradient
 
 WITHOUT = "no gate gradient"
 Route = Callable[[], AbstractContextManager]
 
 
 def routes() -> dict[str, Route]:
-    """Name -> a context in which the gate's gradient takes that route."""
-    found: dict[str, Route] = {"default": nullcontext, "deterministic": _deterministic}
-    if importlib.util.find_spec("flexdma.lowerings.gate_gradient") is not None:
-        lowering: Any = importlib.import_module("flexdma.lowerings.gate_gradient")
-        found |= {name: partial(lowering.gate_gradient_route, name) for name in lowering.ROUTES}
-    return found
-
-
-@contextmanager
-def _deterministic() -> Iterator[None]:
-    before, warns = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
-    torch.use_deterministic_algorithms(True)
-    try:
-        yield
-    finally:
-        torch.use_deterministic_algorithms(before, warn_only=warns)
+    """Name -> a context in which the gate's gradient takes that route; the one that is taken by default says so."""
+    default = gate_gradient.chosen_route(True, False)
+    return {
+        f"{name} (default)" if name == default else name: partial(gate_gradient.gate_gradient_route, name)
+        for name in gate_gradient.ROUTES
+    }
 
 
 def gate_gradient_share(

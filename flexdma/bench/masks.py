@@ -8,7 +8,7 @@ from flexdma import causal_top_w, pack
 from flexdma.bench.families import gate_families
 from flexdma.bench.shapes import Shape
 from flexdma.block_metadata import block_metadata
-from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.lowerings import flex
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.lowerings.gather import living_keys
 
@@ -30,16 +30,17 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
 def mask_memory(shape: Shape, gate: Tensor) -> dict[str, Callable[[], object]]:
     """What builds masks and metadata, to be measured for peak memory."""
     group = shape.query_heads // shape.heads
-    rows, columns = BLOCK_SIZE[gate.device.type]
+    rows, columns = flex.BLOCK_SIZE[gate.device.type]
 
-    def flex() -> object:
+    def flexed() -> object:
         lifespans = causal_top_w(gate, shape.window)
         order = pack(lifespans, shape.window)
         birth, death = (t.gather(-1, order) for t in lifespans)
-        return order, block_metadata(birth, death, shape.length, group, rows, columns, False)
+        most = flex._most_visited(shape.length, group, shape.window, rows, columns)
+        return order, block_metadata(birth, death, shape.length, group, rows, columns, False, most)
 
-    def gather() -> object:
+    def gathered() -> object:
         birth, death = causal_top_w(gate, shape.window)
         return living_keys(birth, death, shape.length, shape.window, QUERY_BLOCK)
 
-    return {"flex": flex, "gather": gather}
+    return {"flex": flexed, "gather": gathered}

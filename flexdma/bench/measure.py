@@ -17,7 +17,7 @@ from flexdma.bench.launches import device_work
 from flexdma.bench.shapes import Shape, inputs
 from flexdma.bench.stages import profile
 from flexdma.bench.suites import Suite
-from flexdma.bench.timing import Budget, in_one_line, interleaved, peak_bytes
+from flexdma.bench.timing import Budget, in_one_line, interleaved, peak_bytes, release
 from flexdma.lowerings.flex import BLOCK_SIZE
 
 SECTIONS = ("calls", "stages", "gate_gradient", "lengths", "launches", "windows", "packing", "memory")
@@ -59,11 +59,13 @@ def measure(
         tick("")
         if budget.over:
             results["skipped"].append(f"{section}: {title}")
-            continue
-        try:
-            results[section].append(case(tick))
-        except Exception as error:  # whatever a kernel or a compiler may raise
-            results["failed"][f"{section}: {title}"] = in_one_line(error)
+        else:
+            try:
+                results[section].append(case(tick))
+            except Exception as error:  # whatever a kernel or a compiler may raise
+                results["failed"][f"{section}: {title}"] = in_one_line(error)
+            torch._dynamo.reset()  # CUDA graphs keep their memory as long as what was compiled
+            release()
         save(results)
 
 

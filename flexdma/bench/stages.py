@@ -185,7 +185,8 @@ def _flex_stages(
         reference = reference_gate(gate, alive)
         birth, death = (bound.gather(-1, order) for bound in alive)
         transposed = shape.backward
-        metadata = block_metadata(birth, death, shape.length, group, rows, columns, transposed)
+        most = flex._most_visited(shape.length, group, shape.window, rows, columns)
+        metadata = block_metadata(birth, death, shape.length, group, rows, columns, transposed, most)
         moved = [flex._along_keys(tensor, order) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
     fused = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
@@ -196,7 +197,7 @@ def _flex_stages(
         "selection": (fused(causal_top_w), (gate, shape.window)),
         REFERENCE: (fused(reference_gate), (gate, alive)),
         PACKING: (fused(pack), (alive, shape.window)),
-        METADATA: (fused(block_metadata), (birth, death, shape.length, group, rows, columns, transposed)),
+        METADATA: (fused(block_metadata), (birth, death, shape.length, group, rows, columns, transposed, most)),
         TAKE: (take, (key, value, gate)),
         FORWARD: (attend, (query, *moved, reference, birth, death, metadata, group, (rows, columns))),
     }

@@ -85,7 +85,7 @@ def interleaved(
             times[name] = []
         except Exception as error:  # whatever a kernel, a compiler or a peer may raise
             measured.failed[name] = in_one_line(error)
-            _release()
+            release()
     for _ in range(rounds):
         for name in list(times):
             taken = times[name]
@@ -98,7 +98,7 @@ def interleaved(
             except Exception as error:
                 measured.failed[name] = in_one_line(error)
                 del times[name]
-                _release()
+                release()
     for name, taken in times.items():
         if taken:
             measured.seconds[name], measured.rounds[name] = statistics.median(taken), len(taken)
@@ -129,7 +129,7 @@ def peak_bytes(contender: Contender) -> int:
     """The most memory that PyTorch held at any moment of the call, above what it held before."""
     prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
     run = contender.run if isinstance(contender, Prepared) else contender
-    if torch.cuda.is_available():
+    if _on_cuda():
         _synchronise()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -146,13 +146,18 @@ def peak_bytes(contender: Contender) -> int:
     return peak
 
 
+def _on_cuda() -> bool:
+    """Whether the tensors of the contenders are on a GPU; there may be one while a CPU is measured."""
+    return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
+
+
 def _synchronise() -> None:
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
-def _release() -> None:
-    """What a failed contender leaves behind."""
+def release() -> None:
+    """Free what a case, or a failed contender, leaves behind."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
