@@ -17,7 +17,7 @@ def device_work(call: Callable[[], object]) -> dict[str, float]:
     if torch.cuda.is_available():
         activities.append(torch.profiler.ProfilerActivity.CUDA)
         torch.cuda.synchronize()
-    with torch.profiler.profile(activities=activities) as profile:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profile:
         call()
         if torch.cuda.is_available():
             torch.cuda.synchronize()

@@ -136,7 +136,9 @@ def peak_bytes(contender: Contender) -> int:
         run(*prepared)
         _synchronise()
         return torch.cuda.max_memory_allocated() - before
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(
+        activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+    ) as profile:
         run(*prepared)
     events = profile.profiler.kineto_results.events()
     held = peak = 0
