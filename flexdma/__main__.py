@@ -15,6 +15,7 @@ COMMANDS = {
     "explain": ("flexdma.explanation.command", "say what gates select, what that costs, and whether it pays"),
     "doctor": ("flexdma.diagnosis.command", "find graph breaks, recompilations and fallbacks of a model call"),
     "inspect": ("flexdma.inspection.command", "show the kernels that the compiler generates"),
+    "cost": ("flexdma.cost.command", "say what a size would cost on a device, or on many, from its data sheet"),
     "bench": ("flexdma.bench.command", "measure the operator against attention to everything"),
     "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),
     "longrun": ("flexdma.longrun.command", "read a million tokens in constant memory, then decode at constant cost"),

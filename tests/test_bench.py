@@ -1,19 +1,82 @@
-"""The benchmark's parts, without a timing: medians, memory, families, the report, refusals."""
+"""The benchmark, without a timing: medians, memory, failures, budgets, the contenders' results, a suite, pages."""
+
+import json
+from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.attention.flex_attention as torch_flex
 
-from flexdma.__main__ import main
-from flexdma.bench import cases, report
+import flexdma
+from flexdma.__main__ import INTERRUPTED, main
+from flexdma.bench import command, masks, measure, report, timing
+from flexdma.bench import contenders as contenders_module
+from flexdma.bench.contenders import COMPILED_GATHER, DENSE, contenders, visited_over_ideal
+from flexdma.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.bench.families import _autoregressive, gate_families
-from flexdma.bench.timing import interleaved, peak_bytes
+from flexdma.bench.shapes import Shape, inputs
+from flexdma.bench.stages import BEFORE_ATTENTION, Ledger, profile
+from flexdma.bench.suites import SUITES
+from flexdma.bench.timing import OUT_OF_TIME, Budget, Prepared, UnavailableError, interleaved, peak_bytes
+from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+
+RESULTS = Path(__file__).parent.parent / "docs/results/bench-cpu.json"
+
+
+def silent(name):
+    """A tick."""
+
+
+# Timing
 
 
 def test_contenders_take_turns_and_the_first_round_is_not_counted():
     order = []
-    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2, lambda name: None)
+    calls = {name: lambda name=name: order.append(name) for name in "ab"}
+    measured = interleaved(calls, 2, silent, memory=False)
     assert order == ["a", "b"] * 3
-    assert set(seconds) == {"a", "b"}
+    assert set(measured.seconds) == {"a", "b"}
+    assert measured.rounds == {"a": 2, "b": 2}
+
+
+def test_a_failing_contender_is_recorded_and_loses_no_other():
+    runs = []
+
+    def fails_later():
+        runs.append(1)
+        if len(runs) > 3:
+            raise RuntimeError("out of memory\nand a thousand lines")
+
+    def absent():
+        raise UnavailableError("not installed")
+
+    measured = interleaved({"late": fails_later, "absent": absent, "good": lambda: None}, 3, silent)
+    assert measured.failed == {"late": "RuntimeError: out of memory", "absent": "not installed"}
+    assert set(measured.seconds) == {"good"}
+
+
+def test_a_spent_budget_ends_the_runs_and_keeps_those_made(monkeypatch):
+    now = iter(range(1000))
+    monkeypatch.setattr(timing.time, "monotonic", lambda: next(now))
+    # One question when it is made; two before the first runs, then one per counted run.
+    measured = interleaved({"a": lambda: None, "b": lambda: None}, 9, silent, Budget(4.5), memory=False)
+    assert measured.rounds == {"a": 1, "b": 1}
+    assert interleaved({"a": lambda: None}, 9, silent, Budget(0)).failed == {"a": OUT_OF_TIME}
+
+
+def test_slow_contenders_run_fewer_times(monkeypatch):
+    clock = iter(range(0, 100000, 5))  # every run takes 5 seconds
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    assert interleaved({"slow": lambda: None}, 50, silent, memory=False).rounds == {"slow": timing.LEAST}
+
+
+def test_only_the_run_of_a_prepared_contender_is_timed(monkeypatch):
+    clock = iter([0.0, 1.0, 0.0, 1.0])
+    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
+    prepared = Prepared(lambda: [2], lambda made: made.append(3))
+    assert interleaved({"a": prepared}, 1, silent, memory=False).seconds == {"a": 1.0}
 
 
 def test_peak_memory_counts_what_is_freed_again():
@@ -22,18 +85,22 @@ def test_peak_memory_counts_what_is_freed_again():
         return torch.zeros(1 << 18)
 
     assert 4 << 20 <= peak_bytes(function) < 6 << 20
+    assert peak_bytes(Prepared(function, lambda made: torch.zeros(1 << 10))) < 1 << 20
+
+
+# What is measured
 
 
 def test_masks_and_metadata_are_far_from_a_dense_mask():
-    shape = cases.Shape(8192, 128, False)
-    gate = cases.inputs(shape, "cpu", torch.float32)[3]
-    for build in cases.mask_memory(shape, gate).values():
+    shape = Shape(8192, 128, False)
+    gate = inputs(shape, "cpu", torch.float32)[3]
+    for build in masks.mask_memory(shape, gate).values():
         assert peak_bytes(build) < shape.length**2 / 4
 
 
 def test_there_are_seven_families_and_packing_helps_in_each():
     assert len(gate_families(256)) == 7
-    for natural, packed in cases.packing_ratios(4096, 256, 64, 64).values():
+    for natural, packed in masks.packing_ratios(4096, 256, 64, 64).values():
         assert 1 <= packed < natural
 
 
@@ -45,16 +112,196 @@ def test_the_autoregressive_family_is_its_recurrence():
     torch.testing.assert_close(_autoregressive(noise, 0.98), torch.stack(want))
 
 
-def test_the_report_divides_by_the_first_contender():
-    results = {
-        "machine": {"device": "x"}, "dtype": "float32", "rounds": 1, "heads": "h",
-        "calls": [{"shape": "s", "seconds": {"SDPA causal": 3.0, "flexdma": 1.5}}],
-        "stages": [], "packing": [], "memory": [],
+def test_the_dense_path_computes_dynamic_mask_attention():
+    leaves = [torch.randn(2, heads, 50, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
+    leaves.append(torch.randn(2, 2, 50, dtype=torch.float64, requires_grad=True))  # no ties: topk breaks them anyhow
+    got = dense_mask_attention(*leaves, 12)
+    want = dense_dynamic_mask_attention(*leaves, window_size=12)
+    torch.testing.assert_close(got, want)
+    cotangent = torch.randn_like(got)
+    for a, b in zip(
+        torch.autograd.grad(got, leaves, cotangent), torch.autograd.grad(want, leaves, cotangent), strict=True
+    ):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_dense_mask_that_does_not_fit_is_not_tried():
+    with pytest.raises(UnavailableError, match="dense masks need about"):
+        check_fits(Shape(4096, 1024, False, query_heads=2**20), 4, "cpu")
+    with pytest.raises(UnavailableError, match="above N=8192"):
+        check_fits(Shape(16384, 1024, False), 4, "cpu")
+
+
+@pytest.fixture
+def uncompiled_flex(monkeypatch):
+    """FlexAttention takes CPU tensors that need gradients, as it does when not compiled for a CPU."""
+    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
+    return lambda function, mode=None: function
+
+
+def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled_flex):
+    shape = Shape(200, 24, False, 4, 2, 16, every=True)
+    tensors = inputs(shape, "cpu", torch.float32)
+    calls = contenders(shape, tensors, uncompiled_flex)
+    want = dense_dynamic_mask_attention(*tensors, window_size=24)
+    same = [name for name in calls if name in visited_over_ideal(shape, tensors[3]) and "causal" not in name]
+    assert len(same) == 4
+    for name in same:
+        torch.testing.assert_close(calls[name].args[0](), want, atol=1e-5, rtol=1e-4)
+
+
+def test_visited_over_ideal_counts_pairs():
+    shape = Shape(256, 256, False, 4, 2, 16)
+    ratios = visited_over_ideal(shape, torch.zeros(1, 2, 256))
+    assert ratios["SDPA causal"] == 1  # nothing is ever evicted
+    assert ratios[DENSE] == pytest.approx(256 * 256 / (256 * 257 / 2))
+    assert ratios[COMPILED_GATHER] == pytest.approx(256 * (256 + 128) / (256 * 257 / 2))
+
+
+def test_living_pairs_are_the_keys_that_a_block_sees():
+    gate = torch.randn(2, 2, 100)
+    seen = dense_visibility(gate, window_size=12)
+    blocks = [rows.any(2).sum().item() * 32 for rows in seen.split(32, 2)]
+    assert contenders_module._living_pairs(flexdma.causal_top_w(gate, 12), 32) == sum(blocks)
+
+
+# Stages
+
+
+def test_a_ledger_counts_what_runs_inside_a_stage_once(monkeypatch):
+    clock = iter([0.0, 1.0, 3.0, 10.0])
+    monkeypatch.setattr("flexdma.bench.stages.time.perf_counter", lambda: next(clock))
+    ledger = Ledger(runs=[{}])
+    with ledger.stage("outer"), ledger.stage("inner"):
+        pass
+    assert ledger.runs == [{"inner": 2.0, "outer": 8.0}]
+    assert ledger.medians(1) == ledger.runs[0]
+
+
+def test_a_ledger_restores_what_it_watches():
+    before = flexdma.lifespans._ranked
+    with Ledger().watching([("ranking", flexdma.lifespans, "_ranked")]):
+        assert flexdma.lifespans._ranked is not before
+    assert flexdma.lifespans._ranked is before
+
+
+@pytest.mark.parametrize("lowering", ["gather", "flex"])
+def test_every_stage_is_timed(lowering, uncompiled_flex):
+    shape = Shape(300, 24, lowering == "gather", 4, 2, 16)
+    entry = profile(shape, inputs(shape, "cpu", torch.float32), lowering, 1, silent, compiler=uncompiled_flex)
+    backward = ("attention backward", "gate gradient", "gate, its own backward") if shape.backward else ()
+    stages = ("gate", *BEFORE_ATTENTION[lowering], "key/value gather", "attention forward", *backward)
+    assert tuple(entry["seconds"]) == stages
+    assert entry["whole"] > 0
+    assert entry["failed"] == {}
+
+
+# A suite
+
+
+def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled_flex):
+    """On a CPU, 1024 times smaller: all of it but the device."""
+    suite = SUITES["gpu"].smaller(1024)
+    results = measure.begun(suite, "gpu", 1, "float32", "cpu")
+    saved = []
+    measure.measure(
+        suite, results, rounds=1, dtype=torch.float32, device="cpu", compiler=uncompiled_flex,
+        save=lambda results: saved.append(json.dumps(results)),
+    )  # fmt: skip
+    assert results["failed"] == {}
+    assert results["skipped"] == []
+    assert all(results[section] for section in measure.SECTIONS)
+    assert len(saved) == sum(len(results[section]) for section in measure.SECTIONS)
+    # FlexAttention has no backward on a CPU: that stage fails, and the others of the same case do not.
+    (stages,) = results["stages"]
+    assert "no backward on a CPU" in stages["failed"]["whole"]
+    assert stages["seconds"]["attention forward"] > 0
+    assert {"atomics (default)", "transposed", "column"} == results["gate_gradient"][0]["share"].keys()
+    text = report.markdown(json.loads(saved[-1]))
+    for words in ("not installed", "no backward on a CPU", "launches by the host", "Forward against N", "| 1,024 |"):
+        assert words in text
+
+
+def test_a_case_that_fails_or_has_no_time_is_recorded(monkeypatch):
+    suite = SUITES["quick"].smaller(64)
+    monkeypatch.setattr(measure, "contenders", lambda *arguments: 1 / 0)
+    results = measure.begun(suite, "quick", 1, "float32", "cpu")
+    measure.measure(suite, results, rounds=1, dtype=torch.float32, device="cpu")
+    assert results["failed"]["calls: forward, N=64 w=4"] == "ZeroDivisionError: division by zero"
+    assert results["memory"]
+    later = measure.begun(suite, "quick", 1, "float32", "cpu")
+    spent = flexdma.bench.suites.replace(suite, budget=0)
+    measure.measure(spent, later, rounds=1, dtype=torch.float32, device="cpu")
+    assert "calls: forward, N=64 w=4" in later["skipped"]
+    assert "Cases skipped, as the time was spent:" in report.markdown(later)
+
+
+def test_an_interruption_leaves_what_is_measured(monkeypatch, tmp_path, capsys):
+    def interrupted(suite, results, *, save, **options):
+        results["packing"].append(measure._packing(512, 32, 32, 32, "tiles,", silent))
+        save(results)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "measure", interrupted)
+    assert main(["bench", "--suite", "quick", "--out", str(tmp_path)]) == INTERRUPTED
+    assert "heavy hitters" in capsys.readouterr().out
+    assert "heavy hitters" in json.loads((tmp_path / "bench-quick.json").read_text())["packing"][0]["ratios"]
+    assert "heavy hitters" in (tmp_path / "bench-quick.md").read_text()
+
+
+# Pages and pictures
+
+
+def test_the_report_divides_by_the_fastest_causal_attention():
+    case = {
+        "shape": "s", "seconds": {"SDPA causal, flash": 3.0, "SDPA causal, efficient": 9.0, "flexdma": 1.5},
+        "peak_bytes": {"SDPA causal, flash": 0, "SDPA causal, efficient": 0, "flexdma": 1 << 20},
+        "failed": {"SDPA causal, cudnn": "RuntimeError: no"}, "visited_over_ideal": {}, "useful_flops": 3e9,
+        "causal_flops": 6e9,
     }  # fmt: skip
-    assert "| s | flexdma | 1.5000 | 2.00 x |" in report.markdown(results)
+    results = measure.begun(SUITES["quick"], "quick", 1, "float32", "cpu") | {"calls": [case]}
+    text = report.markdown(results)
+    assert "| s | flexdma | 1.5000 | 2.00 x | 2 |  | 1.0 MiB |" in text
+    assert "| s | SDPA causal, flash | 3.0000 | 1.00 x | 2 |" in text
+    assert "| s | SDPA causal, cudnn | RuntimeError: no |" in text
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_the_gpu_suite_needs_a_gpu(capsys):
-    assert main(["bench", "--suite", "gpu"]) == 2
-    assert "expected a CUDA device, found none" in capsys.readouterr().err
+def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):
+    page, picture, source = (tmp_path / name for name in ("page.md", "scaling.svg", "bench-cpu.json"))
+    sizes = [{"length": n, "window": 8, "seconds": {"flexdma": n, "SDPA causal": n * n}} for n in (64, 128)]
+    sizes = [size | {"failed": {}, "useful_flops": 1.0} for size in sizes]
+    source.write_text(json.dumps(json.loads(RESULTS.read_text()) | {"lengths": sizes}))
+    page.write_text("above\n<!-- bench cpu -->\nold\n<!-- end of bench cpu -->\nbelow\n")
+    assert main(["bench", "--from", str(source), "--markdown", str(page), "--plot", str(picture)]) == 0
+    printed = capsys.readouterr().out.strip()
+    assert page.read_text() == f"above\n<!-- bench cpu -->\n\n{printed}\n\n<!-- end of bench cpu -->\nbelow\n"
+    assert "| 128 | 128000.0 | 16384000.0 | 128.00 x |" in printed
+    assert "<svg" in picture.read_text()
+
+
+def test_the_page_of_the_docs_shows_the_results_beside_it():
+    page = (RESULTS.parent.parent / "benchmarks.md").read_text()
+    text = report.markdown(json.loads(RESULTS.read_text()))
+    assert report.between(page, "cpu", text) == page, "python -m flexdma bench --from ... --markdown docs/benchmarks.md"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
+        (["--budget", "-1"], "--budget: expected more than 0, got -1.0"),
+        (["--from", "absent.json"], "absent.json"),
+        (["--from", __file__], "--from: expected JSON that this command wrote"),
+        (["--from", str(RESULTS), "--markdown", __file__], "expected the lines '<!-- bench cpu -->'"),
+        pytest.param(
+            ["--suite", "gpu"],
+            "expected a CUDA device, found none",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)
+def test_bad_requests_are_one_line(arguments, message, capsys):
+    assert main(["bench", *arguments]) == command.CANNOT
+    error = capsys.readouterr().err
+    assert message in error
+    assert error.count("\n") == 1

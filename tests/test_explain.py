@@ -10,8 +10,9 @@ import torch
 
 import flexdma
 from flexdma.__main__ import main
-from flexdma.bench.cases import SUITES, Shape, inputs
 from flexdma.bench.families import gate_families
+from flexdma.bench.shapes import Shape, inputs
+from flexdma.bench.suites import SUITES
 from flexdma.explanation import calibration, costs
 from flexdma.explanation.costs import Problem, Rates, break_even_length, break_even_window, resized, speedup
 from flexdma.explanation.counts import causal_blocks
@@ -173,7 +174,7 @@ def test_the_rates_that_ship_say_where_they_are_from():
 
 def test_the_rates_that_ship_reproduce_the_benchmark_of_the_docs():
     calls = json.loads((Path(__file__).parent.parent / "docs/results/bench-cpu.json").read_text())["calls"]
-    shapes = {str(shape): shape for shape in SUITES["cpu"]}
+    shapes = {str(shape): shape for shape in SUITES["cpu"].calls}
     compared = 0
     for call in calls:
         shape = shapes[call["shape"]]
@@ -194,13 +195,48 @@ def test_calibration_finds_the_rates_that_explain_its_seconds():
         cost(RATES, PROBLEM) * shape.heads / 1e9 for cost in (costs.causal_cost, costs.gather_cost, costs.flex_cost)
     )
     sorting = costs.sorted_keys(PROBLEM) * shape.heads / 1e9
-    stages = {"selection": sorting * 6, "living keys": sorting * 4, "packing": sorting * 5, "block mask": sorting * 9}
-    seconds = {calibration.CAUSAL: causal, calibration.EAGER: gather, calibration.COMPILED: flex}
-    found = calibration.rates_from(shape, seconds, stages, PROBLEM.visited_pairs_per_query, "a test")
+    stages = {
+        "gather": {
+            "gate": 1.0, "ranking": sorting, "lifespans": sorting * 4, "reference gates": sorting,
+            "living keys": sorting * 4,
+        },
+        "flex": {
+            "ranking": sorting, "lifespans": sorting * 4, "reference gates": sorting, "packing": sorting * 5,
+            "mask metadata": sorting * 9,
+        },
+    }  # fmt: skip
+    selection = calibration.selection_rates(stages, shape)
+    seconds = {
+        "SDPA causal, flash": causal,
+        "SDPA causal, cudnn": 2 * causal,
+        calibration.EAGER: gather,
+        calibration.COMPILED: flex,
+    }
+    found = calibration.rates_from(shape, seconds, selection, PROBLEM.visited_pairs_per_query, "a test")
     for name in ("causal", "gather", "gather_selection", "flex", "flex_selection"):
         assert getattr(found, name) == pytest.approx(getattr(RATES, name))
-    without = calibration.rates_from(shape, {calibration.CAUSAL: causal}, stages, 350.0, "a test")
+    without = calibration.rates_from(shape, {calibration.CAUSAL: causal}, selection, 350.0, "a test")
     assert (without.gather, without.flex) == (None, None)
+
+
+def test_the_fit_is_the_geometric_mean_over_the_shapes_of_a_phase():
+    shapes = SUITES["quick"].calls
+    stages = dict.fromkeys(("ranking", "lifespans", "reference gates", "living keys"), 0.001)
+    results = {
+        "suite": "quick", "dtype": "float32", "machine": {"device": "d", "threads": 2, "torch": "t"},
+        "stages": [{"shape": str(shapes[0]), "lowering": "gather", "seconds": stages}],
+        "calls": [{"shape": str(shape), "seconds": {"SDPA causal": 1.0, calibration.EAGER: 0.5}} for shape in shapes],
+    }  # fmt: skip
+    fitted = calibration.fitted_rates(results)
+    assert set(fitted) == {("cpu", "inference"), ("cpu", "training")}
+    for rates, shape in zip(fitted.values(), shapes, strict=True):
+        gate = inputs(shape, "cpu", torch.float32)[3].detach()
+        problem = Problem(shape.length, shape.window, 0, 4, calibration.visited_pairs(shape, gate))
+        assert speedup(rates, "gather", problem) == pytest.approx(2.0)
+        assert rates.flex is None
+    two = calibration._mean([RATES, replace(RATES, causal=4.0, flex=None)])
+    assert two.causal == pytest.approx(2.0)
+    assert two.flex == pytest.approx(RATES.flex)
 
 
 def test_calibration_counts_the_blocks_that_explain_counts():

@@ -1,4 +1,4 @@
-"""Results as JSON and as the Markdown of docs/benchmarks.md."""
+"""Results as the Markdown of docs/benchmarks.md: a function of what was measured, so that no figure is copied by hand."""
 
 import platform
 from pathlib import Path
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from flexdma._version import __version__
+from flexdma.bench import tables
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -34,45 +35,28 @@ def _processor() -> str:
 def markdown(results: dict[str, Any]) -> str:
     """The tables."""
     about = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value is not None)
-    lines = [f"Measured with {about}; {results['dtype']}, B=1, medians of {results['rounds']} interleaved rounds.", ""]
-    lines += ["| | " + results["heads"] + " | seconds | faster than SDPA |", "|---|---|---|---|"]
-    for case in results["calls"]:
-        base = next(iter(case["seconds"].values()))
-        for name, seconds in case["seconds"].items():
-            lines.append(f"| {case['shape']} | {name} | {seconds:.4f} | {base / seconds:.2f} x |")
-    for case in results["stages"]:
-        lines += [
-            "",
-            f"Stages of the {case['shape']}:",
-            "",
-            "| stage | milliseconds | of gather | of flex |",
-            "|---|---|---|---|",
-        ]
-        whole = {name: case["seconds"][f"{name}, whole"] for name in ("gather", "flex")}
-        parts = {
-            "gather": ("selection", "reference gates", "living keys"),
-            "flex": ("selection", "reference gates", "packing", "block mask"),
-        }
-        for name, seconds in case["seconds"].items():
-            shares = [f"{seconds / whole[w]:.1%}" if name in parts[w] else "" for w in whole]
-            lines.append(f"| {name} | {seconds * 1e3:.1f} | {shares[0]} | {shares[1]} |")
-        sums = [f"{sum(case['seconds'][part] for part in parts[w]) / whole[w]:.1%}" for w in whole]
-        lines.append(f"| all but attention | | {sums[0]} | {sums[1]} |")
-    for case in results["packing"]:
-        lines += ["", f"Visited blocks / ideal, N={case['length']} w={case['window']}, {case['tile']}:", ""]
-        lines += ["| gates | natural order | packed |", "|---|---|---|"]
-        lines += [f"| {name} | {natural:.2f} | {packed:.2f} |" for name, (natural, packed) in case["ratios"].items()]
-        means = [sum(r[n] for r in case["ratios"].values()) / len(case["ratios"]) for n in (0, 1)]
-        lines.append(f"| **mean** | {means[0]:.2f} | **{means[1]:.2f}** |")
-    lines += [
-        "",
-        "Peak memory of building masks and metadata:",
-        "",
-        "| | lowering | peak | a Q x K mask of bytes |",
-        "|---|---|---|---|",
+    lines = [
+        f"Measured with {about}; {results['dtype']}, B=1, {results['heads']}, medians of up to {results['rounds']} "
+        "interleaved runs.",
     ]
-    for case in results["memory"]:
-        lines.append(
-            f"| {case['shape']} | {case['lowering']} | {case['bytes'] / 2**20:.1f} MiB | {case['dense'] / 2**20:.0f} MiB |"
-        )
+    for section, table in tables.TABLES.items():
+        if results[section]:
+            lines += ["", *table(results[section])]
+    if results["failed"]:
+        lines += ["", "Cases that failed:", "", *(f"- {case}: {why}" for case, why in results["failed"].items())]
+    if results["skipped"]:
+        lines += ["", "Cases skipped, as the time was spent:", "", *(f"- {case}" for case in results["skipped"])]
     return "\n".join(lines) + "\n"
+
+
+def between(page: str, suite: str, text: str) -> str:
+    """`page` with what stands between the marks of this suite replaced by `text`.
+
+    The marks are the lines <!-- bench SUITE --> and <!-- end of bench SUITE -->.  Raises ValueError where they are not.
+    """
+    first, last = f"<!-- bench {suite} -->\n", f"<!-- end of bench {suite} -->"
+    before, found, rest = page.partition(first)
+    _, closed, after = rest.partition(last)
+    if not found or not closed:
+        raise ValueError(f"expected the lines {first.strip()!r} and {last!r}")
+    return f"{before}{first}\n{text}\n{last}{after}"

@@ -1,6 +1,7 @@
 """`python -m flexdma explain`: what gates of a kind, or saved gates, select and cost."""
 
 import argparse
+import json
 import pickle
 import sys
 from pathlib import Path
@@ -33,12 +34,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--calibrate", action="store_true", help="measure the cost model's rates on this machine first: a minute or two"
     )
+    parser.add_argument(
+        "--fit", type=Path, default=None, help="print the rates that reproduce a bench-SUITE.json, and nothing else"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the explanation; 0, or 2 where the request cannot be met."""
     try:
+        if arguments.fit is not None:
+            from flexdma.explanation.calibration import fitted_rates
+
+            for phase, fitted in fitted_rates(json.loads(arguments.fit.read_text())).items():
+                print(f"{phase}: {fitted}")
+            return 0
         gate = _gates(arguments)
         documents = None
         if arguments.document:

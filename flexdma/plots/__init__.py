@@ -9,6 +9,7 @@ lifespan_figure    one horizontal line per key, from birth to death
 lifetime_figure    how many keys live how long
 gate_figure        gates along a text, with its tokens
 sparsity_figure    what share of the keys no query sees, per layer and head, over training
+scaling_figure     time against length and window, as the benchmark measured it
 """
 
 import importlib.util
@@ -20,6 +21,7 @@ from flexdma.plots.blocks import TileMaps, block_figure, tile_maps, visited
 from flexdma.plots.gates import gate_figure
 from flexdma.plots.lifespans import lifespan_figure, lifetime_figure
 from flexdma.plots.masks import mask_figure
+from flexdma.plots.scaling import scaling_figure
 from flexdma.plots.sparsity import never_visible, sparsity_figure
 
 __all__ = [
@@ -30,6 +32,7 @@ __all__ = [
     "lifetime_figure",
     "mask_figure",
     "never_visible",
+    "scaling_figure",
     "sparsity_figure",
     "tile_maps",
     "visited",

@@ -1,0 +1,48 @@
+"""The problems that are measured, and their random inputs."""
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+# Customary: a fused backward multiplies five times where the forward does twice.
+BACKWARD = 2.5
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One problem: N positions, window w, heads and head size, forward only or with the backward; B = 1."""
+
+    length: int
+    window: int
+    backward: bool
+    query_heads: int = 8
+    heads: int = 2
+    size: int = 64
+    every: bool = False  # also against the slow ways: causal and unpacked FlexAttention, dense masks, peers
+
+    def __str__(self) -> str:
+        what = "forward + backward" if self.backward else "forward"
+        return f"{what}, N={self.length} w={self.window}"
+
+    def smaller(self, factor: int) -> "Shape":
+        """1 / factor of the positions and the window."""
+        return replace(self, length=max(16, self.length // factor), window=max(4, self.window // factor))
+
+    def useful_flops(self, pairs: str = "selected") -> float:
+        """4 D per pair of a query and a key that it has to attend to, and 2.5 times that again for the backward.
+
+        pairs: "selected": N w, as the targets are stated (the first w queries see fewer); "causal": N (N + 1) / 2.
+        """
+        selected = self.length * min(self.window, self.length)
+        count = selected if pairs == "selected" else self.length * (self.length + 1) / 2
+        return 4 * count * self.size * self.query_heads * (1 + BACKWARD * self.backward)
+
+
+def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
+    """query, key, value in dtype, gate (iid) in float32; B = 1."""
+    generator = torch.Generator().manual_seed(0)
+    sizes = [(1, h, shape.length, shape.size) for h in (shape.query_heads, shape.heads, shape.heads)]
+    tensors = [torch.randn(size, generator=generator).to(device, dtype) for size in sizes]
+    gate = torch.randn(1, shape.heads, shape.length, generator=generator).to(device)
+    return [t.requires_grad_(shape.backward) for t in (*tensors, gate)]

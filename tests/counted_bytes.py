@@ -1,0 +1,68 @@
+"""A program, not a test: the bytes that Inductor counts for the kernels it generates for sm_90, as JSON.
+
+Each line of standard input is a case; each line of standard output its bytes by graph: [forward] or [forward, backward].
+Inductor's count is of the buffers that every generated kernel and every ATen call reads and writes, once each: what moves
+if nothing is read twice by one kernel and nothing stays in cache between two.  Nothing runs: tensors are fake, of any size.
+
+test_cost.py starts it, because the stand-ins for a CUDA device claim a process of their own.
+"""
+
+import json
+import sys
+import warnings
+
+import torch
+from torch._inductor import config
+from torch._inductor.graph import GraphLowering
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from flexdma import DynamicMaskState, dynamic_mask_attention
+from flexdma.inspection.call import run_once
+from flexdma.inspection.capture import watching
+from flexdma.inspection.standins import install
+from flexdma.inspection.targets import known_target
+
+
+def main() -> None:
+    """Answer every case."""
+    warnings.filterwarnings("ignore")
+    install(known_target("sm_90"))
+    graphs: list[int] = []
+    codegen = GraphLowering.codegen
+
+    def counting(graph: GraphLowering):
+        generated = codegen(graph)
+        graphs.append(sum(node.get_read_write_buffers_sizes() for node in graph.scheduler.nodes))
+        return generated
+
+    GraphLowering.codegen = counting  # type: ignore[method-assign]
+    for line in sys.stdin:
+        case = json.loads(line)
+        graphs.clear()
+        torch._dynamo.reset()
+        with config.patch(force_disable_caches=True), FakeTensorMode(), watching(launch=False, device="cuda"):
+            generate(**case)
+        print(json.dumps(graphs), flush=True)
+
+
+def generate(shape: list[int], window: int, backward: bool = False, decode: bool = False) -> None:
+    """The kernels of one call, in bfloat16; `decode`: of one token against a state of `window` slots."""
+    batch, query_heads, heads, length, size = shape
+    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
+    query, key, value = (torch.empty(batch, h, length, size, **options) for h in (query_heads, heads, heads))
+    gate = torch.empty(batch, heads, length, device="cuda", requires_grad=backward)
+    state = None
+    if decode:
+        state = DynamicMaskState.empty(batch, heads, size, window, dtype=torch.bfloat16, device="cuda")
+
+    def call(*tensors: torch.Tensor) -> object:
+        if decode:
+            return dynamic_mask_attention(*tensors, window_size=window, state=state, return_state=True)
+        return dynamic_mask_attention(*tensors, window_size=window, lowering="flex")
+
+    with torch.set_grad_enabled(backward):
+        run_once(call, (query, key, value, gate), {})
+
+
+if __name__ == "__main__":
+    main()
