@@ -70,7 +70,7 @@ def test_metadata_is_what_the_schedule_holds(training):
 @pytest.mark.parametrize("training", [False, True])
 def test_the_peak_of_long_sequences_is_building_the_metadata(training):
     alive = counts.packed(flexdma.causal_top_w(torch.randn(1, 1, 65536), 64), 64)
-    most = flex._most_visited(65536, 1, 64, 128, 128)
+    most = flex._most_visited(torch.empty(1, 1, 65536, device="meta"), 1, 64, 128, 128)
     sizes = SIZES | {"B": 1, "Hq": 1, "Hkv": 1, "D": 1, "Dv": 1}
     got = cost.forward(training=training).at(**sizes, N=65536, w=64)["peak"]
     measured = peak_bytes(lambda: block_metadata(*alive, 65536, 1, 128, 128, training, most))

@@ -4,7 +4,6 @@ Every flexdma and every dense-mask call builds its mask inside the timer.  FlexA
 does not depend on the gates, so a model makes it once.
 """
 
-import importlib.util
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -23,6 +22,7 @@ from flexdma.block_masks import dynamic_block_mask
 from flexdma.block_metadata import block_mask_from, block_metadata, ceil_div
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.lowerings.fused import BLOCK_SIZE as FUSED_BLOCK
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
 from flexdma.score_mods import gate_score_mod
@@ -33,10 +33,6 @@ FLEX_CAUSAL, NATURAL = "FlexAttention causal", "FlexAttention, same mask in natu
 DENSE = "dense top-w mask + SDPA (as Hugging Face Doge)"
 # What attends to all earlier keys: its useful work is N (N + 1) / 2 pairs.
 TO_EVERYTHING = (CAUSAL, FLEX_CAUSAL)
-# Queries per block of eager inference, where it gathers each block's living keys and no more.
-FUSED_BLOCK: int | None = None
-if importlib.util.find_spec("flexdma.lowerings.fused") is not None:
-    FUSED_BLOCK = importlib.import_module("flexdma.lowerings.fused").BLOCK_SIZE
 FLEX_TILE = 128  # FlexAttention's default mask block
 
 Compile = Callable[..., Callable[..., Tensor]]
@@ -154,7 +150,8 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     return {
         CAUSAL: everything,
         FLEX_CAUSAL: everything,
-        EAGER: gathered if shape.backward or FUSED_BLOCK is None else _living_pairs(alive, FUSED_BLOCK) * group / shown,
+        # Inference gathers each block's living keys and no more.
+        EAGER: gathered if shape.backward else _living_pairs(alive, FUSED_BLOCK) * group / shown,
         COMPILED_GATHER: gathered,
         COMPILED: tiles(birth, death, group, rows, columns),
         NATURAL: tiles(*alive, 1, FLEX_TILE, FLEX_TILE),

@@ -9,8 +9,8 @@ from flexdma.bench.families import gate_families
 from flexdma.bench.shapes import Shape
 from flexdma.block_metadata import block_metadata
 from flexdma.lowerings import flex
-from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
-from flexdma.lowerings.gather import living_keys
+from flexdma.lowerings.fused import BLOCK_SIZE as FUSED_BLOCK
+from flexdma.lowerings.living_keys import living_lists
 
 
 def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[str, tuple[float, float]]:
@@ -36,11 +36,11 @@ def mask_memory(shape: Shape, gate: Tensor) -> dict[str, Callable[[], object]]:
         lifespans = causal_top_w(gate, shape.window)
         order = pack(lifespans, shape.window)
         birth, death = (t.gather(-1, order) for t in lifespans)
-        most = flex._most_visited(shape.length, group, shape.window, rows, columns)
+        most = flex._most_visited(birth, group, shape.window, rows, columns)
         return order, block_metadata(birth, death, shape.length, group, rows, columns, False, most)
 
     def gathered() -> object:
         birth, death = causal_top_w(gate, shape.window)
-        return living_keys(birth, death, shape.length, shape.window, QUERY_BLOCK)
+        return living_lists(birth, death, shape.length, shape.window, FUSED_BLOCK)
 
     return {"flex": flexed, "gather": gathered}

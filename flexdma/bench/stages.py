@@ -6,7 +6,6 @@ the sum may then exceed the whole.  Backward: run on a forward that has just bee
 """
 
 import functools
-import importlib.util
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from flexdma.bench.contenders import Compile, compile_whole
 from flexdma.bench.shapes import Shape
 from flexdma.bench.timing import Budget, Measured, Prepared, interleaved
 from flexdma.block_metadata import block_mask_from, block_metadata
-from flexdma.lowerings import flex, gather
+from flexdma.lowerings import flex, fused, gather
 from flexdma.offsets import reference_gate
 from flexdma.opaque import realize
 
@@ -46,16 +45,12 @@ CALLED: list[tuple[str, Any, str]] = [
     (LIVING, gather, "living_keys"),
     (TAKE, gather, "_take"),
     (FORWARD, attention, "gather_attend"),
+    # Inference through PyTorch's own kernel: `_attend` gathers, writes a mask and calls that.
+    (REFERENCE, fused, "reference_gate"),
+    (LIVING, fused, "living_lists"),
+    (TAKE, fused, "_attend"),
+    (FORWARD, fused, "scaled_dot_product_attention"),
 ]
-if importlib.util.find_spec("flexdma.lowerings.fused") is not None:
-    # Inference through PyTorch's own kernel: its `_attend` gathers, writes a mask and calls that.
-    _fused: Any = importlib.import_module("flexdma.lowerings.fused")
-    CALLED += [
-        (REFERENCE, _fused, "reference_gate"),
-        (LIVING, _fused, "living_lists"),
-        (TAKE, _fused, "_attend"),
-        (FORWARD, _fused, "scaled_dot_product_attention"),
-    ]
 
 
 @dataclass
@@ -185,19 +180,19 @@ def _flex_stages(
         reference = reference_gate(gate, alive)
         birth, death = (bound.gather(-1, order) for bound in alive)
         transposed = shape.backward
-        most = flex._most_visited(shape.length, group, shape.window, rows, columns)
+        most = flex._most_visited(birth, group, shape.window, rows, columns)
         metadata = block_metadata(birth, death, shape.length, group, rows, columns, transposed, most)
         moved = [flex._along_keys(tensor, order) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
-    fused = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
-    take = fused(lambda *tensors: [flex._along_keys(tensor, order) for tensor in tensors])
+    alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
+    take = alone(lambda *tensors: [flex._along_keys(tensor, order) for tensor in tensors])
     stages: dict[str, tuple[Callable, tuple]] = {
         GATE: (module, (value,)),
-        RANKING: (fused(lambda gate: lifespans._ranked(gate, None)), (gate,)),
-        "selection": (fused(causal_top_w), (gate, shape.window)),
-        REFERENCE: (fused(reference_gate), (gate, alive)),
-        PACKING: (fused(pack), (alive, shape.window)),
-        METADATA: (fused(block_metadata), (birth, death, shape.length, group, rows, columns, transposed, most)),
+        RANKING: (alone(lambda gate: lifespans._ranked(gate, None)), (gate,)),
+        "selection": (alone(causal_top_w), (gate, shape.window)),
+        REFERENCE: (alone(reference_gate), (gate, alive)),
+        PACKING: (alone(pack), (alive, shape.window)),
+        METADATA: (alone(block_metadata), (birth, death, shape.length, group, rows, columns, transposed, most)),
         TAKE: (take, (key, value, gate)),
         FORWARD: (attend, (query, *moved, reference, birth, death, metadata, group, (rows, columns))),
     }
