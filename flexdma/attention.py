@@ -14,8 +14,7 @@ from torch import Tensor
 from flexdma import checks, lifespans
 from flexdma.decoding import decode
 from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
-from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
-from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
+from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
@@ -124,7 +123,7 @@ def dynamic_mask_attention(
                     "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
                 )
             query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
-        default = FLEX_BLOCK_SIZE.get(query.device.type, FLEX_BLOCK_SIZE["cuda"])
+        default = default_block_size(query.device.type, query.shape[1] // key.shape[1], key.shape[2])
         attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
         output = attend(
             query, key, value, gate, alive, unit=capacity, scale=scale, score_mod=score_mod,

@@ -21,7 +21,7 @@ from flexdma.bench.shapes import Shape
 from flexdma.block_masks import dynamic_block_mask
 from flexdma.block_metadata import block_mask_from, block_metadata, ceil_div
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.lowerings.flex import default_block_size
 from flexdma.lowerings.fused import BLOCK_SIZE as FUSED_BLOCK
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
@@ -133,8 +133,8 @@ def _step(call: Callable[[], Tensor], tensors: list[Tensor], backward: bool) -> 
 def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     """Contender -> pairs that it computes over pairs that the mask shows.  `gate`: [1, Hkv, N]."""
     alive = causal_top_w(gate, shape.window)
-    rows, columns = BLOCK_SIZE[gate.device.type]
     group = shape.query_heads // shape.heads
+    rows, columns = default_block_size(gate.device.type, group, shape.length)
     order = pack(alive, shape.window)
     shown = (alive.death - alive.birth).sum().item() * group
 

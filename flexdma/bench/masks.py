@@ -30,7 +30,7 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
 def mask_memory(shape: Shape, gate: Tensor) -> dict[str, Callable[[], object]]:
     """What builds masks and metadata, to be measured for peak memory."""
     group = shape.query_heads // shape.heads
-    rows, columns = flex.BLOCK_SIZE[gate.device.type]
+    rows, columns = flex.default_block_size(gate.device.type, group, shape.length)
 
     def flexed() -> object:
         lifespans = causal_top_w(gate, shape.window)

@@ -172,8 +172,8 @@ def _flex_stages(
     shape: Shape, qkv: tuple[Tensor, ...], module: ValueGate, gate: Tensor, compiler: Compile
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
-    rows, columns = flex.BLOCK_SIZE[query.device.type]
     group = shape.query_heads // shape.heads
+    rows, columns = flex.default_block_size(query.device.type, group, shape.length)
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)
         order = pack(alive, shape.window)

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexdma.cost import DEVICES, Cost, backward, context_parallel, decode, estimate, forward, full_attention
+from flexdma.lowerings.flex import default_block_size
 
 CANNOT = 2
 COLUMNS = (
@@ -21,11 +22,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sizes = (
         ("--batch", 1, "B"), ("--tokens", 1048576, "N"), ("--window", 1024, "w, the keys that a query sees"),
         ("--query-heads", 16, "Hq"), ("--kv-heads", 4, "Hkv"), ("--head-dim", 128, "D and Dv"),
-        ("--block", 128, "rows and columns of a mask block"), ("--ranks", 1, "devices that share the sequence"),
+        ("--ranks", 1, "devices that share the sequence"),
         ("--element", 2, "bytes per number of query, key, value and output"),
     )  # fmt: skip
     for name, default, meaning in sizes:
         parser.add_argument(name, type=int, default=default, help=meaning)
+    parser.add_argument(
+        "--block",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "KEYS"),
+        default=None,
+        help="of a mask block; default the operator's",
+    )
     parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="whose data sheet")
     parser.add_argument("--flops", type=float, default=None, help="FLOP per second instead of the data sheet's")
     parser.add_argument("--bandwidth", type=float, default=None, help="bytes per second of memory, likewise")
@@ -52,11 +61,12 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.json:
         print(json.dumps({"device": vars(device), "calls": rows}, indent=2))
         return 0
+    block = " x ".join(map(str, _block(arguments)))
     print(
         f"{device.name}: {device.flops / 1e12:,.0f} TFLOP/s, memory {device.bandwidth / 1e12:,.2f} TB/s, link "
         f"{device.link / 1e9:,.0f} GB/s ({device.source}), of which {arguments.achieved:.0%} are reached\n"
         f"B={arguments.batch} N={arguments.tokens:,} w={arguments.window:,} Hq={arguments.query_heads} "
-        f"Hkv={arguments.kv_heads} D={arguments.head_dim}, blocks of {arguments.block}, rho={arguments.rho}\n"
+        f"Hkv={arguments.kv_heads} D={arguments.head_dim}, blocks of {block}, rho={arguments.rho}\n"
     )
     width = max(map(len, rows))
     print(" " * width, *(f"{head:>13}" for head, _, _ in COLUMNS))
@@ -69,11 +79,21 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _block(arguments: argparse.Namespace) -> tuple[int, int]:
+    """(rows, keys) of a mask block: those asked for, or those that the operator takes for a rank's share."""
+    if arguments.block is not None:
+        return tuple(arguments.block)
+    group = arguments.query_heads // arguments.kv_heads
+    return default_block_size("cuda", group, arguments.tokens // arguments.ranks)
+
+
 def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
     """The device, and per call its cost and times."""
-    for name in ("batch", "tokens", "window", "query_heads", "kv_heads", "head_dim", "block", "ranks", "element"):
+    for name in ("batch", "tokens", "window", "query_heads", "kv_heads", "head_dim", "ranks", "element"):
         if getattr(arguments, name) < 1:
             raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.block is not None and min(arguments.block) < 1:
+        raise ValueError(f"--block: expected at least 1, got {min(arguments.block)}")
     for name in ("flops", "bandwidth", "link"):
         value = getattr(arguments, name)
         if value is not None and value <= 0:
@@ -89,10 +109,11 @@ def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, floa
     given = {name: value for name in ("flops", "bandwidth", "link") if (value := getattr(arguments, name)) is not None}
     device = DEVICES[arguments.device]
     device = replace(device, **given, source="as given" if len(given) == 3 else device.source) if given else device
+    rows, columns = _block(arguments)
     sizes = {
         "B": arguments.batch, "N": arguments.tokens, "w": arguments.window, "Hq": arguments.query_heads,
-        "Hkv": arguments.kv_heads, "D": arguments.head_dim, "Dv": arguments.head_dim, "rows": arguments.block,
-        "columns": arguments.block, "ranks": arguments.ranks, "slots": arguments.window, "element": arguments.element,
+        "Hkv": arguments.kv_heads, "D": arguments.head_dim, "Dv": arguments.head_dim, "rows": rows,
+        "columns": columns, "ranks": arguments.ranks, "slots": arguments.window, "element": arguments.element,
         "gate_element": 4, "rho": arguments.rho,
     }  # fmt: skip
     if arguments.ranks == 1:

@@ -13,8 +13,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexdma import DynamicMaskAttention, Lifespans, causal_top_w, choose_lowering, sliding_window
-from flexdma.lowerings.flex import BLOCK_SIZE as FLEX_BLOCK_SIZE
-from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
+from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
 from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
 from flexdma.lowerings.gather import gather_attend
 
@@ -73,7 +72,8 @@ class WindowAttention(FullAttention):
         attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
         return attend(
             query, key, value, gate, lifespans, unit=window, scale=scale, score_mod=None, kernel_options=None,
-            block_size=FLEX_BLOCK_SIZE[device], needs_gradient=needs_gradient,
+            needs_gradient=needs_gradient,
+            block_size=default_block_size(device, query.shape[1] // key.shape[1], key.shape[2]),
         )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ from flexdma.explanation.advice import Situation, advise
 from flexdma.explanation.costs import RATES, Problem, Rates, break_even_length, break_even_window, speedup
 from flexdma.explanation.counts import BlockCounts, KeyCounts
 from flexdma.explanation.report import Explanation, Prediction
-from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.lowerings.flex import default_block_size
 
 Counts = TypeVar("Counts", KeyCounts, BlockCounts)
 # (lowering, phase), in the order in which they are reported: those of lowering=None in eager calls first.
@@ -67,7 +67,7 @@ def explain(
     windows = [] if window_size is None else [window_size] if isinstance(window_size, int) else list(window_size)
     widest, always = max(windows, default=length), sinks + recent
     device = gate.device.type
-    size = BLOCK_SIZE.get(device, BLOCK_SIZE["cuda"]) if block_size is None else checks.block_sizes(block_size)
+    size = default_block_size(device, group, length) if block_size is None else checks.block_sizes(block_size)
 
     keys_per_head = counts.key_counts(alive)
     packed_per_head = counts.block_counts(counts.packed(alive, widest + always), group, size)

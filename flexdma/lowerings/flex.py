@@ -22,8 +22,20 @@ from flexdma.signatures import ScoreMod
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
 BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
+# From so many keys on, a block on a GPU is 128 positions high instead of 128 rows (docs/packing.md).
+LONG = 2**18
 # Compilations of one process's eager calls: one per dtype, head layout, score_mod and, on a CPU, shape.
 RECOMPILE_LIMIT = 64
+
+
+def default_block_size(device_type: str, group: int, keys: int) -> tuple[int, int]:
+    """(rows, keys) of a mask block where the caller names none; group: query heads, and so rows, of a position.
+
+    Flat blocks of 128 / group positions fit the mask closer.  Metadata has a number for each pair of blocks while it is made,
+    which outweighs that for long sequences.
+    """
+    rows, columns = BLOCK_SIZE.get(device_type, BLOCK_SIZE["cuda"])
+    return (rows * group if device_type != "cpu" and keys >= LONG else rows), columns
 
 
 def flex_attend(
