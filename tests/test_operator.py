@@ -261,3 +261,13 @@ def test_autocast_leaves_the_logits_in_float32():
     want = gather(query, key, value, gate, window_size=64)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(gather(query, key, value, gate, window_size=64), want)
+
+
+def test_blocks_are_large_where_few_keys_are_born():
+    gate = torch.randn(1, 1, 65536)
+    assert fused.block_size_for(flexdma.causal_top_w(gate, 1024), 65536, 1024) == fused.LARGE_BLOCK
+    early = flexdma.causal_top_w(gate[..., :8192], 1024)  # w (1 + ln(N / w)) births: 394 in a large block
+    assert fused.block_size_for(early, 8192, 1024) == fused.BLOCK_SIZE
+    rising = torch.arange(65536.0).view(1, 1, -1)
+    assert fused.block_size_for(flexdma.causal_top_w(rising, 1024), 65536, 1024) == fused.BLOCK_SIZE
+    assert fused.block_size_for(flexdma.causal_top_w(gate, 1024), 1000, 1024) == fused.BLOCK_SIZE

@@ -22,7 +22,7 @@ from flexdma.block_masks import dynamic_block_mask
 from flexdma.block_metadata import block_mask_from, block_metadata, ceil_div
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.flex import default_block_size
-from flexdma.lowerings.fused import BLOCK_SIZE as FUSED_BLOCK
+from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
 from flexdma.score_mods import gate_score_mod
@@ -146,12 +146,13 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     blocks = ceil_div(shape.length, QUERY_BLOCK)
     slots = min(shape.window, shape.length) + QUERY_BLOCK
     gathered = shape.query_heads * blocks * QUERY_BLOCK * slots / shown
+    fused_block = block_size_for(alive, shape.length, shape.window)
     everything = shape.query_heads * shape.length * (shape.length + 1) / 2 / shown
     return {
         CAUSAL: everything,
         FLEX_CAUSAL: everything,
         # Inference gathers each block's living keys and no more.
-        EAGER: gathered if shape.backward else _living_pairs(alive, FUSED_BLOCK) * group / shown,
+        EAGER: gathered if shape.backward else _living_pairs(alive, fused_block) * group / shown,
         COMPILED_GATHER: gathered,
         COMPILED: tiles(birth, death, group, rows, columns),
         NATURAL: tiles(*alive, 1, FLEX_TILE, FLEX_TILE),

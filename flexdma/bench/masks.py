@@ -9,7 +9,7 @@ from flexdma.bench.families import gate_families
 from flexdma.bench.shapes import Shape
 from flexdma.block_metadata import block_metadata
 from flexdma.lowerings import flex
-from flexdma.lowerings.fused import BLOCK_SIZE as FUSED_BLOCK
+from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.living_keys import living_lists
 
 
@@ -40,7 +40,8 @@ def mask_memory(shape: Shape, gate: Tensor) -> dict[str, Callable[[], object]]:
         return order, block_metadata(birth, death, shape.length, group, rows, columns, False, most)
 
     def gathered() -> object:
-        birth, death = causal_top_w(gate, shape.window)
-        return living_lists(birth, death, shape.length, shape.window, FUSED_BLOCK)
+        alive = causal_top_w(gate, shape.window)
+        block = block_size_for(alive, shape.length, shape.window)
+        return living_lists(*alive, shape.length, shape.window, block)
 
     return {"flex": flexed, "gather": gathered}

@@ -114,8 +114,10 @@ def _cases(
     for shape in suite.windows:
         yield "windows", str(shape), partial(size, shape, False)
     group = suite.calls[0].query_heads // suite.calls[0].heads
-    cpu_rows, cpu_columns = BLOCK_SIZE["cpu"]
-    for rows, columns, whose in ((128, 128, "blocks of"), (cpu_rows // group, cpu_columns, "the CPU kernel's tiles,")):
+    tiles = {
+        f"the {device.upper()} kernel's tiles,": (rows // group, keys) for device, (rows, keys) in BLOCK_SIZE.items()
+    }
+    for whose, (rows, columns) in {"blocks of": (128, 128), **tiles}.items():
         yield "packing", f"packing, {rows} x {columns}", partial(_packing, *suite.packing, rows, columns, whose)
     for shape in {(s.length, s.window): s for s in suite.calls if not s.backward}.values():
         for lowering in ("flex", "gather"):

@@ -6,6 +6,7 @@ For one KV head with G query heads, N positions, capacity C = w + sinks + recent
     gather  = G N (min(C, N) + 128) * rates.gather + N log2 N * rates.gather_selection
     flex    = G N v * rates.flex                   + N log2 N * rates.flex_selection
 
+128 stands for a block's own keys, all of which training gathers; inference gathers those that are born, for more queries.
 v is the pairs that the visited blocks hold, per query.  Rates are measured, not derived: a tile of flexdma costs more
 than a tile of SDPA because it loads gates and applies a mask, and on a CPU because Inductor's matrix products are slower.
 """
@@ -37,11 +38,11 @@ class Rates:
 
 EPYC = "AMD EPYC, 2 threads, torch 2.13.0+cpu, float32, D=64"
 # (device, phase), fitted to docs/benchmarks.md, whose contenders took turns; they reproduce its rows within 15 %.
-# Training: SDPA's own pairs cost 7.1 ns at N=4096 and 6.2 ns at N=8192, so a constant can do no better.
+# They are the geometric means over the two shapes of each phase.
 # CUDA has not been measured: explanation/calibration.py does it where there is a GPU.
 RATES = {
-    ("cpu", "inference"): Rates(EPYC, causal=1.80, gather=3.40, gather_selection=43.0, flex=3.70, flex_selection=57.0),
-    ("cpu", "training"): Rates(EPYC, causal=6.60, gather=8.60, gather_selection=43.0, flex=None, flex_selection=57.0),
+    ("cpu", "inference"): Rates(EPYC, causal=1.68, gather=2.41, gather_selection=23.3, flex=3.59, flex_selection=34.9),
+    ("cpu", "training"): Rates(EPYC, causal=6.46, gather=8.55, gather_selection=23.3, flex=None, flex_selection=34.9),
 }
 
 

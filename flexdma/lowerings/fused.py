@@ -21,8 +21,10 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.offsets import reference_gate
 
-# Queries per block: from 192 on the kernel takes 64 rows at a time instead of 32.
-BLOCK_SIZE = 256
+# Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
+BLOCK_SIZE, LARGE_BLOCK = 256, 1024
+# A large block is worth it while its own births add less than this share to the keys that a query sees.
+FEW_BIRTHS = 1 / 4
 # Scores per call of the kernel and thread: work for every thread, and a mask that stays in cache.
 SCORES_PER_THREAD = 2**20
 
@@ -34,6 +36,14 @@ def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
     return eager and not needs_gradient and query.shape[-1] == value.shape[-1]
 
 
+def block_size_for(lifespans: Lifespans, queries: int, capacity: int) -> int:
+    """Queries per block: large ones where few keys are born in a block, and where there are many queries."""
+    if queries < 8 * LARGE_BLOCK:
+        return BLOCK_SIZE
+    births = (lifespans.death > lifespans.birth).float().mean().item() * LARGE_BLOCK
+    return LARGE_BLOCK if births <= FEW_BIRTHS * capacity else BLOCK_SIZE
+
+
 def fused_attend(
     query: Tensor,
     key: Tensor,
@@ -43,12 +53,12 @@ def fused_attend(
     *,
     capacity: int,
     scale: float,
-    block_size: int,
+    block_size: int | None,
 ) -> Tensor:
     """`gather_attend` without a score_mod, where `is_fusible`."""
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
-    group, block = query_heads // heads, min(block_size, queries)
+    group, block = query_heads // heads, min(block_size or block_size_for(lifespans, queries, capacity), queries)
     blocks = ceil_div(queries, block)
     beyond = blocks * block - queries
     capacity = min(capacity, keys)

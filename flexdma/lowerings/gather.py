@@ -50,7 +50,7 @@ def gather_attend(
     """
     if score_mod is None and fused.is_fusible(query, key, value, gate):
         return fused.fused_attend(
-            query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size or fused.BLOCK_SIZE
+            query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size
         )  # fmt: skip
     block_size = block_size or BLOCK_SIZE
     batch, query_heads, queries, _size = query.shape
