@@ -138,3 +138,9 @@ def test_uncompiled_outliers_cost_the_others_nothing():
     got = flex_with_gradients(*tensors, window_size=16, document_ids=ids)[:, :, 21:]
     want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=16, document_ids=ids)[:, :, 21:]
     assert (got - want).abs().max() < 3e-6
+
+
+def test_blocks_are_128_positions_high_for_long_sequences_on_a_gpu():
+    assert flex.default_block_size("cuda", 4, 2**18 - 1) == (128, 128)
+    assert flex.default_block_size("cuda", 4, 2**18) == (512, 128)
+    assert flex.default_block_size("cpu", 4, 2**18) == (128, 32)
