@@ -6,7 +6,7 @@
 """
 
 from collections.abc import Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, fle
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
-from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign
+from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign, widest_window
 from flexdma.survival import at_positions, extended, first_keys, settled
 
 
@@ -105,7 +105,7 @@ def dynamic_mask_attention(
     if chosen != "dense" or return_state:
         alive = select(selection, gate, window_size, choice | masks)
     # No query sees more keys than this.
-    capacity = sinks + recent + (key.shape[2] if window_size is None else _widest(window_size))
+    capacity = sinks + recent + (key.shape[2] if window_size is None else widest_window(window_size))
     if chosen == "dense":
         output = dense_dynamic_mask_attention(
             query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,
@@ -162,10 +162,6 @@ def _state_before(
         device=key.device,
         **options,
     )
-
-
-def _widest(window_size: int | Sequence[int]) -> int:
-    return max(window_size) if isinstance(window_size, list | tuple) else cast(int, window_size)
 
 
 def select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:

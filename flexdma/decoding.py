@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lowerings.gather import HIDDEN
+from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
 from flexdma.state import DynamicMaskState
 from flexdma.survival import NEVER, per_head_windows
@@ -76,7 +77,7 @@ def inserted(
         enters = enters & ~(gate <= 0)
     slots, writes = weakest, enters
     arriving: tuple[Tensor, ...] = (key, value, gate, position)
-    leaving = tuple(_at(tensor, weakest) for tensor in (state.key, state.value, state.gate, state.position))
+    leaving = tuple(along_keys(tensor, weakest) for tensor in (state.key, state.value, state.gate, state.position))
     lost = enters & (leaving[3] >= 0)
     last_sink = state.last_sink[..., None]
 
@@ -134,10 +135,6 @@ def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) ->
 def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """Where condition [B, Hkv, n] the first, else the second: [B, Hkv, n, ...]."""
     return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
-
-
-def _at(tensor: Tensor, slot: Tensor) -> Tensor:
-    return tensor.gather(2, slot if tensor.dim() == 3 else slot[..., None].expand(-1, -1, -1, tensor.shape[-1]))
 
 
 def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, score_mod: ScoreMod | None) -> Tensor:

@@ -161,10 +161,10 @@ def _lifespans(
     if not windows:
         death = end
     elif selection == "sliding":
-        death = torch.minimum(positions + _per_head(windows, gate), end)
+        death = torch.minimum(positions + per_head(windows, gate), end)
     else:
-        ranked = _ranked(gate.masked_fill(~chosen, float("-inf")), start if document_ids is not None else None)
-        death = _death_by_rank(ranked, start, end, _per_head(windows, gate), shared=selection == "global")
+        ranked = by_rank(gate.masked_fill(~chosen, float("-inf")), start if document_ids is not None else None)
+        death = _death_by_rank(ranked, start, end, per_head(windows, gate), shared=selection == "global")
     death = torch.where(chosen, death, positions)
     if recent:
         death = torch.maximum(death, torch.minimum(positions + recent, end))
@@ -188,12 +188,12 @@ def _document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     return start[:, None], end[:, None]
 
 
-def _per_head(windows: list[int], gate: Tensor) -> Tensor:
+def per_head(windows: Sequence[int], like: Tensor) -> Tensor:
     """[len(windows), 1] int64, filled on the device: a tensor made from a list would be copied from the host."""
-    return torch.cat([torch.full((1, 1), window, device=gate.device, dtype=torch.int64) for window in windows])
+    return torch.cat([torch.full((1, 1), window, device=like.device, dtype=torch.int64) for window in windows])
 
 
-def _ranked(gate: Tensor, document_start: Tensor | None) -> Tensor:
+def by_rank(gate: Tensor, document_start: Tensor | None) -> Tensor:
     """Positions [B, H, K] in order of document, then of rank: larger gates first, of equal gates the newer first."""
     # Stable and on the reversed row, so that ties go to the newer; torch.sort puts NaN first when descending.
     ranked = gate.shape[-1] - 1 - gate.flip(-1).sort(dim=-1, descending=True, stable=True).indices

@@ -22,8 +22,7 @@ def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tens
 
         values = [2 0 3 1], left = 0, right = 4, k = 2      the third smallest of all four: 2
     """
-    # On a CPU, where a launch costs nothing, one bit a round was measured 1.3 times faster.
-    by_digit = values.device.type != "cpu" and values.shape[-1] <= MASK
+    by_digit = values.shape[-1] <= MASK
     return (kth_smallest_by_digit if by_digit else kth_smallest_by_bit)(values, left, right, k)
 
 

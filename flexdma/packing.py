@@ -44,6 +44,12 @@ def pack(lifespans: Lifespans, window_size: int, *, first_query: int = 0) -> Ten
     return place.sort(dim=-1, stable=True).indices
 
 
+def along_keys(tensor: Tensor, order: Tensor) -> Tensor:
+    """Keys [B, H, K, ...] at the places of order [B, H, n] int64: [B, H, n, ...]."""
+    trailing = tensor.shape[3:]
+    return tensor.gather(2, order.view(*order.shape, *[1] * len(trailing)).expand(*order.shape, *trailing))
+
+
 def most_visited(keys: int, capacity: int, positions: int, columns: int) -> int:
     """No block of `positions` queries visits more key blocks than this, whatever the gates (proof in docs/packing.md).
 

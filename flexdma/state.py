@@ -208,6 +208,11 @@ pytree.register_pytree_node(
 )
 
 
+def widest_window(window_size: int | Sequence[int]) -> int:
+    """The largest window of all heads."""
+    return window_size if isinstance(window_size, int | torch.SymInt) else max(window_size)
+
+
 def as_window(windows: Sequence[int]) -> int | tuple[int, ...]:
     """One int where there is one, else a tuple of one per head: what a state keeps, comparable and hashable."""
     return windows[0] if len(windows) == 1 else tuple(windows)
@@ -224,9 +229,8 @@ def refuse_foreign(
     recent: int, selection: str,
 ) -> None:  # fmt: skip
     """Raise unless `state` is one that these keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and gates can go on from."""
-    widest = max(window_size) if isinstance(window_size, tuple) else window_size
     batch, heads, _keys, size = key.shape
-    slots = (batch, heads, widest + sinks + recent)
+    slots = (batch, heads, widest_window(window_size) + sinks + recent)
     layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype)
     options = {"window_size": window_size, "sinks": sinks, "recent": recent, "selection": selection}
     refuse_difference("state", state, layout, options, key.device)

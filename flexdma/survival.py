@@ -5,7 +5,6 @@ state out before the new ones, so that everything that holds for one sequence of
 those that the next query could see.
 """
 
-from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, NamedTuple
 
@@ -13,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexdma.lifespans import Lifespans
+from flexdma.lifespans import Lifespans, by_rank, per_head
 from flexdma.opaque import realize
+from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
 
 if TYPE_CHECKING:
@@ -69,10 +69,10 @@ def extended(
     if document_ids is not None:
         document_ids = torch.cat([state.document[:, None].expand(-1, capacity), document_ids.long()], 1)
     return Keys(
-        torch.cat([_along_keys(state.key, slot), key], 2),
-        torch.cat([_along_keys(state.value, slot), value], 2),
-        torch.cat([state.gate.gather(-1, slot).masked_fill(~held, float("-inf")), gate], 2),
-        torch.cat([state.position.gather(-1, slot).masked_fill(~held, -1), arrivals.expand(batch, heads, -1)], 2),
+        torch.cat([along_keys(state.key, slot), key], 2),
+        torch.cat([along_keys(state.value, slot), value], 2),
+        torch.cat([along_keys(state.gate, slot).masked_fill(~held, float("-inf")), gate], 2),
+        torch.cat([along_keys(state.position, slot).masked_fill(~held, -1), arrivals.expand(batch, heads, -1)], 2),
         key_padding_mask,
         document_ids,
         key.shape[2],
@@ -145,8 +145,7 @@ def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) 
     total = real.shape[-1]
     eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
-    # Stable and on the reversed row, so that ties go to the newer; torch.sort puts NaN first when descending.
-    best = total - 1 - gate.flip(-1).sort(dim=-1, descending=True, stable=True).indices[..., : state.widest]
+    best = by_rank(gate, None)[..., : state.widest]
     number = torch.arange(best.shape[-1], device=real.device)
     chosen = eligible.gather(-1, best) & (number < per_head_windows(state))
     slots = _first(torch.where(chosen, best, -1), state.widest)  # -1 for none
@@ -160,10 +159,10 @@ def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) 
     empty = ~held[..., None]
     return replace(
         state,
-        key=_along_keys(keys.key, slot).masked_fill(empty, 0.0),
-        value=_along_keys(keys.value, slot).masked_fill(empty, 0.0),
-        gate=keys.gate.gather(-1, slot).masked_fill(~held, float("-inf")),
-        position=keys.position.gather(-1, slot).masked_fill(~held, -1),
+        key=along_keys(keys.key, slot).masked_fill(empty, 0.0),
+        value=along_keys(keys.value, slot).masked_fill(empty, 0.0),
+        gate=along_keys(keys.gate, slot).masked_fill(~held, float("-inf")),
+        position=along_keys(keys.position, slot).masked_fill(~held, -1),
     )
 
 
@@ -183,8 +182,8 @@ def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new:
 
 def per_head_windows(state: "DynamicMaskState") -> Tensor:
     """[1 or Hkv, 1] int64, filled on the device."""
-    windows: Sequence[int] = state.window_size if isinstance(state.window_size, tuple) else (state.window_size,)
-    return torch.cat([torch.full((1, 1), w, device=state.position.device, dtype=torch.int64) for w in windows])
+    windows = state.window_size if isinstance(state.window_size, tuple) else (state.window_size,)
+    return per_head(windows, state.position)
 
 
 def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
@@ -197,8 +196,3 @@ def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) ->
         return score_mod(score, b, h, shift[b] + i, key_position[b, h // group, j])
 
     return told
-
-
-def _along_keys(tensor: Tensor, index: Tensor) -> Tensor:
-    """[B, H, K, D] at [B, H, n] -> [B, H, n, D]."""
-    return tensor.gather(2, index[..., None].expand(-1, -1, -1, tensor.shape[-1]))

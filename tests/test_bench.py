@@ -179,10 +179,10 @@ def test_a_ledger_counts_what_runs_inside_a_stage_once(monkeypatch):
 
 
 def test_a_ledger_restores_what_it_watches():
-    before = flexdma.lifespans._ranked
-    with Ledger().watching([("ranking", flexdma.lifespans, "_ranked")]):
-        assert flexdma.lifespans._ranked is not before
-    assert flexdma.lifespans._ranked is before
+    before = flexdma.lifespans.by_rank
+    with Ledger().watching([("ranking", flexdma.lifespans, "by_rank")]):
+        assert flexdma.lifespans.by_rank is not before
+    assert flexdma.lifespans.by_rank is before
 
 
 @pytest.mark.parametrize("lowering", ["gather", "flex"])

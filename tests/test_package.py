@@ -35,9 +35,14 @@ def wheel(tmp_path_factory):
     return next(folder.glob("*.whl"))
 
 
-def test_the_wheel_holds_the_parts_of_the_page(wheel, tmp_path):
-    installed = tmp_path / "installed"
-    zipfile.ZipFile(wheel).extractall(installed)
+@pytest.fixture
+def installed(wheel, tmp_path):
+    folder = tmp_path / "installed"
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def test_the_wheel_holds_the_parts_of_the_page(installed, tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         "from flexdma.view.page import view_page\n"
@@ -66,9 +71,7 @@ def test_the_wheel_holds_every_file_and_says_that_it_is_typed(wheel):
     assert not [name for name in names if name.startswith(("tests/", "docs/", "score_mods/", "block_masks/"))]
 
 
-def test_the_wheel_works_away_from_the_sources(wheel, tmp_path):
-    installed = tmp_path / "installed"
-    zipfile.ZipFile(wheel).extractall(installed)
+def test_the_wheel_works_away_from_the_sources(installed, tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
         "import flexdma, torch\n"

@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexdma.lifespans import _document_bounds, _ranked
+from flexdma.lifespans import _document_bounds, by_rank
 from flexdma.order_statistics import kth_smallest
 from flexdma.prefix_statistics import kth_smallest_of_prefix
 
@@ -34,7 +34,7 @@ def test_counting_earlier_documents_in_is_leaving_them_out(window):
     gate = torch.randn(2, 3, 200).mul(4).round()
     ids = torch.tensor([[0] * 90 + [1] * 3 + [2] * 107, [0] * 10 + [1] * 190])
     start, _end = _document_bounds(ids)
-    ranked = _ranked(gate, start)
+    ranked = by_rank(gate, start)
     rank = ranked.argsort(-1)
     got = kth_smallest_of_prefix(ranked, rank, (start + window - 1).expand_as(rank))
     left, k = start.expand_as(rank).contiguous(), torch.full_like(rank, window - 1)

@@ -25,6 +25,7 @@ from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lowerings import flex, fused, gather
 from flexdma.offsets import reference_gate
 from flexdma.opaque import realize
+from flexdma.packing import along_keys
 
 WHOLE, GATE, RANKING, LIFESPANS, REFERENCE = "whole", "gate", "ranking", "lifespans", "reference gates"
 PACKING, METADATA, LIVING, TAKE = "packing", "mask metadata", "living keys", "key/value gather"
@@ -39,7 +40,7 @@ BEFORE_ATTENTION = {
 }
 # What the gather lowering calls: stage, module, and the name by which it does.
 CALLED: list[tuple[str, Any, str]] = [
-    (RANKING, lifespans, "_ranked"),
+    (RANKING, lifespans, "by_rank"),
     (LIFESPANS, attention, "select"),
     (REFERENCE, gather, "reference_gate"),
     (LIVING, gather, "living_keys"),
@@ -182,13 +183,13 @@ def _flex_stages(
         transposed = shape.backward
         most = flex._most_visited(birth, group, shape.window, rows, columns)
         metadata = block_metadata(birth, death, shape.length, group, rows, columns, transposed, most)
-        moved = [flex._along_keys(tensor, order) for tensor in (key, value, gate)]
+        moved = [along_keys(tensor, order) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
     alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
-    take = alone(lambda *tensors: [flex._along_keys(tensor, order) for tensor in tensors])
+    take = alone(lambda *tensors: [along_keys(tensor, order) for tensor in tensors])
     stages: dict[str, tuple[Callable, tuple]] = {
         GATE: (module, (value,)),
-        RANKING: (alone(lambda gate: lifespans._ranked(gate, None)), (gate,)),
+        RANKING: (alone(lambda gate: lifespans.by_rank(gate, None)), (gate,)),
         "selection": (alone(causal_top_w), (gate, shape.window)),
         REFERENCE: (alone(reference_gate), (gate, alive)),
         PACKING: (alone(pack), (alive, shape.window)),

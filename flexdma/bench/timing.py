@@ -110,10 +110,10 @@ def interleaved(
 def _timed(contender: Contender) -> float:
     prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
     run = contender.run if isinstance(contender, Prepared) else contender
-    _synchronise()
+    synchronise()
     start = time.perf_counter()
     run(*prepared)
-    _synchronise()
+    synchronise()
     return time.perf_counter() - start
 
 
@@ -130,11 +130,11 @@ def peak_bytes(contender: Contender) -> int:
     prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
     run = contender.run if isinstance(contender, Prepared) else contender
     if _on_cuda():
-        _synchronise()
+        synchronise()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         run(*prepared)
-        _synchronise()
+        synchronise()
         return torch.cuda.max_memory_allocated() - before
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
@@ -153,7 +153,8 @@ def _on_cuda() -> bool:
     return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
 
 
-def _synchronise() -> None:
+def synchronise() -> None:
+    """Wait for what the GPU is still computing, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexdma import DynamicMaskAttention, DynamicMaskState
+from flexdma.bench.timing import synchronise
 
 # Where peak memory is compared with that at the end, and where decoding is.
 MEMORY_FROM, DECODE_FROM = 65536, 4096
@@ -81,7 +82,7 @@ def run(layer: DynamicMaskAttention, sizes: Sizes, tick: Callable[[str, int, int
     start = time.perf_counter()
     for size in chunk_sizes(sizes.tokens, sizes.chunk):
         _output, state = layer(tokens(size), state=state, return_state=True)
-        _synchronise(device)
+        synchronise()
         read += size
         course.marks.append((read, time.perf_counter() - start, peak_memory(device)))
         if read == DECODE_FROM:
@@ -119,7 +120,7 @@ def _decode(
         for name, state in states.items():
             start = time.perf_counter()
             _output, states[name] = layer(token, state=state, return_state=True)
-            _synchronise(token.device)
+            synchronise()
             seconds[name].append(time.perf_counter() - start)
         tick("decode", number + 1, count)
     return {name: statistics.median(times) for name, times in seconds.items() if times}
@@ -133,8 +134,3 @@ def peak_memory(device: torch.device) -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else 1024 * peak
-
-
-def _synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

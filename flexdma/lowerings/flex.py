@@ -17,7 +17,7 @@ from flexdma.lowerings import gate_gradient
 from flexdma.offsets import reference_gate, split
 from flexdma.opaque import opaque_on_cpu, realize
 from flexdma.order_statistics import scattered
-from flexdma.packing import most_visited, pack
+from flexdma.packing import along_keys, most_visited, pack
 from flexdma.signatures import ScoreMod
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
@@ -119,7 +119,7 @@ compiled_flex_attend = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMI
 def _permutation(order: Tensor, needs_gradient: bool) -> Callable[[Tensor], Tensor]:
     """Keys [B, H, K, ...] -> the same in this order."""
     if not needs_gradient:
-        return lambda tensor: _along_keys(tensor, order)
+        return lambda tensor: along_keys(tensor, order)
     positions = torch.arange(order.shape[-1], device=order.device, dtype=torch.int32).expand_as(order)
     inverse = scattered(positions, order).long()
     return lambda tensor: _Permuted.apply(tensor, order, inverse)
@@ -135,15 +135,11 @@ class _Permuted(torch.autograd.Function):
     @staticmethod
     def forward(ctx, tensor: Tensor, order: Tensor, inverse: Tensor) -> Tensor:
         ctx.save_for_backward(inverse)
-        return _along_keys(tensor, order)
+        return along_keys(tensor, order)
 
     @staticmethod
     def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
-        return _along_keys(gradient, ctx.saved_tensors[0]), None, None
-
-
-def _along_keys(tensor: Tensor, order: Tensor) -> Tensor:
-    return tensor.gather(2, order.view(*order.shape, *[1] * (tensor.dim() - 3)).expand_as(tensor))
+        return along_keys(gradient, ctx.saved_tensors[0]), None, None
 
 
 def _realize(tensor: Tensor | None) -> Tensor | None:
