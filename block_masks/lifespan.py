@@ -56,7 +56,8 @@ def lifespan_block_mask(
         raise ValueError(f"num_queries: expected at most K = {keys}, got {queries}")
     rows, columns = checks.block_sizes(block_size)
 
-    metadata = block_metadata(lifespans.birth, lifespans.death, queries, 1, rows, columns, True)
+    birth, death = (bound - (keys - queries) for bound in lifespans)
+    metadata = block_metadata(birth, death, queries, 1, rows, columns, True)
     # Contiguous copies per query head: the kernel reads rows in memory order and is silently wrong on an expanded view.
     metadata = [realize(index.repeat_interleave(group, 1)) if group > 1 else index for index in metadata]
     mask_mod = lifespan_mask_mod(lifespans, num_query_heads=num_query_heads, first_query=keys - queries)

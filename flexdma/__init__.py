@@ -23,7 +23,7 @@ from flexdma.gates import ValueGate
 from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_top_w, sliding_window
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.modules import DynamicMaskAttention
-from flexdma.packing import pack
+from flexdma.packing import pack, packed_layout
 from flexdma.state import DynamicMaskState
 
 if TYPE_CHECKING:
@@ -48,6 +48,7 @@ __all__ = [
     "inspect_kernels",
     "load_states",
     "pack",
+    "packed_layout",
     "save_states",
     "sliding_window",
 ]

@@ -123,10 +123,10 @@ def dynamic_mask_attention(
                     "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
                 )
             query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
-        default = default_block_size(query.device.type, query.shape[1] // key.shape[1], key.shape[2])
+        default = default_block_size(query.device.type)
         attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
         output = attend(
-            query, key, value, gate, alive, unit=capacity, scale=scale, score_mod=score_mod,
+            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod,
             block_size=default if block_size is None else checks.block_sizes(block_size),
             kernel_options=kernel_options, needs_gradient=may_need_gradient,
         )  # fmt: skip

@@ -6,7 +6,8 @@ block, and a tile spans only rows / group positions.
 
 Key j is alive in row blocks first[j] .. last[j].  +1 at first and -1 after last, summed per key block and cumulated over
 row blocks, counts the visible keys of every tile: it is not empty iff the count is positive.  It is full iff no key of the
-block is born after the tile's first position or dies before its last.  O(K) + one int per tile; nothing is Q x K.
+block is born after the tile's first position or dies before its last.  O(K) + one int per tile; nothing is Q x K.  Packed
+keys are seen by queries of their own period alone, so that the tiles are few: O(K) in all.
 """
 
 from collections.abc import Sequence
@@ -35,18 +36,16 @@ def _empty_metadata(
     rows: int,
     columns: int,
     transposed: bool,
-    most: int | None = None,
+    periods: int = 1,
+    period: int = 0,
 ) -> list[Tensor]:
-    batch, heads, keys = birth.shape
-    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(keys, columns)
-    entries = key_blocks if most is None or most >= key_blocks else most + 1
-    numbers = [birth.new_empty((batch, heads, row_blocks)), birth.new_empty((batch, heads, row_blocks, entries))] * 2
+    batch, heads, places = birth.shape
+    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
+    shapes = [(row_blocks, key_blocks // periods)]
     if transposed:
-        numbers += [
-            birth.new_empty((batch, heads, key_blocks)),
-            birth.new_empty((batch, heads, key_blocks, row_blocks)),
-        ] * 2
-    return [torch.empty_like(number) for number in numbers]
+        shapes += [(key_blocks, row_blocks if periods == 1 else period * group // rows)]
+    lists = [[birth.new_empty((batch, heads, n)), birth.new_empty((batch, heads, n, m))] for n, m in shapes]
+    return [torch.empty_like(tensor) for pair in lists for tensor in pair * 2]
 
 
 @opaque_on_cpu("block_metadata", _empty_metadata)
@@ -58,59 +57,67 @@ def block_metadata(
     rows: int,
     columns: int,
     transposed: bool,
-    most: int | None = None,
+    periods: int = 1,
+    period: int = 0,
 ) -> list[Tensor]:
     """Numbers and indices of the partial and the full blocks of every row block, and transposed for the backward.
 
-    birth, death: [B, H, K] int32; the queries are the last `queries` of the K positions, `group` rows each.
-    most: a bound on the key blocks that a row block visits, which must hold (`packing.most_visited`): the indices of row
-        blocks are then [B, H, R, most + 1] where that is smaller.  Those of key blocks have no such bound: a key may live on.
+    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key; `group` rows for each of the queries.
+    periods, period: the keys come in so many runs of equal length, a whole number of blocks each, and those of run p are
+        seen by queries from p * period to (p + 1) * period alone, a whole number of row blocks.  1: all by all.
     Returns int32 tensors [partial number, partial indices, full number, full indices], of shapes [B, H, R] and
-    [B, H, R, C] with R row blocks and C key blocks; with `transposed` four more, [B, H, C] and [B, H, C, R].
+    [B, H, R, C] with R row blocks and C key blocks of a period; with `transposed` four more, [B, H, all key blocks] and
+    [B, H, all key blocks, row blocks of a period].
 
-    indices[..., :number] are sorted, unique and in range, the rest of each row holds the other blocks and no kernel reads
-    it; partial and full are disjoint; rows are contiguous in memory (the compiled kernel is silently wrong otherwise).
+    indices are in range, and indices[..., :number] sorted and unique; the rest of each row holds other blocks and no kernel
+    reads it; partial and full are disjoint; rows are contiguous in memory (the compiled kernel is silently wrong otherwise).
     """
-    length = birth.shape[-1]
-    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(length, columns)
-    first_query = length - queries
-    # Rows beyond the end of K: empty lifespans, never visible, and their block is never full.
-    padding = (0, key_blocks * columns - length)
-    birth = pad(birth, padding).unflatten(-1, (key_blocks, columns)).long() - first_query
-    death = pad(death, padding).unflatten(-1, (key_blocks, columns)).long() - first_query
+    places = birth.shape[-1]
+    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
+    rows_each = row_blocks if periods == 1 else period * group // rows
+    keys_each = key_blocks // periods
+    # Places beyond the end: empty lifespans, never visible, and their block is never full.
+    padding = (0, key_blocks * columns - places)
+    birth = pad(birth, padding).unflatten(-1, (periods, keys_each, columns)).long()
+    death = pad(death, padding).unflatten(-1, (periods, keys_each, columns)).long()
 
     seen = (death > birth.clamp(min=0)) & (birth < queries)
-    first = birth.clamp(0, queries - 1) * group // rows
-    last = (death.clamp(1, queries) * group - 1) // rows
-    steps = torch.zeros(*birth.shape[:-1], row_blocks + 1, dtype=torch.int32, device=birth.device)
+    before = rows_each * torch.arange(periods, device=birth.device).view(-1, 1, 1)  # row blocks of earlier periods
+    first = (birth.clamp(0, queries - 1) * group // rows - before).clamp(0, rows_each)
+    last = ((death.clamp(1, queries) * group - 1) // rows - before).clamp(0, rows_each - 1)
+    steps = torch.zeros(*birth.shape[:-1], rows_each + 1, dtype=torch.int32, device=birth.device)
     steps.scatter_add_(-1, first, seen.int()).scatter_add_(-1, last + 1, -seen.int())
-    visited = steps.cumsum(-1, dtype=torch.int32)[..., :row_blocks] > 0  # [B, H, C, R]
+    visited = steps.cumsum(-1, dtype=torch.int32)[..., :rows_each] > 0  # [B, H, periods, C, rows_each]
 
-    row = torch.arange(row_blocks, device=birth.device)
+    row = before.view(-1, 1, 1) + torch.arange(rows_each, device=birth.device)
     first_position = row * rows // group
     last_position = ((row + 1) * rows).clamp(max=queries * group).sub(1) // group
     full = (birth.amax(-1, keepdim=True) <= first_position) & (death.amin(-1, keepdim=True) > last_position)
+    full = full & visited
 
-    partial = visited & ~full
-    metadata = _ordered(partial.mT, most) + _ordered(full.mT, most)
-    return metadata + _ordered(partial) + _ordered(full) if transposed else metadata
+    by_row = [
+        mask.transpose(-1, -2).flatten(2, 3)[:, :, :row_blocks] for mask in (visited & ~full, full)
+    ]  # [B, H, R, C]
+    row = torch.arange(row_blocks, device=birth.device)[:, None]
+    metadata = [t for mask in by_row for t in _ordered(mask, row // rows_each * keys_each, key_blocks)]
+    if transposed:
+        by_key = [mask.flatten(2, 3) for mask in (visited & ~full, full)]
+        key = torch.arange(key_blocks, device=birth.device)[:, None]
+        metadata += [t for mask in by_key for t in _ordered(mask, key // keys_each * rows_each, row_blocks)]
+    return metadata
 
 
-def _ordered(chosen: Tensor, most: int | None = None) -> list[Tensor]:
+def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:
     """[..., n] bool -> how many are chosen [...], and all indices [..., n] with the chosen ones first, in order.
 
-    With `most` < n no row has more chosen: the indices are [..., most + 1], the last for those that are not.
+    Indices count from `first`, those of the last period no further than to `end`.
     """
     n = chosen.shape[-1]
-    indices = torch.arange(n, device=chosen.device, dtype=torch.int32).expand(chosen.shape)
+    indices = torch.arange(n, device=chosen.device, dtype=torch.int32)
     before = chosen.cumsum(-1, dtype=torch.int32)
     number = chosen.sum(-1, dtype=torch.int32)
-    if most is None or most >= n:
-        place = torch.where(chosen, before - 1, number[..., None] + indices - before)
-        return [number, scattered(indices, place.long())]
-    place = torch.where(chosen, before - 1, most)
-    ordered = torch.zeros(*chosen.shape[:-1], most + 1, dtype=torch.int32, device=chosen.device)
-    return [number, ordered.scatter_(-1, place.long(), indices)]
+    place = torch.where(chosen, before - 1, number[..., None] + indices - before)
+    return [number, scattered((first + indices).clamp(max=end - 1).int().expand(chosen.shape), place.long())]
 
 
 def block_mask_from(

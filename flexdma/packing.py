@@ -1,47 +1,117 @@
-"""Packing: an order of the keys in which the visible ones lie together, so that whole blocks can be skipped.
+"""Packing: a layout of the keys in which the visible ones lie together, so that whole blocks can be skipped.
 
 Attention does not care about the order of its keys, only a block mask does.  In natural order a key that outlives its
-neighbours keeps their whole block alive; packed, keys of similar lifespans share blocks.
+neighbours keeps their whole block alive.  Packed, the queries are cut in periods of about 2 w positions; each period has
+places of its own for the keys that any of its queries sees, at most w old ones and one for each of its positions, and
+they stand in order of death.  A key that lives on has a place in each period it reaches: one piece of its lifespan each.
 
-Keys are put in classes by lifetime: at most 2 w steps, then up to 8 w, 32 w, ...; inside a class they stand in order of
-death; keys that no query sees go last.  For every input (proof in docs/packing.md) a query block of q positions, q <= w,
-visits on average at most  (7 w + 2 q) / kv_block + 2 (max(0, ceil(log4(K / 2w))) + 1)  key blocks; measured over seven gate
-families it is 1.3 to 2.1 times the ideal w / kv_block in blocks of 128 x 128.  `most_visited` bounds every single one.
+So a block of queries visits blocks of its own period alone, at most (w + period) / columns of them whatever the gates, and
+a block of keys is visited by queries of its own period alone: lists of blocks are short, and making them takes O(K).
+The price is room: 1.5 places for a key, at most 2.  Bounds and figures: docs/packing.md.
 """
+
+from math import gcd
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
+from flexdma.order_statistics import scattered
 
-FIRST_CLASS = 2  # in units of w: measured best with base 4 over the seven families, blocks of 128 x 128 and of 32 x 64
-CLASS_BASE = 4
+# Positions of a period: in units of w, measured best of 2, 3, 4 and 8 over seven gate families; and in key blocks, so that
+# rounding its places up to whole ones costs little.
+PERIOD, PERIOD_BLOCKS = 2, 8
 
 
-def pack(lifespans: Lifespans, window_size: int, *, first_query: int = 0) -> Tensor:
-    """The order of keys to attend in: a permutation [B, H, K] int64, `packed = natural.gather(-1, order)`.
+class Layout(NamedTuple):
+    """Where keys may be placed: `places` for each of `periods` periods of `period` query positions."""
 
-    lifespans: birth, death [B, H, K].
-    window_size: the unit of lifetime; any value >= 1 is correct, the number of keys a query sees is best.
-    first_query: the position of the first query; keys dead by then count as never visible.
+    period: int
+    periods: int
+    places: int
 
-        birth = [0 1 2 3 4], death = [2 5 3 3 5], window_size = 1       order = [0 2 4 1 3]
-                                                    (lifetimes up to 2 by death, then the longer, then the dead)
 
-    One sort; O(K log K) time, O(K) memory.
+class Packing(NamedTuple):
+    """Keys at their places, L = layout.periods * layout.places of them; int32.
+
+    order: [B, H, L], the key at a place.  A place without one repeats a key of its block, or of a block without any.
+    birth, death: [B, H, L], the queries (0 = the first) that see the piece at this place: birth <= query < death, inside
+        the place's period.  A place without a key has birth = death = 0.
+    pieces: [B, H, L], the places of the keys' pieces, those of key 0, then of key 1, ...; then zeros.
+    starts: [B, H, K + 1], where in `pieces` those of each key begin, and where the last ones end.
+    layout: the same for all heads.
     """
-    birth, death = lifespans.birth.clamp(min=first_query), lifespans.death
-    length = birth.shape[-1]
-    lifetime = death - birth
-    lifetime_class = torch.zeros_like(lifetime)
-    bound = FIRST_CLASS * window_size
-    while bound < length:
-        lifetime_class += lifetime > bound
-        bound *= CLASS_BASE
-    never = lifetime <= 0
-    # One number for one sort: class, then death; int64 because their product is not bounded by K.
-    place = torch.where(never, length, lifetime_class).long() * (length + 1) + torch.where(never, 0, death)
-    return place.sort(dim=-1, stable=True).indices
+
+    order: Tensor
+    birth: Tensor
+    death: Tensor
+    pieces: Tensor
+    starts: Tensor
+    layout: Layout
+
+
+def packed_layout(
+    queries: int, keys: int, capacity: int, *, block_size: tuple[int, int] = (1, 1), group: int = 1
+) -> Layout:
+    """The periods of the last `queries` of `keys` positions, of which no query sees more than `capacity`.
+
+    block_size: (rows, columns) that periods and their places are made of; a position has `group` rows.  One period is as
+    long as its queries.
+    """
+    rows, columns = block_size
+    step = rows // gcd(rows, group)
+    period = _up_to_a_multiple(max(PERIOD * capacity, PERIOD_BLOCKS * columns), step)
+    if queries <= period or keys <= capacity + period:
+        places = min(keys, capacity + queries)
+        return Layout(_up_to_a_multiple(queries, step), 1, _up_to_a_multiple(places, columns))
+    return Layout(period, -(-queries // period), _up_to_a_multiple(capacity + period, columns))
+
+
+def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
+    """Keys at the places of a layout.
+
+    lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions.
+    layout: `packed_layout` of these sizes, and of a capacity that no query exceeds.
+
+        birth = [0 1 2 3 4 5], death = [2 6 3 6 6 6], layout = (period 3, 2 periods, 5 places)
+        order = [0 1 2 - - | 1 3 4 5 -]         key 1 lives on: queries 1 and 2 see it left, 3 to 5 right
+
+    One sort and two binary searches; O(K log K) time, O(K) memory.
+    """
+    period, periods, places = layout
+    length = lifespans.birth.shape[-1]
+    first_query = length - queries
+    # Not clamp: Inductor fails to simplify the quotient of a clamped arange, which births are.
+    birth = torch.where(lifespans.birth < first_query, 0, lifespans.birth - first_query)
+    death = (lifespans.death - first_query).clamp(max=queries)
+    first = birth // period
+    count = torch.where(death > birth, (death - 1) // period - first + 1, 0)
+    starts = torch.nn.functional.pad(count.cumsum(-1, dtype=torch.int32), (1, 0))
+
+    # Pieces in order of keys.  The end of a piece says its period, too: sorted by it, pieces stand as they are to lie.
+    number = torch.arange(periods * places, dtype=torch.int32, device=birth.device)
+    every = number.expand(*birth.shape[:-1], -1).contiguous()
+    owner = torch.searchsorted(starts[..., 1:].contiguous(), every, right=True).clamp(max=length - 1)
+    reached = first.gather(-1, owner) + number - starts.gather(-1, owner)
+    end = torch.minimum(death.gather(-1, owner), (reached + 1) * period)
+    none = periods * period + 1
+    end, piece = torch.where(number < starts[..., -1:], end, none).sort(dim=-1, stable=True)
+
+    bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=birth.device)
+    begins = torch.searchsorted(end, bounds.expand(*birth.shape[:-1], -1).contiguous(), right=True)
+    mine = (number // places).expand_as(owner).long()
+    source = begins.gather(-1, mine) + number % places
+    taken = source < begins.gather(-1, mine + 1)
+    source = torch.minimum(source, begins.gather(-1, mine + 1) - 1).clamp(min=0)
+    order = owner.gather(-1, piece.gather(-1, source))
+    birth = torch.where(taken, torch.maximum(birth.gather(-1, order), number // places * period), 0)
+    death = torch.where(taken, end.gather(-1, source), 0)
+
+    at = (end - 1).clamp(max=none - 2) // period
+    place = at * places + number - begins.gather(-1, at.long())
+    pieces = scattered(torch.where(end < none, place, 0).int(), piece)
+    return Packing(order.int(), birth.int(), death.int(), pieces, starts, layout)
 
 
 def along_keys(tensor: Tensor, order: Tensor) -> Tensor:
@@ -50,16 +120,5 @@ def along_keys(tensor: Tensor, order: Tensor) -> Tensor:
     return tensor.gather(2, order.view(*order.shape, *[1] * len(trailing)).expand(*order.shape, *trailing))
 
 
-def most_visited(keys: int, capacity: int, positions: int, columns: int) -> int:
-    """No block of `positions` queries visits more key blocks than this, whatever the gates (proof in docs/packing.md).
-
-    keys: K.  capacity: no position has more living keys; the `window_size` that the keys were packed with.
-    columns: keys of a block.
-    """
-    blocks = (5 * capacity + positions) // columns + 2
-    longest = FIRST_CLASS * capacity
-    while longest < keys:
-        # Keys that live longer than this, up to CLASS_BASE times as long.
-        blocks += capacity * (CLASS_BASE + 1 + -(-positions // longest)) // columns + 2
-        longest *= CLASS_BASE
-    return min(blocks, capacity + positions, -(-keys // columns))
+def _up_to_a_multiple(number: int, unit: int) -> int:
+    return -(-number // unit) * unit

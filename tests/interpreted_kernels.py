@@ -16,9 +16,9 @@ from flexdma import dynamic_mask_attention
 from flexdma.inspection.interpreter import InterpretedCall
 from flexdma.inspection.kernel import Kernel
 from flexdma.lifespans import causal_top_w, global_top_w
-from flexdma.lowerings.flex import _schedule
 from flexdma.lowerings.gate_gradient import gate_gradient_route
 from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.schedule import schedule
 
 # float32 tiles are 16 wide by default, which takes the interpreter minutes.
 WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
@@ -46,7 +46,7 @@ CASES = {
         "shape": (2, 2, 2, 131, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
         "route": "transposed",
     },
-    "causal, small blocks, capped indices, float32": {
+    "causal, small blocks, three periods, float32": {
         "shape": (1, 2, 2, 330, 330, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
         "kernel_options": dict.fromkeys(WIDE, 16),
     },
@@ -83,8 +83,9 @@ def visited(gate, window_size, selection, shape, document_ids=None):
     _, query_heads, heads, queries, *_ = shape
     select = causal_top_w if selection == "causal" else global_top_w
     alive = select(gate, window_size, document_ids=document_ids)
-    numbers = _schedule(alive.birth, alive.death, queries, query_heads // heads, window_size, 128, 128, False)
-    return int(numbers[3].sum()), int(numbers[5].sum())
+    sizes = {"queries": queries, "group": query_heads // heads, "capacity": window_size, "block_size": (128, 128)}
+    _, (partial, _, full, _) = schedule(alive, **sizes, transposed=False)
+    return int(partial.sum()), int(full.sum())
 
 
 def relative(got, want):

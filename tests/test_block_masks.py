@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import and_masks, create_mask, flex_attention, or_masks
 
-from flexdma import Lifespans, causal_top_w, pack
+from flexdma import Lifespans, causal_top_w
 from flexdma.block_masks import (
     document_mask_mod,
     dynamic_block_mask,
@@ -17,6 +17,7 @@ from flexdma.block_masks import (
 )
 from flexdma.block_metadata import block_metadata
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
+from flexdma.schedule import schedule
 from flexdma.score_mods import alibi_score_mod, gate_score_mod, softcap_score_mod
 from tests.comparison import inputs
 from tests.gate_strategies import gates, selections
@@ -34,10 +35,28 @@ def blocks_of(mask, rows, columns):
     return tiles[0].any(-1).any(-2), tiles[1].all(-1).all(-2)
 
 
-def listed(number, indices):
-    """[..., R, C] bool from numbers and indices."""
+def listed(number, indices, width):
+    """[..., R, width] bool from numbers and indices, which are sorted, unique and in range."""
     chosen = torch.arange(indices.shape[-1]) < number[..., None]
-    return torch.zeros(indices.shape, dtype=torch.bool).scatter(-1, indices.long(), chosen)
+    assert number.dtype == indices.dtype == torch.int32
+    assert indices.is_contiguous()
+    assert ((indices >= 0) & (indices < width)).all()
+    assert (torch.diff(indices, dim=-1) > 0)[chosen[..., 1:]].all()
+    marks = torch.zeros(*indices.shape[:-1], width + 1, dtype=torch.bool)
+    return marks.scatter(-1, torch.where(chosen, indices, width).long(), True)[..., :width]
+
+
+def check_metadata(metadata, dense, rows, columns):
+    """Against the mask [..., rows of queries, keys] that they are the blocks of."""
+    some, every = blocks_of(dense, rows, columns)
+    row_blocks, key_blocks = some.shape[-2:]
+    partial, full = (listed(*metadata[n : n + 2], key_blocks) for n in (0, 2))
+    partial_transposed, full_transposed = (listed(*metadata[n : n + 2], row_blocks) for n in (4, 6))
+    assert torch.equal(partial | full, some)
+    assert torch.equal(full, every & some)
+    assert not (partial & full).any()
+    assert torch.equal(partial_transposed, partial.mT)
+    assert torch.equal(full_transposed, full.mT)
 
 
 @given(cases, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.data())
@@ -45,27 +64,27 @@ def test_metadata_equal_the_dense_mask_in_any_order_of_keys(case, group, rows, c
     gate, window, options = case
     length = gate.shape[-1]
     queries = data.draw(st.integers(1, length))
-    lifespans = causal_top_w(gate, window, **options)
-    order = pack(lifespans, window, first_query=length - queries)
-    birth, death = (t.gather(-1, order) for t in lifespans)
+    order = torch.tensor(data.draw(st.permutations(range(length))))
+    birth, death = (bound[..., order] - (length - queries) for bound in causal_top_w(gate, window, **options))
     metadata = block_metadata(birth, death, queries, group, rows, columns, True)
-
-    dense = dense_visibility(gate, window_size=window, **options)[..., length - queries :, :]
-    dense = dense.gather(-1, order.unsqueeze(-2).expand_as(dense)).repeat_interleave(group, -2)
-    some, every = blocks_of(dense, rows, columns)
-    partial, full, partial_transposed, full_transposed = (listed(*metadata[n : n + 2]) for n in (0, 2, 4, 6))
-    assert torch.equal(partial | full, some)
-    assert torch.equal(full, every)
-    assert not (partial & full).any()
-    assert torch.equal(partial_transposed, partial.mT)
-    assert torch.equal(full_transposed, full.mT)
-    for number, indices in zip(metadata[::2], metadata[1::2], strict=True):
-        assert number.dtype == indices.dtype == torch.int32
-        assert indices.is_contiguous()
+    dense = dense_visibility(gate, window_size=window, **options)[..., length - queries :, order]
+    check_metadata(metadata, dense.repeat_interleave(group, -2), rows, columns)
+    for indices in metadata[1::2]:
         assert torch.equal(indices.sort(-1).values, torch.arange(indices.shape[-1]).expand_as(indices))
-        in_list = torch.arange(indices.shape[-1]) < number[..., None]
-        rising = torch.diff(indices, dim=-1) > 0
-        assert rising[in_list[..., 1:]].all()
+
+
+@given(cases, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.data())
+def test_metadata_of_packed_keys_equal_the_dense_mask(case, group, rows, columns, data):
+    gate, window, options = case
+    length = gate.shape[-1]
+    queries = data.draw(st.integers(1, length))
+    lifespans = causal_top_w(gate, window, **options)
+    capacity = window + options.get("sinks", 0) + options.get("recent", 0)
+    sizes = {"queries": queries, "group": group, "capacity": capacity, "block_size": (rows, columns)}
+    packing, metadata = schedule(lifespans, **sizes, transposed=True)
+    query = torch.arange(queries)[:, None]
+    dense = (packing.birth.unsqueeze(-2) <= query) & (query < packing.death.unsqueeze(-2))
+    check_metadata(metadata, dense.repeat_interleave(group, -2), rows, columns)
 
 
 @given(cases)

@@ -60,8 +60,11 @@ def test_counts_are_those_of_the_dense_mask(options):
     alive = flexdma.attention.select(options.get("selection", "causal"), gate, 12, {
         "sinks": 0, "recent": 0, "key_padding_mask": None, "document_ids": None,
     } | {name: value for name, value in options.items() if name != "selection"})  # fmt: skip
-    order = flexdma.pack(alive, 12 + options.get("sinks", 0) + options.get("recent", 0))
-    visited, full = dense_blocks(visible.gather(3, order[:, :, None].expand_as(visible)), 2, 16, 8)
+    length, capacity = gate.shape[-1], 12 + options.get("sinks", 0) + options.get("recent", 0)
+    layout = flexdma.packed_layout(length, length, capacity, block_size=(16, 8), group=2)
+    packing, query = flexdma.pack(alive, layout, queries=length), torch.arange(length)[:, None]
+    at_places = (packing.birth[:, :, None] <= query) & (query < packing.death[:, :, None])
+    visited, full = dense_blocks(at_places, 2, 16, 8)
     assert [blocks.visited for blocks in report.packed_per_head] == pytest.approx(visited)
     assert [blocks.full for blocks in report.packed_per_head] == pytest.approx(full)
     pairs = visible.sum().item() / 6 * 2

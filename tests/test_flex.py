@@ -51,7 +51,7 @@ def test_new_gates_do_not_recompile_and_new_lengths_equal_the_specification():
         query, key, value, gate = inputs(2, 4, 2, queries, keys, 16, dtype=torch.float32, seed=n)
         with torch.no_grad():
             got = compiled(
-                query, key, value, gate, flexdma.causal_top_w(gate, 20), unit=20, scale=0.25, score_mod=None,
+                query, key, value, gate, flexdma.causal_top_w(gate, 20), capacity=20, scale=0.25, score_mod=None,
                 block_size=(128, 32), kernel_options=None, needs_gradient=False,
             )  # fmt: skip
             want = dense_dynamic_mask_attention(*[t.double() for t in (query, key, value, gate)], window_size=20)
@@ -103,13 +103,17 @@ def test_a_query_that_sees_nothing_gives_zero():
     assert output[:, :, 200:].abs().amax(-1).min() > 0
 
 
-def test_a_nan_gate_shows():
-    query, key, value, gate = inputs(1, 2, 1, 300, 300, 16, dtype=torch.float32)
-    gate[..., 100] = torch.nan
+@pytest.mark.parametrize("which", ["gate", "key", "query"])
+def test_nan_shows(which):
+    tensors = inputs(1, 2, 1, 300, 300, 16, dtype=torch.float32)
+    tensors[3][..., 100] = 3.0
+    tensors[["query", "key", "value", "gate"].index(which)][:, :, 100] = torch.nan
+    mask = (torch.arange(300) >= 50)[None]
     with torch.no_grad():
-        output = attend(query, key, value, gate, window_size=20)
-    assert output[:, :, 100:].isnan().all()
-    assert not output[:, :, :100].isnan().any()
+        output = attend(*tensors, window_size=20, key_padding_mask=mask)
+        want = dense_dynamic_mask_attention(*tensors, window_size=20, key_padding_mask=mask)
+    assert want.isnan().any()
+    assert torch.equal(output.isnan(), want.isnan())
 
 
 def test_parameters_may_require_gradients_under_no_grad():
@@ -138,9 +142,3 @@ def test_uncompiled_outliers_cost_the_others_nothing():
     got = flex_with_gradients(*tensors, window_size=16, document_ids=ids)[:, :, 21:]
     want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=16, document_ids=ids)[:, :, 21:]
     assert (got - want).abs().max() < 3e-6
-
-
-def test_blocks_are_128_positions_high_for_long_sequences_on_a_gpu():
-    assert flex.default_block_size("cuda", 4, 2**18 - 1) == (128, 128)
-    assert flex.default_block_size("cuda", 4, 2**18) == (512, 128)
-    assert flex.default_block_size("cpu", 4, 2**18) == (128, 32)

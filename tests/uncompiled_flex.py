@@ -19,10 +19,10 @@ def flex_with_gradients(
     widest = (
         gate.shape[-1] if window_size is None else max(window_size) if isinstance(window_size, list) else window_size
     )
-    unit = widest + choice.get("sinks", 0) + choice.get("recent", 0)
+    capacity = widest + choice.get("sinks", 0) + choice.get("recent", 0)
     with _gradients_on_a_cpu():
         return flex.flex_attend(
-            query, key, value, gate, lifespans, unit=unit, scale=query.shape[-1] ** -0.5 if scale is None else scale,
+            query, key, value, gate, lifespans, capacity=capacity, scale=query.shape[-1] ** -0.5 if scale is None else scale,
             score_mod=score_mod, block_size=(32, 16), kernel_options=None, needs_gradient=True,
         )  # fmt: skip
 

@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexdma import causal_top_w, dynamic_mask_attention, pack
+from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.bench.peers import peers
 from flexdma.bench.shapes import Shape
@@ -25,6 +25,7 @@ from flexdma.lowerings.flex import default_block_size
 from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
+from flexdma.schedule import schedule
 from flexdma.score_mods import gate_score_mod
 
 CAUSAL, EAGER, COMPILED = "SDPA causal", "flexdma (default, eager call)", "flexdma flex, compiled"
@@ -134,15 +135,13 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     """Contender -> pairs that it computes over pairs that the mask shows.  `gate`: [1, Hkv, N]."""
     alive = causal_top_w(gate, shape.window)
     group = shape.query_heads // shape.heads
-    rows, columns = default_block_size(gate.device.type, group, shape.length)
-    order = pack(alive, shape.window)
+    rows, columns = default_block_size(gate.device.type)
     shown = (alive.death - alive.birth).sum().item() * group
 
-    def tiles(birth: Tensor, death: Tensor, fold: int, rows: int, columns: int) -> float:
-        partial_number, _, full_number, _ = block_metadata(birth, death, shape.length, fold, rows, columns, False)
-        return (partial_number + full_number).sum().item() * rows * columns * (group // fold) / shown
-
-    birth, death = (bound.gather(-1, order) for bound in alive)
+    sizes = {"queries": shape.length, "group": group, "capacity": shape.window, "block_size": (rows, columns)}
+    packed = schedule(alive, **sizes, transposed=False)[1]
+    natural = block_metadata(*alive, shape.length, 1, FLEX_TILE, FLEX_TILE, False)
+    visited, in_order = ((numbers[0] + numbers[2]).sum().item() for numbers in (packed, natural))
     blocks = ceil_div(shape.length, QUERY_BLOCK)
     slots = min(shape.window, shape.length) + QUERY_BLOCK
     gathered = shape.query_heads * blocks * QUERY_BLOCK * slots / shown
@@ -154,8 +153,8 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
         # Inference gathers each block's living keys and no more.
         EAGER: gathered if shape.backward else _living_pairs(alive, fused_block) * group / shown,
         COMPILED_GATHER: gathered,
-        COMPILED: tiles(birth, death, group, rows, columns),
-        NATURAL: tiles(*alive, 1, FLEX_TILE, FLEX_TILE),
+        COMPILED: visited * rows * columns / shown,
+        NATURAL: in_order * FLEX_TILE * FLEX_TILE * group / shown,
         DENSE: shape.query_heads * shape.length**2 / shown,
     }
 

@@ -4,13 +4,14 @@ from collections.abc import Callable
 
 from torch import Tensor
 
-from flexdma import causal_top_w, pack
+from flexdma import causal_top_w
 from flexdma.bench.families import gate_families
 from flexdma.bench.shapes import Shape
 from flexdma.block_metadata import block_metadata
 from flexdma.lowerings import flex
 from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.living_keys import living_lists
+from flexdma.schedule import schedule
 
 
 def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[str, tuple[float, float]]:
@@ -19,10 +20,11 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
     for name, gate in gate_families(length).items():
         lifespans = causal_top_w(gate[None, None], window)
         visible = (lifespans.death - lifespans.birth).sum().item()
-        order = pack(lifespans, window)
-        packed = [t.gather(-1, order) for t in lifespans]
-        counts = [block_metadata(b, d, length, 1, rows, columns, False) for b, d in (lifespans, packed)]
-        natural, dense = ((c[0] + c[2]).sum().item() * rows * columns / visible for c in counts)
+        in_order = block_metadata(*lifespans, length, 1, rows, columns, False)
+        _, packed = schedule(
+            lifespans, queries=length, group=1, capacity=window, block_size=(rows, columns), transposed=False
+        )
+        natural, dense = ((c[0] + c[2]).sum().item() * rows * columns / visible for c in (in_order, packed))
         ratios[name] = (natural, dense)
     return ratios
 
@@ -30,14 +32,17 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
 def mask_memory(shape: Shape, gate: Tensor) -> dict[str, Callable[[], object]]:
     """What builds masks and metadata, to be measured for peak memory."""
     group = shape.query_heads // shape.heads
-    rows, columns = flex.default_block_size(gate.device.type, group, shape.length)
+    block_size = flex.default_block_size(gate.device.type)
 
     def flexed() -> object:
-        lifespans = causal_top_w(gate, shape.window)
-        order = pack(lifespans, shape.window)
-        birth, death = (t.gather(-1, order) for t in lifespans)
-        most = flex._most_visited(birth, group, shape.window, rows, columns)
-        return order, block_metadata(birth, death, shape.length, group, rows, columns, False, most)
+        return schedule(
+            causal_top_w(gate, shape.window),
+            queries=shape.length,
+            group=group,
+            capacity=shape.window,
+            block_size=block_size,
+            transposed=False,
+        )
 
     def gathered() -> object:
         alive = causal_top_w(gate, shape.window)

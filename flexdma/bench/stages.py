@@ -17,15 +17,17 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexdma import ValueGate, attention, causal_top_w, lifespans, pack
+from flexdma import ValueGate, attention, causal_top_w, lifespans
 from flexdma.bench.contenders import Compile, compile_whole
 from flexdma.bench.shapes import Shape
 from flexdma.bench.timing import Budget, Measured, Prepared, interleaved
 from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lowerings import flex, fused, gather
+from flexdma.lowerings.packed_keys import at_places
 from flexdma.offsets import reference_gate
 from flexdma.opaque import realize
-from flexdma.packing import along_keys
+from flexdma.packing import pack, packed_layout
+from flexdma.schedule import schedule
 
 WHOLE, GATE, RANKING, LIFESPANS, REFERENCE = "whole", "gate", "ranking", "lifespans", "reference gates"
 PACKING, METADATA, LIVING, TAKE = "packing", "mask metadata", "living keys", "key/value gather"
@@ -174,28 +176,27 @@ def _flex_stages(
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
     group = shape.query_heads // shape.heads
-    rows, columns = flex.default_block_size(query.device.type, group, shape.length)
+    rows, columns = block_size = flex.default_block_size(query.device.type)
+    sizes = {"queries": shape.length, "group": group, "capacity": shape.window, "block_size": block_size}
+    layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=group)
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)
-        order = pack(alive, shape.window)
         reference = reference_gate(gate, alive)
-        birth, death = (bound.gather(-1, order) for bound in alive)
-        transposed = shape.backward
-        most = flex._most_visited(birth, group, shape.window, rows, columns)
-        metadata = block_metadata(birth, death, shape.length, group, rows, columns, transposed, most)
-        moved = [along_keys(tensor, order) for tensor in (key, value, gate)]
+        packing, metadata = schedule(alive, **sizes, transposed=shape.backward)
+        moved = [at_places(tensor, packing, needs_gradient=False) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
     alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
-    take = alone(lambda *tensors: [along_keys(tensor, order) for tensor in tensors])
+    take = alone(lambda *tensors: [at_places(tensor, packing, needs_gradient=False) for tensor in tensors])
+    block = (shape.length, group, rows, columns, shape.backward, layout.periods, layout.period)
     stages: dict[str, tuple[Callable, tuple]] = {
         GATE: (module, (value,)),
         RANKING: (alone(lambda gate: lifespans.by_rank(gate, None)), (gate,)),
         "selection": (alone(causal_top_w), (gate, shape.window)),
         REFERENCE: (alone(reference_gate), (gate, alive)),
-        PACKING: (alone(pack), (alive, shape.window)),
-        METADATA: (alone(block_metadata), (birth, death, shape.length, group, rows, columns, transposed, most)),
+        PACKING: (alone(lambda alive: pack(alive, layout, queries=shape.length)), (alive,)),
+        METADATA: (alone(block_metadata), (packing.birth, packing.death, *block)),
         TAKE: (take, (key, value, gate)),
-        FORWARD: (attend, (query, *moved, reference, birth, death, metadata, group, (rows, columns))),
+        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, metadata, group, block_size)),
     }
 
     def without_gradient(function: Callable, arguments: tuple) -> object:
@@ -210,7 +211,7 @@ def _packed_attention(
     metadata: list[Tensor], group: int, block_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """FlexAttention on keys that are packed already: the flex lowering's kernel alone, and the fold of its rows."""
-    heads, keys = key.shape[1:3]
+    heads, queries = key.shape[1], reference.shape[2]
     gate, reference, birth, death = (realize(tensor) for tensor in (gate, reference, birth, death))
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -221,9 +222,9 @@ def _packed_attention(
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     rows = realize(query.unflatten(1, (heads, group)).transpose(2, 3).flatten(2, 3))
-    mask = block_mask_from(metadata, (keys * group, keys), block_size, mask_mod)
+    mask = block_mask_from(metadata, (queries * group, key.shape[2]), block_size, mask_mod)
     output = flex_attention(rows, key, value, score_mod=score_mod, block_mask=mask)
-    return output.unflatten(2, (keys, group)).transpose(2, 3).flatten(1, 2)
+    return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 
 
 def _as_entry(shape: Shape, lowering: str, measured: Measured, ledger: Ledger) -> dict[str, Any]:

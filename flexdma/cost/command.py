@@ -80,11 +80,8 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _block(arguments: argparse.Namespace) -> tuple[int, int]:
-    """(rows, keys) of a mask block: those asked for, or those that the operator takes for a rank's share."""
-    if arguments.block is not None:
-        return tuple(arguments.block)
-    group = arguments.query_heads // arguments.kv_heads
-    return default_block_size("cuda", group, arguments.tokens // arguments.ranks)
+    """(rows, keys) of a mask block: those asked for, or the operator's."""
+    return default_block_size("cuda") if arguments.block is None else tuple(arguments.block)
 
 
 def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:

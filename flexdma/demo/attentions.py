@@ -71,9 +71,9 @@ class WindowAttention(FullAttention):
             )  # fmt: skip
         attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
         return attend(
-            query, key, value, gate, lifespans, unit=window, scale=scale, score_mod=None, kernel_options=None,
+            query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None, kernel_options=None,
             needs_gradient=needs_gradient,
-            block_size=default_block_size(device, query.shape[1] // key.shape[1], key.shape[2]),
+            block_size=default_block_size(device),
         )  # fmt: skip
 
 

@@ -18,9 +18,8 @@ from flexdma.bench.stages import BEFORE_ATTENTION, profile
 from flexdma.bench.suites import SUITES
 from flexdma.bench.tables import fastest_causal
 from flexdma.bench.timing import interleaved
-from flexdma.block_metadata import block_metadata
 from flexdma.explanation.costs import Problem, Rates, causal_cost, gather_cost, sorted_keys
-from flexdma.explanation.counts import packed
+from flexdma.explanation.counts import block_counts
 from flexdma.lifespans import causal_top_w
 from flexdma.lowerings.flex import BLOCK_SIZE
 
@@ -120,9 +119,8 @@ def visited_pairs(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None
     """Pairs in the packed blocks that are visited, per query and query head; blocks of the gate's device by default."""
     rows, columns = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
     group = shape.query_heads // shape.heads
-    alive = packed(causal_top_w(gate, shape.window), shape.window)
-    partial, _, full, _ = block_metadata(*alive, shape.length, group, rows, columns, False)
-    return (partial + full).sum().item() * rows * columns / (shape.query_heads * shape.length)
+    counts = block_counts(causal_top_w(gate, shape.window), group, (rows, columns), capacity=shape.window)
+    return sum(count.visited for count in counts) * rows * columns / (shape.query_heads * shape.length)
 
 
 def _where(machine: Mapping[str, Any], dtype: object) -> str:

@@ -67,10 +67,10 @@ def explain(
     windows = [] if window_size is None else [window_size] if isinstance(window_size, int) else list(window_size)
     widest, always = max(windows, default=length), sinks + recent
     device = gate.device.type
-    size = default_block_size(device, group, length) if block_size is None else checks.block_sizes(block_size)
+    size = default_block_size(device) if block_size is None else checks.block_sizes(block_size)
 
     keys_per_head = counts.key_counts(alive)
-    packed_per_head = counts.block_counts(counts.packed(alive, widest + always), group, size)
+    packed_per_head = counts.block_counts(alive, group, size, capacity=widest + always)
     keys = _mean(keys_per_head)
     packed = _mean(packed_per_head)
     natural = _mean(counts.block_counts(alive, group, size))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from flexdma.block_metadata import block_metadata, ceil_div
 from flexdma.lifespans import Lifespans
-from flexdma.packing import pack
+from flexdma.schedule import schedule
 
 
 @dataclass(frozen=True)
@@ -45,12 +45,21 @@ def key_counts(lifespans: Lifespans) -> list[KeyCounts]:
     return counts
 
 
-def block_counts(lifespans: Lifespans, group: int, block_size: tuple[int, int]) -> list[BlockCounts]:
-    """One per head, of keys in the order given; `group` query heads are folded into the rows of a block."""
+def block_counts(
+    lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None
+) -> list[BlockCounts]:
+    """One per head; `group` query heads are folded into the rows of a block.
+
+    capacity: no query sees more keys, which are packed; None: they stay in the order given.
+    """
     rows, columns = block_size
     length = lifespans.birth.shape[-1]
-    partial, _, full, _ = block_metadata(*lifespans, length, group, rows, columns, False)
-    partial, full = (number.sum(-1).double().mean(0) for number in (partial, full))
+    if capacity is None:
+        numbers = block_metadata(*lifespans, length, group, rows, columns, False)
+    else:
+        sizes = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
+        _, numbers = schedule(lifespans, **sizes, transposed=False)
+    partial, full = (number.sum(-1).double().mean(0) for number in (numbers[0], numbers[2]))
     ideal = (lifespans.death - lifespans.birth).long().sum(-1).double().mean(0) * group / (rows * columns)
     causal = causal_blocks(length, group, block_size)
     return [
@@ -65,12 +74,6 @@ def causal_blocks(length: int, group: int, block_size: tuple[int, int]) -> int:
     blocks = range(ceil_div(length * group, rows))
     # The last position of a block of rows sees the keys up to itself.
     return sum((min((r + 1) * rows, length * group) - 1) // group // columns + 1 for r in blocks)
-
-
-def packed(lifespans: Lifespans, unit: int) -> Lifespans:
-    """The keys in the order in which the operator attends to them."""
-    order = pack(lifespans, unit)
-    return Lifespans(lifespans.birth.gather(-1, order), lifespans.death.gather(-1, order))
 
 
 def evictions(lifespans: Lifespans, everything: Lifespans) -> int:

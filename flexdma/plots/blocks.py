@@ -9,10 +9,11 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from torch import Tensor
 
-from flexdma import Lifespans, pack
+from flexdma import Lifespans
 from flexdma.block_metadata import block_metadata, ceil_div
 from flexdma.plots.arguments import one_head
 from flexdma.plots.colours import TILES
+from flexdma.schedule import schedule
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2  # values of a tile map
 
@@ -25,11 +26,12 @@ class TileMaps(NamedTuple):
 
 
 def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
-    """Which tiles a kernel visits for one head; birth, death [K]; window_size as in `pack`."""
+    """Which tiles a kernel visits for one head; birth, death [K], of which no query sees more than window_size."""
     one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
-    order = pack(one, window_size)
-    packed = Lifespans(*(t.gather(-1, order) for t in one))
-    return TileMaps(_tile_map(one, block), _tile_map(packed, block))
+    length = one.birth.shape[-1]
+    natural = block_metadata(*one, length, 1, block, block, False)
+    sizes = {"queries": length, "group": 1, "capacity": window_size, "block_size": (block, block)}
+    return TileMaps(_tile_map(natural), _tile_map(schedule(one, **sizes, transposed=False)[1]))
 
 
 def visited(tiles: Tensor) -> int:
@@ -75,13 +77,10 @@ def block_figure(
     return figure
 
 
-def _tile_map(lifespans: Lifespans, block: int) -> Tensor:
-    length = lifespans.birth.shape[-1]
-    counts = block_metadata(lifespans.birth, lifespans.death, length, 1, block, block, False)
-    number, indices, full_number, full_indices = (t[0, 0].long() for t in counts)
+def _tile_map(metadata: list[Tensor]) -> Tensor:
+    number, indices, full_number, full_indices = (t[0, 0].long() for t in metadata)
     tiles = torch.full(indices.shape, SKIPPED)
-    place = torch.arange(tiles.shape[-1])
     for count, index, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):
-        chosen = torch.zeros_like(tiles, dtype=torch.bool).scatter_(-1, index, place < count[:, None])
-        tiles[chosen] = mark
+        row, place = (torch.arange(indices.shape[-1]) < count[:, None]).nonzero(as_tuple=True)
+        tiles[row, index[row, place]] = mark
     return tiles

@@ -1,0 +1,51 @@
+"""Keys at the places that a `Packing` gives them, and their gradients back."""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import embedding_bag
+
+from flexdma.packing import Packing, along_keys
+
+# Places without a key that one thread of a sum passes over.
+TAIL = 64
+
+
+def at_places(tensor: Tensor, packing: Packing, *, needs_gradient: bool) -> Tensor:
+    """Keys [B, H, K, ...] -> [B, H, L, ...]."""
+    if needs_gradient:
+        return _AtPlaces.apply(tensor, packing.order, packing.pieces, packing.starts)
+    return along_keys(tensor, packing.order.long())
+
+
+class _AtPlaces(torch.autograd.Function):
+    """The gradient of a key is the sum of its pieces'.
+
+    `gather` alone would add each element of dK and dV to zeros with an atomic operation.  Here each key sums its own, in
+    order: the same bits every time.
+    """
+
+    @staticmethod
+    def forward(ctx, tensor: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
+        ctx.save_for_backward(pieces, starts)
+        return along_keys(tensor, order.long())
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return sum_of_pieces(gradient, *ctx.saved_tensors), None, None, None
+
+
+def sum_of_pieces(tensor: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
+    """[B, H, L, ...] at places -> [B, H, K, ...]: the sum over each key's pieces, 0 for a key that has none.
+
+    pieces, starts: as in `Packing`.  One launch, sums of 16-bit numbers in float32.
+    """
+    batch, heads, places = tensor.shape[:3]
+    keys = starts.shape[-1] - 1
+    # The places that no key has are bags, too: of a few each, so that none is a long loop.
+    tail = torch.arange(1, -(-places // TAIL), dtype=starts.dtype, device=starts.device) * TAIL
+    bags = torch.cat([starts, (starts[..., -1:] + tail).clamp(max=places)], -1)
+    before = places * torch.arange(batch * heads, device=starts.device).view(batch, heads, 1)
+    summed = embedding_bag(
+        (pieces + before).flatten(), tensor.reshape(batch * heads * places, -1), (bags + before).flatten(), mode="sum"
+    )
+    return summed.view(batch, heads, -1, *tensor.shape[3:])[:, :, :keys]
