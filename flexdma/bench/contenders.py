@@ -138,7 +138,12 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     rows, columns = default_block_size(gate.device.type)
     shown = (alive.death - alive.birth).sum().item() * group
 
-    sizes = {"queries": shape.length, "group": group, "capacity": shape.window, "block_size": (rows, columns)}
+    sizes: dict[str, Any] = {
+        "queries": shape.length,
+        "group": group,
+        "capacity": shape.window,
+        "block_size": (rows, columns),
+    }
     packed = schedule(alive, **sizes, transposed=False)[1]
     natural = block_metadata(*alive, shape.length, 1, FLEX_TILE, FLEX_TILE, False)
     visited, in_order = ((numbers[0] + numbers[2]).sum().item() for numbers in (packed, natural))

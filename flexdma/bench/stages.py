@@ -177,7 +177,12 @@ def _flex_stages(
     query, key, value = (tensor.detach() for tensor in qkv)
     group = shape.query_heads // shape.heads
     rows, columns = block_size = flex.default_block_size(query.device.type)
-    sizes = {"queries": shape.length, "group": group, "capacity": shape.window, "block_size": block_size}
+    sizes: dict[str, Any] = {
+        "queries": shape.length,
+        "group": group,
+        "capacity": shape.window,
+        "block_size": block_size,
+    }
     layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=group)
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)

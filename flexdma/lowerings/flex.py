@@ -55,7 +55,8 @@ def flex_attend(
     if on_cpu:
         # Constants in the graph: Inductor's C++ kernel mistakes one symbolic size for another (torch 2.11 to 2.13).
         batch, queries, keys = index(batch), index(queries), index(keys)
-    group = query_heads // heads
+    # One compilation for each: sizes of blocks and groups are constants in a kernel, and cannot be symbols.
+    group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
     first_query = keys - queries
 
     packing, metadata = schedule(
