@@ -22,7 +22,7 @@ from flexdma.order_statistics import scattered
 
 # Positions of a period: in units of w, measured best of 2, 3, 4 and 8 over seven gate families; and in key blocks, so that
 # rounding its places up to whole ones costs little.
-PERIOD, PERIOD_BLOCKS = 2, 8
+PERIOD, PERIOD_BLOCKS = 2, 2
 
 
 class Layout(NamedTuple):
