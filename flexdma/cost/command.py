@@ -45,7 +45,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rho",
         type=float,
-        default=1.6,
+        default=1.2,
         help="pairs in visited blocks over those shown; docs/benchmarks.md, by the gates",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
