@@ -78,14 +78,14 @@ class Cost:
 def forward(*, training: bool = False) -> Cost:
     """The flex lowering on a whole sequence, Q = K = N; `training`: with what the backward needs."""
     query, key, value, output = _tensors()
-    folded = _if_folded(4 * query, 2 * query)
+    folded = _if_folded(query, NOTHING)  # a copy
     unfolded = _if_unfolded(2 * output, NOTHING)
     attention = query + _packed() + output + PER_ROW * B * Hq * N
-    held = metadata(training=training) + _packed() + query + _if_unfolded(output, NOTHING)
+    held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
     lists = LISTS_PEAK * _places() + LISTS_PEAK_PER_TILE[training] * _tiles()
     return Cost(
         flops=2 * B * Hq * rho * shown_pairs() * (D + Dv),
-        bytes=folded + unfolded + key + value + _packed() + attention + _bookkeeping(training),
+        bytes=2 * folded + unfolded + key + value + _packed() + attention + _bookkeeping(training),
         metadata=metadata(training=training),
         peak=Max(held, PACKING_PEAK * _places(), lists),
     )

@@ -97,7 +97,8 @@ def flex_attend(
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     block_mask = block_mask_from(metadata, (queries * group, order.shape[-1]), block_size, packed_mask_mod)
-    rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
+    if on_cpu:
+        rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
     output = gate_gradient.attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options
     )
