@@ -9,15 +9,17 @@ import torch.nn.attention.flex_attention as torch_flex
 
 import flexdma
 from flexdma.__main__ import INTERRUPTED, main
-from flexdma.bench import command, masks, measure, report, timing
+from flexdma.bench import command, limits, masks, measure, report, timing
 from flexdma.bench import contenders as contenders_module
-from flexdma.bench.contenders import COMPILED_GATHER, DENSE, contenders, visited_over_ideal
+from flexdma.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
 from flexdma.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.bench.families import _autoregressive, gate_families
+from flexdma.bench.gradients import WITHOUT
+from flexdma.bench.limits import Budget
 from flexdma.bench.shapes import Shape, inputs
 from flexdma.bench.stages import BEFORE_ATTENTION, Ledger, profile
-from flexdma.bench.suites import SUITES
-from flexdma.bench.timing import OUT_OF_TIME, Budget, Prepared, UnavailableError, interleaved, peak_bytes
+from flexdma.bench.suites import FORWARD, SUITES, TRAINING
+from flexdma.bench.timing import Prepared, UnavailableError, interleaved, peak_bytes
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -58,12 +60,15 @@ def test_a_failing_contender_is_recorded_and_loses_no_other():
 
 
 def test_a_spent_budget_ends_the_runs_and_keeps_those_made(monkeypatch):
-    now = iter(range(1000))
-    monkeypatch.setattr(timing.time, "monotonic", lambda: next(now))
-    # One question when it is made; two before the first runs, then one per counted run.
-    measured = interleaved({"a": lambda: None, "b": lambda: None}, 9, silent, Budget(4.5), memory=False)
-    assert measured.rounds == {"a": 1, "b": 1}
-    assert interleaved({"a": lambda: None}, 9, silent, Budget(0)).failed == {"a": OUT_OF_TIME}
+    clock = [0]
+    monkeypatch.setattr(limits.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(limits, "SHARE", 1)
+    runs = {name: lambda: clock.append(clock.pop() + 1) for name in "ab"}  # of a second each, the first two not counted
+    measured = interleaved(runs, 9, silent, Budget(6), memory=False)
+    assert measured.rounds == {"a": 2, "b": 2}
+    assert interleaved(runs, 9, silent, Budget(0)).failed == dict.fromkeys(
+        runs, "skipped: the suite's 0 seconds are spent"
+    )
 
 
 def test_slow_contenders_run_fewer_times(monkeypatch):
@@ -205,7 +210,7 @@ def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled_flex):
     results = measure.begun(suite, "gpu", 1, "float32", "cpu")
     saved = []
     measure.measure(
-        suite, results, rounds=1, dtype=torch.float32, device="cpu", compiler=uncompiled_flex,
+        suite, results, rounds=1, dtype=torch.float32, device="cpu", compiler=uncompiled_flex, budget=Budget(1000),
         save=lambda results: saved.append(json.dumps(results)),
     )  # fmt: skip
     assert results["failed"] == {}
@@ -226,12 +231,12 @@ def test_a_case_that_fails_or_has_no_time_is_recorded(monkeypatch):
     suite = SUITES["quick"].smaller(64)
     monkeypatch.setattr(measure, "contenders", lambda *arguments: 1 / 0)
     results = measure.begun(suite, "quick", 1, "float32", "cpu")
-    measure.measure(suite, results, rounds=1, dtype=torch.float32, device="cpu")
+    options = {"rounds": 1, "dtype": torch.float32, "device": "cpu"}
+    measure.measure(suite, results, **options, budget=Budget(1000))
     assert results["failed"]["calls: forward, N=64 w=4"] == "ZeroDivisionError: division by zero"
     assert results["memory"]
     later = measure.begun(suite, "quick", 1, "float32", "cpu")
-    spent = flexdma.bench.suites.replace(suite, budget=0)
-    measure.measure(spent, later, rounds=1, dtype=torch.float32, device="cpu")
+    measure.measure(suite, later, **options, budget=Budget(0))
     assert "calls: forward, N=64 w=4" in later["skipped"]
     assert "Cases skipped, as the time was spent:" in report.markdown(later)
 
@@ -279,10 +284,66 @@ def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):
     assert "<svg" in picture.read_text()
 
 
-def test_the_page_of_the_docs_shows_the_results_beside_it():
+@pytest.mark.parametrize("suite", ["cpu", "gpu"])
+def test_the_page_of_the_docs_shows_the_results_beside_it(suite):
     page = (RESULTS.parent.parent / "benchmarks.md").read_text()
-    text = report.markdown(json.loads(RESULTS.read_text()))
-    assert report.between(page, "cpu", text) == page, "python -m flexdma bench --from ... --markdown docs/benchmarks.md"
+    source = RESULTS.with_name(f"bench-{suite}.json")
+    text = report.markdown(json.loads(source.read_text()) if source.exists() else {"suite": suite})
+    assert report.between(page, suite, text) == page, "python -m flexdma bench --from ... --markdown docs/benchmarks.md"
+
+
+def gpu_results(forward=0.001):
+    """What the GPU suite measures of its targets, made up."""
+    sdpa, flops = (
+        {"SDPA causal, flash": 0.007, "SDPA causal, cudnn": 0.006},
+        {"useful_flops": 1e9, "causal_flops": 16e9},
+    )
+    about = flops | {"peak_bytes": {}, "failed": {}, "visited_over_ideal": {}}
+    calls = [
+        {"shape": str(FORWARD), "seconds": sdpa | {COMPILED: forward, FLEX_CAUSAL: 0.008}},
+        {"shape": str(TRAINING), "seconds": sdpa | {COMPILED: 0.0002}},
+    ]
+    seconds = {WITHOUT: 0.008, "atomics (default)": 0.01, "column": 0.016}
+    gradient = {
+        "shape": "s",
+        "lowering": "flex",
+        "seconds": seconds,
+        "share": {"atomics (default)": 0.2, "column": 0.5},
+    }
+    lengths = [
+        {"length": shape.length, "window": 1024, "seconds": {"flexdma": 0.01, "selection": 0.0004 * (n + 1)}}
+        for n, shape in enumerate(SUITES["gpu"].lengths)
+    ]
+    results = {"calls": calls, "gate_gradient": [gradient], "lengths": lengths}
+    return measure.begun(SUITES["gpu"], "gpu", 5, "bfloat16", "cpu") | {
+        section: [about | case for case in cases] for section, cases in results.items()
+    }
+
+
+def test_the_table_of_targets_is_filled_by_the_gpu_suite():
+    text = report.markdown(gpu_results())
+    for row in (
+        "| forward, N=32768 w=1024: 5 times faster than the fastest causal SDPA (ideal 16) | 6.0 |",
+        "| forward + backward, N=131072 w=1024: 20 times (ideal 64) | 30.0 |",
+        "| gate gradient, of the backward: at most 20 % | 20.0% by atomics (default), 50.0% by column |",
+        "| ranking + lifespans, of the forward, N = 4k to 1M: at most 10 % | **missed**: 4.0% at N=4096, 8.0% at N=32768,"
+        " 12.0% at N=262144, 16.0% at N=1048576 |",
+        "| useful rate / that of FlexAttention causal in the same run: at least 0.5 | 0.50 |",
+    ):
+        assert row in text
+    assert "| **missed**: 3.0 |" in report.markdown(gpu_results(forward=0.002))
+
+
+def test_the_gpu_suite_begins_with_its_targets():
+    cases = measure._cases(SUITES["gpu"], 5, torch.bfloat16, "cuda", None, Budget(0))
+    sections = [(section, title) for section, title, _ in cases]
+    assert sections[:3] == [
+        ("calls", str(FORWARD)),
+        ("calls", str(TRAINING)),
+        ("gate_gradient", "forward + backward, N=32768 w=1024"),
+    ]
+    assert [section for section, _ in sections[3:7]] == ["lengths"] * 4
+    assert FORWARD.flex
 
 
 @pytest.mark.parametrize(

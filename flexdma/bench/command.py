@@ -5,9 +5,8 @@ import importlib.util
 import json
 import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -15,7 +14,9 @@ from typing import Any
 import torch
 
 from flexdma.bench import measure, report
+from flexdma.bench.limits import SHARE, Budget
 from flexdma.bench.suites import SUITES
+from flexdma.bench.worker import measure_apart
 from flexdma.whole_files import write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -29,7 +30,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default=None, help="default the suite's own")
     parser.add_argument("--threads", type=int, default=None, help="CPU threads; default what PyTorch takes")
     parser.add_argument(
-        "--budget", type=float, default=None, help="seconds after which no further run begins; default the suite's own"
+        "--budget",
+        type=float,
+        default=None,
+        help=f"seconds that measuring may take, and one contender of a case 1/{1 / SHARE:g} of them; default the suite's own",
     )
     parser.add_argument("--out", type=Path, default=None, help="folder for bench-SUITE.json and bench-SUITE.md")
     parser.add_argument("--from", dest="source", type=Path, default=None, help="a bench-SUITE.json: measure nothing")
@@ -67,7 +71,7 @@ def _read(path: Path) -> dict[str, Any]:
         results = json.loads(path.read_text())
     except json.JSONDecodeError as error:
         raise ValueError(f"--from: expected JSON that this command wrote, got {path}: {error}") from error
-    if not isinstance(results, dict) or not {"machine", *measure.SECTIONS} <= results.keys():
+    if not isinstance(results, dict) or not {"machine", "calls"} <= results.keys():
         raise ValueError(f"--from: expected results of this version of the command, got {path}")
     return results
 
@@ -89,15 +93,14 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler, which measures memory, prints two lines each time
-    torch._dynamo.config.recompile_limit = 64  # one shape after another through the same code
-    if arguments.budget is not None:
-        suite = replace(suite, budget=arguments.budget)
     dtype = arguments.dtype or suite.dtype
     results = measure.begun(suite, arguments.suite, arguments.rounds, dtype, suite.device)
-    options = {"rounds": arguments.rounds, "dtype": DTYPES[dtype], "device": suite.device}
+    budget = Budget(suite.budget if arguments.budget is None else arguments.budget)
+    options = {"rounds": arguments.rounds, "dtype": DTYPES[dtype], "device": suite.device, "budget": budget}
+    measure_all = measure_apart if suite.device == "cuda" else measure.measure
     try:
         with _progress(arguments.suite) as progress:
-            measure.measure(suite, results, **options, save=partial(_save, arguments.out), progress=progress)
+            measure_all(suite, results, **options, save=partial(_save, arguments.out), progress=progress)
     except KeyboardInterrupt:
         print(report.markdown(results))
         raise
@@ -115,7 +118,7 @@ def _save(folder: Path | None, results: dict[str, Any]) -> None:
 
 
 @contextmanager
-def _progress(suite: str) -> Iterator[Callable[[str, int, int], None]]:
+def _progress(suite: str) -> Iterator[measure.Progress]:
     """A bar on standard error: which case and contender runs, and how many cases are done."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -123,4 +126,6 @@ def _progress(suite: str) -> Iterator[Callable[[str, int, int], None]]:
     columns = (BarColumn(bar_width=20), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
         task = bars.add_task(suite, total=None)
-        yield lambda what, done, of: bars.update(task, description=what, completed=done, total=of)
+        yield lambda case, contender, done, of: bars.update(
+            task, description=f"{case}: {contender}".removesuffix(": "), completed=done, total=of
+        )

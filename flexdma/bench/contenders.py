@@ -18,6 +18,7 @@ from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.bench.peers import peers
 from flexdma.bench.shapes import Shape
+from flexdma.bench.timing import backward_of
 from flexdma.block_masks import dynamic_block_mask
 from flexdma.block_metadata import block_mask_from, block_metadata, ceil_div
 from flexdma.lifespans import Lifespans
@@ -57,8 +58,9 @@ def contenders(
         calls[COMPILED_GATHER] = partial(compiled, *tensors, **options, lowering="gather")
     if cuda or not shape.backward:  # torch has no backward of FlexAttention on a CPU
         calls[COMPILED] = partial(compiled, *tensors, **options, lowering="flex")
-        if shape.every:
+        if shape.flex or shape.every:
             calls[FLEX_CAUSAL] = flex_causal(query, key, value, compiler)
+        if shape.every:
             calls[NATURAL] = partial(_natural_order(shape, compiler, cuda), *tensors)
     if shape.every:
         calls[DENSE] = partial(_dense, shape, tensors)
@@ -125,9 +127,7 @@ def _step(call: Callable[[], Tensor], tensors: list[Tensor], backward: bool) -> 
     with torch.set_grad_enabled(backward):
         output = call()
         if backward:
-            for tensor in tensors:
-                tensor.grad = None
-            output.backward(torch.ones_like(output))
+            backward_of(output, tensors)
 
 
 @torch.no_grad()

@@ -27,8 +27,10 @@ def dense_mask_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor
         chosen = bias.detach().topk(window_size, dim=-1, sorted=False).indices
         others = torch.ones_like(bias, dtype=torch.bool).scatter_(-1, chosen, False)
         bias = bias.masked_fill(others, float("-inf"))
-    bias = bias.to(query.dtype).repeat_interleave(query.shape[1] // key.shape[1], 1)
-    return scaled_dot_product_attention(query, key, value, attn_mask=bias, enable_gqa=True)
+    # Repeated, as Doge does: PyTorch's fused kernels take a mask or grouped heads, not both.
+    group = query.shape[1] // key.shape[1]
+    key, value, bias = (tensor.repeat_interleave(group, 1) for tensor in (key, value, bias.to(query.dtype)))
+    return scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 def bytes_needed(shape: Shape, element: int) -> int:
@@ -49,9 +51,9 @@ def check_fits(shape: Shape, element: int, device: str) -> None:
 
 
 def free_bytes(device: str) -> float:
-    """Of the device's memory; infinite where the system does not tell."""
+    """Of the device's memory, what PyTorch keeps for later included; infinite where the system does not tell."""
     if device == "cuda":
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:
         with open("/proc/meminfo") as lines:
             return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))

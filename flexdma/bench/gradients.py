@@ -9,16 +9,16 @@ from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from flexdma import dynamic_mask_attention
 from flexdma.bench.contenders import Compile
+from flexdma.bench.limits import Budget
 from flexdma.bench.shapes import Shape
-from flexdma.bench.timing import Budget, Prepared, interleaved
+from flexdma.bench.timing import Prepared, backward_of, interleaved
 from flexdma.lowerings import gate_gradient
 
-WITHOUT = "no gate gradient"
+WITHOUT, DEFAULT = "no gate gradient", " (default)"
 Route = Callable[[], AbstractContextManager]
 
 
@@ -26,7 +26,7 @@ def routes() -> dict[str, Route]:
     """Name -> a context in which the gate's gradient takes that route; the one that is taken by default says so."""
     default = gate_gradient.chosen_route(True, False)
     return {
-        f"{name} (default)" if name == default else name: partial(gate_gradient.gate_gradient_route, name)
+        name + DEFAULT if name == default else name: partial(gate_gradient.gate_gradient_route, name)
         for name in gate_gradient.ROUTES
     }
 
@@ -52,7 +52,7 @@ def gate_gradient_share(
 
         def run(output: Tensor) -> None:
             with route():
-                output.backward(torch.ones_like(output))
+                backward_of(output, (query, key, value, gate))
 
         return Prepared(prepare, run)
 

@@ -22,7 +22,8 @@ def device_work(call: Callable[[], object]) -> dict[str, float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     events = profile.profiler.kineto_results.events()
-    on_device = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA]
+    # An annotation on the device spans the kernels that it names.
+    on_device = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
     kernels = [e for e in on_device if not e.name().startswith(("Memcpy", "Memset"))]
     return {
         "kernels": len(kernels),

@@ -1,6 +1,7 @@
 """Running a suite: one case after another, each result kept before the next begins.
 
 A case that fails is recorded under "failed", one that the budget left no time for under "skipped"; neither loses the others.
+The budget holds inside a case, too: see limits.py.
 """
 
 from collections.abc import Callable, Iterator
@@ -14,19 +15,22 @@ from flexdma.bench import masks, report
 from flexdma.bench.contenders import Compile, compile_whole, contenders, sdpa_causal, visited_over_ideal
 from flexdma.bench.gradients import gate_gradient_share
 from flexdma.bench.launches import device_work
+from flexdma.bench.limits import GRACE, Budget, TimeIsUpError, within
 from flexdma.bench.shapes import Shape, inputs
 from flexdma.bench.stages import profile
 from flexdma.bench.suites import Suite
-from flexdma.bench.timing import Budget, in_one_line, interleaved, peak_bytes, release
+from flexdma.bench.timing import in_one_line, interleaved, peak_bytes, release
 from flexdma.lowerings.flex import BLOCK_SIZE
 
-SECTIONS = ("calls", "stages", "gate_gradient", "lengths", "launches", "windows", "packing", "memory")
+SECTIONS = ("calls", "stages", "gate_gradient", "lengths", "others", "launches", "windows", "packing", "memory")
 FLEXDMA, SDPA, SELECTION = "flexdma", "SDPA causal", "selection"
 # Quadratic: beyond this a CPU takes minutes, and a GPU the time of the cases after it.
 SDPA_LONGEST = {"cpu": 32768, "cuda": 262144}
 ONCE = 131072  # the longest that a CPU, which compiles nothing here, is asked to run more than once
 SIZE_ROUNDS = 3
+RECOMPILE_LIMIT = 64  # one shape after another through the same code
 Tick = Callable[[str], None]
+Progress = Callable[[str, str, int, int], None]  # case, contender, how many cases are done, of how many
 Case = tuple[str, str, Callable[[Tick], dict[str, Any]]]
 
 
@@ -47,30 +51,39 @@ def measure(
     rounds: int,
     dtype: torch.dtype,
     device: str,
+    budget: Budget,
+    start: int = 0,
     compiler: Compile = compile_whole,
     save: Callable[[dict[str, Any]], None] = lambda results: None,
-    progress: Callable[[str, int, int], None] = lambda what, done, of: None,
+    progress: Progress = lambda title, name, done, of: None,
 ) -> None:
-    """Fill `results`, which `begun` made; `save` is called after every case."""
-    budget = Budget(suite.budget)
+    """Fill `results`, which `begun` made, from case number `start` on; `save` is called after every case.
+
+    budget.refused: contenders of case `start`.
+    """
     cases = list(_cases(suite, rounds, dtype, device, compiler, budget))
-    for done, (section, title, case) in enumerate(cases):
-        tick = partial(_tick, progress, title, done, len(cases))
-        tick("")
+    for done, (section, title, case) in list(enumerate(cases))[start:]:
+        where = f"{section}: {title}"
+        progress(where, "", done, len(cases))
         if budget.over:
-            results["skipped"].append(f"{section}: {title}")
+            results["skipped"].append(where)
         else:
+            tick = partial(_tick, progress, where, done, len(cases))
             try:
-                results[section].append(case(tick))
+                with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
+                    results[section].append(within(budget.left + GRACE, partial(case, tick)))
+            except TimeIsUpError:
+                results["skipped"].append(where)
             except Exception as error:  # whatever a kernel or a compiler may raise
-                results["failed"][f"{section}: {title}"] = in_one_line(error)
+                results["failed"][where] = in_one_line(error)
             torch._dynamo.reset()  # CUDA graphs keep their memory as long as what was compiled
             release()
+        budget.refused = {}
         save(results)
 
 
-def _tick(progress: Callable[[str, int, int], None], title: str, done: int, of: int, name: str) -> None:
-    progress(f"{title}: {name}" if name else title, done, of)
+def _tick(progress: Progress, where: str, done: int, of: int, name: str) -> None:
+    progress(where, name, done, of)
 
 
 def _cases(
@@ -84,7 +97,11 @@ def _cases(
     def call(shape: Shape, tick: Tick) -> dict[str, Any]:
         tensors = given(shape)
         measured = interleaved(contenders(shape, tensors, compiler), rounds, tick, budget)
-        ratios = visited_over_ideal(shape, tensors[3].detach())
+        ratios: dict[str, float] = {}
+        try:
+            ratios = visited_over_ideal(shape, tensors[3].detach())
+        except RuntimeError as error:  # memory that the contenders have left: their times are not lost
+            measured.failed["visited / ideal"] = in_one_line(error)
         return {**_about(shape), **vars(measured), "visited_over_ideal": ratios}
 
     def stage(lowering: str, shape: Shape, tick: Tick) -> dict[str, Any]:
@@ -101,16 +118,15 @@ def _cases(
         return _launches(shape, given(shape), rounds, tick, budget, compiler)
 
     yield from (("calls", str(shape), partial(call, shape)) for shape in suite.calls)
-    for section, shape, case in (
-        ("gate_gradient", suite.gate_gradient, gradient),
-        ("launches", suite.launches, launch),
-    ):
-        if shape is not None:
-            yield section, f"{section.replace('_', ' ')} of {shape}", partial(case, shape)
-    for lowering, shape in suite.stages:
-        yield "stages", f"stages of {lowering}, {shape}", partial(stage, lowering, shape)
+    if suite.gate_gradient is not None:
+        yield "gate_gradient", str(suite.gate_gradient), partial(gradient, suite.gate_gradient)
     for shape in suite.lengths:
         yield "lengths", str(shape), partial(size, shape, True)
+    for lowering, shape in suite.stages:
+        yield "stages", f"{lowering}, {shape}", partial(stage, lowering, shape)
+    yield from (("others", str(shape), partial(call, shape)) for shape in suite.others)
+    if suite.launches is not None:
+        yield "launches", str(suite.launches), partial(launch, suite.launches)
     for shape in suite.windows:
         yield "windows", str(shape), partial(size, shape, False)
     group = suite.calls[0].query_heads // suite.calls[0].heads
@@ -118,11 +134,10 @@ def _cases(
         f"the {device.upper()} kernel's tiles,": (rows // group, keys) for device, (rows, keys) in BLOCK_SIZE.items()
     }
     for whose, (rows, columns) in {"blocks of": (128, 128), **tiles}.items():
-        yield "packing", f"packing, {rows} x {columns}", partial(_packing, *suite.packing, rows, columns, whose)
+        yield "packing", f"{rows} x {columns}", partial(_packing, *suite.packing, rows, columns, whose)
     for shape in {(s.length, s.window): s for s in suite.calls if not s.backward}.values():
         for lowering in ("flex", "gather"):
-            title = f"memory of masks, {lowering}, {shape}"
-            yield "memory", title, partial(_memory, shape, lowering, device)
+            yield "memory", f"masks, {lowering}, {shape}", partial(_memory, shape, lowering, device)
 
 
 def _about(shape: Shape) -> dict[str, Any]:
@@ -168,7 +183,7 @@ def _launches(
         ),
     }
     with torch.no_grad():
-        measured = interleaved(calls, rounds, tick, budget)
+        measured = interleaved(calls, rounds, tick, budget, host=True)
         work = {name: device_work(calls[name]) for name in measured.seconds}
     return {**_about(shape), **vars(measured), "device_work": work}
 

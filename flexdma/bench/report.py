@@ -8,6 +8,7 @@ import torch
 
 from flexdma._version import __version__
 from flexdma.bench import tables
+from flexdma.bench.targets import targets
 
 
 def machine(device: str) -> dict[str, Any]:
@@ -33,14 +34,18 @@ def _processor() -> str:
 
 
 def markdown(results: dict[str, Any]) -> str:
-    """The tables."""
+    """The tables; where nothing is measured, {"suite": its name}, what must be reached."""
+    reached = targets(results["suite"], results)
+    if "machine" not in results:
+        return "\n".join(reached) + "\n"
     about = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value is not None)
     lines = [
         f"Measured with {about}; {results['dtype']}, B=1, {results['heads']}, medians of up to {results['rounds']} "
         "interleaved runs.",
     ]
+    lines += ["", *reached] if reached else []
     for section, table in tables.TABLES.items():
-        if results[section]:
+        if results.get(section):
             lines += ["", *table(results[section])]
     if results["failed"]:
         lines += ["", "Cases that failed:", "", *(f"- {case}: {why}" for case, why in results["failed"].items())]

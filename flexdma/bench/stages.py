@@ -19,8 +19,9 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from flexdma import ValueGate, attention, causal_top_w, lifespans
 from flexdma.bench.contenders import Compile, compile_whole
+from flexdma.bench.limits import Budget
 from flexdma.bench.shapes import Shape
-from flexdma.bench.timing import Budget, Measured, Prepared, interleaved
+from flexdma.bench.timing import Measured, Prepared, backward_of, interleaved
 from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lowerings import flex, fused, gather
 from flexdma.lowerings.packed_keys import at_places
@@ -132,7 +133,7 @@ def profile(
         with torch.set_grad_enabled(shape.backward):
             output = forward()
             if shape.backward:
-                output.backward(torch.ones_like(output))
+                backward_of(output, (query, key, value, *module.parameters()))
 
     ledger = Ledger()
 
@@ -161,13 +162,15 @@ def _backward_stages(
 ) -> dict[str, Prepared]:
     without, leaf = gate.detach(), gate.detach().requires_grad_()
 
-    def backward_of(gate: Tensor) -> Prepared:
-        return Prepared(lambda: forward(gate), lambda output: output.backward(torch.ones_like(output)))
+    def attention_backward(gate: Tensor) -> Prepared:
+        return Prepared(lambda: forward(gate), lambda output: backward_of(output, (query, key, value, gate)))
 
     return {
-        BACKWARD: backward_of(without),
-        "with gate gradient": backward_of(leaf),
-        GATE_BACKWARD: Prepared(lambda: module(value), lambda output: output.backward(torch.ones_like(output))),
+        BACKWARD: attention_backward(without),
+        "with gate gradient": attention_backward(leaf),
+        GATE_BACKWARD: Prepared(
+            lambda: module(value), lambda output: backward_of(output, (value, *module.parameters()))
+        ),
     }
 
 

@@ -11,8 +11,8 @@ MIB = 2**20
 Entries = list[dict[str, Any]]
 
 
-def _table(*rows: Iterable[str]) -> list[str]:
-    """The first row is the head."""
+def table(*rows: Iterable[str]) -> list[str]:
+    """In Markdown; the first row is the head."""
     head, *body = [list(row) for row in rows]
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
 
@@ -20,6 +20,18 @@ def _table(*rows: Iterable[str]) -> list[str]:
 def fastest_causal(seconds: dict[str, float]) -> float | None:
     """Seconds of causal SDPA by the fastest of the backends that were tried."""
     return min((s for name, s in seconds.items() if name.startswith(CAUSAL)), default=None)
+
+
+def useful_rate_over_flex(case: dict[str, Any]) -> float | None:
+    """The useful rate of flexdma's kernel over that of the same compiler's causal attention, where both were timed."""
+    ours, causal = case["seconds"].get(COMPILED), case["seconds"].get(FLEX_CAUSAL)
+    return (case["useful_flops"] / ours) / (case["causal_flops"] / causal) if ours and causal else None
+
+
+def share_of_selecting(case: dict[str, Any]) -> float | None:
+    """Ranking + lifespans, of the whole forward, where both were timed."""
+    selection, whole = case["seconds"].get("selection"), case["seconds"].get("flexdma")
+    return selection / whole if selection and whole else None
 
 
 def _calls(cases: Entries) -> list[str]:
@@ -39,16 +51,18 @@ def _calls(cases: Entries) -> list[str]:
             )  # fmt: skip
         rows += [[case["shape"], name, why, "", "", "", ""] for name, why in case["failed"].items()]
     head = ["", "", "seconds", "faster than causal SDPA", "useful GFLOP/s", "visited / ideal", "peak memory"]
-    return [*_table(head, *rows), *(line for case in cases for line in _rate_against_flex(case))]
+    return [*table(head, *rows), *(line for case in cases for line in _rate_against_flex(case))]
 
 
 def _rate_against_flex(case: dict[str, Any]) -> list[str]:
-    """The useful rate of flexdma's kernel over that of the same compiler's causal attention, where both were timed."""
-    ours, causal = case["seconds"].get(COMPILED), case["seconds"].get(FLEX_CAUSAL)
-    if not ours or not causal:
+    ratio = useful_rate_over_flex(case)
+    if ratio is None:
         return []
-    ratio = (case["useful_flops"] / ours) / (case["causal_flops"] / causal)
     return ["", f"{case['shape']}: useful rate of {COMPILED} / that of {FLEX_CAUSAL} = {ratio:.2f}"]
+
+
+def _others(cases: Entries) -> list[str]:
+    return ["Beside other ways to the same or similar result:", "", *_calls(cases)]
 
 
 def _stages(profiles: Entries) -> list[str]:
@@ -77,7 +91,7 @@ def _one_profile(profile: dict[str, Any]) -> list[str]:
                 ("all before attention", BEFORE_ATTENTION[profile["lowering"]]),
             )
         ]
-    lines += _table(["stage", "milliseconds", "of the whole", "useful GFLOP/s", "peak memory"], *rows)
+    lines += table(["stage", "milliseconds", "of the whole", "useful GFLOP/s", "peak memory"], *rows)
     return lines + _failures(profile)
 
 
@@ -90,7 +104,7 @@ def _gate_gradient(cases: Entries) -> list[str]:
             peak = _mebibytes(case["peak_bytes"].get(name))
             rows.append([f"{case['lowering']}, {case['shape']}", name, f"{seconds * 1e3:.2f}", share, peak])
     head = ["", "route", "backward, milliseconds", "gate gradient's share", "peak memory"]
-    return [*lines, *_table(head, *rows), *(line for case in cases for line in _failures(case))]
+    return [*lines, *table(head, *rows), *(line for case in cases for line in _failures(case))]
 
 
 def _launches(cases: Entries) -> list[str]:
@@ -105,24 +119,25 @@ def _launches(cases: Entries) -> list[str]:
                 ]
             )  # fmt: skip
     head = ["", "", "milliseconds", "launches by the host", "kernels run", "device busy, ms", "in attention, ms"]
-    return ["Launches:", "", *_table(head, *rows), *(line for case in cases for line in _failures(case))]
+    return ["Launches:", "", *table(head, *rows), *(line for case in cases for line in _failures(case))]
 
 
 def _lengths(cases: Entries) -> list[str]:
     rows = []
     for case in cases:
-        seconds = case["seconds"]
-        selection, whole = seconds.get("selection"), seconds.get("flexdma")
-        share = f"{selection / whole:.1%}" if selection and whole else ""
-        rows.append([f"{case['length']:,}", *_compared(case), _milliseconds(selection), share])
+        share = share_of_selecting(case)
+        selection = _milliseconds(case["seconds"].get("selection"))
+        rows.append([f"{case['length']:,}", *_compared(case), selection, "" if share is None else f"{share:.1%}"])
     head = ["N", "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s", "ranking + lifespans, ms", "of flexdma"]
-    return [f"Forward against N, w={cases[0]['window']}:", "", *_table(head, *rows)]
+    lines = [f"Forward against N, w={cases[0]['window']}:", "", *table(head, *rows)]
+    return [*lines, *(line for case in cases for line in _failures(case))]
 
 
 def _windows(cases: Entries) -> list[str]:
     rows = [[f"{case['window']:,}", *_compared(case)] for case in cases]
     head = ["w", "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s"]
-    return [f"Forward against w, N={cases[0]['length']}:", "", *_table(head, *rows)]
+    lines = [f"Forward against w, N={cases[0]['length']}:", "", *table(head, *rows)]
+    return [*lines, *(line for case in cases for line in _failures(case))]
 
 
 def _compared(case: dict[str, Any]) -> list[str]:
@@ -143,7 +158,7 @@ def _packing(cases: Entries) -> list[str]:
         rows = [[name, f"{natural:.2f}", f"{packed:.2f}"] for name, (natural, packed) in ratios.items()]
         rows.append(["**mean**", f"{means[0]:.2f}", f"**{means[1]:.2f}**"])
         lines += ["", f"Visited blocks / ideal, N={case['length']} w={case['window']}, {case['tile']}:", ""]
-        lines += _table(["gates", "natural order", "packed"], *rows)
+        lines += table(["gates", "natural order", "packed"], *rows)
     return lines[1:]
 
 
@@ -153,7 +168,7 @@ def _memory(cases: Entries) -> list[str]:
         for case in cases
     ]
     head = ["", "lowering", "peak", "a Q x K mask of bytes"]
-    return ["Peak memory of building masks and metadata:", "", *_table(head, *rows)]
+    return ["Peak memory of building masks and metadata:", "", *table(head, *rows)]
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -165,11 +180,13 @@ def _mebibytes(number: int | None) -> str:
 
 
 def _failures(case: dict[str, Any]) -> list[str]:
-    return ["", *(f"- {name}: {why}" for name, why in case["failed"].items())] if case["failed"] else []
+    why = [f"- {case['shape']}, {name}: {why}" for name, why in case["failed"].items()]
+    return ["", *why] if why else []
 
 
 TABLES: dict[str, Callable[[Entries], list[str]]] = {
     "calls": _calls,
+    "others": _others,
     "stages": _stages,
     "gate_gradient": _gate_gradient,
     "launches": _launches,

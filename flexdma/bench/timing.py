@@ -1,37 +1,33 @@
 """Timing: contenders interleaved, medians, under a budget of seconds; and peak memory.
 
-One contender's failure (out of memory, a compile error) is recorded and does not lose the others.
+One contender's failure (out of memory, a compile error, too slow) is recorded and does not lose the others.
 """
 
 import gc
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 
+from flexdma.bench.limits import Budget, TimeIsUpError, within
+
 # A contender is run at most until its own runs have taken this long, but at least LEAST times.
 SECONDS_EACH = 12.0
 LEAST = 3
-OUT_OF_TIME = "skipped: time"
+# Cycles that a GPU waits before each timed call, 10 ms at 2 GHz, so that the host has queued the call when it begins.
+HEAD_START = 20_000_000
 
 
 class UnavailableError(Exception):
     """Raised by a contender that cannot run here: its message, alone, is reported."""
 
 
-class Budget:
-    """Seconds that may be spent, counted from now."""
-
-    def __init__(self, seconds: float) -> None:
-        self.end = time.monotonic() + seconds
-
-    @property
-    def over(self) -> bool:
-        """Whether they are spent."""
-        return time.monotonic() >= self.end
+class LostDeviceError(BaseException):
+    """A GPU on which a kernel has failed fails every later call of its process, whatever it is: (contender, why)."""
 
 
 @dataclass(frozen=True)
@@ -63,58 +59,91 @@ def interleaved(
     *,
     memory: bool = True,
     warm_up: bool = True,
+    host: bool = False,
 ) -> Measured:
     """Median seconds of each contender over `rounds` rounds in which each runs once.
 
     Interleaving shares the machine's slow moments among all.  Two runs are not counted: the first (`warm_up`), which
-    compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH), and none after the budget
-    is spent.
-    `tick(name)` precedes every run.
+    compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH); a run under way is stopped
+    where the budget is spent, or the contender's share of it, and none begins after.
+    `tick(name)` precedes every run.  host: see `timed`.
     """
-    measured, times = Measured(), dict[str, list[float]]()
-    for name, contender in contenders.items():
-        if budget is not None and budget.over:
-            measured.failed[name] = OUT_OF_TIME
-            continue
+    budget = budget or Budget(float("inf"))
+    measured, times = Measured(), {name: list[float]() for name in contenders}
+    left = dict.fromkeys(contenders, budget.share)
+    ended = {name: why for name, why in budget.refused.items() if name in contenders}  # those that run no more
+
+    def attempt(name: str, step: Callable[[Contender], object]) -> None:
         tick(name)
+        start = time.monotonic()
         try:
-            if warm_up:
-                _timed(contender)
-            if memory:
-                measured.peak_bytes[name] = peak_bytes(contender)
-            times[name] = []
+            # In this thread also where it goes backward: an alarm interrupts no other.
+            with torch.autograd.set_multithreading_enabled(False):
+                within(min(left[name], budget.left), lambda: step(contenders[name]))
+        except TimeIsUpError:
+            ended[name] = budget.reason()  # and the runs before this one count
         except Exception as error:  # whatever a kernel, a compiler or a peer may raise
-            measured.failed[name] = in_one_line(error)
+            ended[name] = in_one_line(error)
+            times[name].clear()
+        left[name] -= time.monotonic() - start
+        # Not above, where the exception still holds what the contender has made.
+        if name in ended:
+            if is_lost():
+                raise LostDeviceError(name, ended[name])
             release()
+
+    def first(name: str, contender: Contender) -> None:
+        if warm_up:
+            timed(contender, host=host)
+        if memory:
+            measured.peak_bytes[name] = peak_bytes(contender)
+
+    def again(taken: list[float], contender: Contender) -> None:
+        taken.append(timed(contender, host=host))
+
+    for name in contenders:
+        if not (name in ended or budget.over):
+            attempt(name, partial(first, name))
     for _ in range(rounds):
-        for name in list(times):
-            taken = times[name]
+        for name, taken in times.items():
             slow = len(taken) >= LEAST and sum(taken) * (1 + 1 / len(taken)) > SECONDS_EACH
-            if slow or (budget is not None and budget.over):
-                continue
-            tick(name)
-            try:
-                taken.append(_timed(contenders[name]))
-            except Exception as error:
-                measured.failed[name] = in_one_line(error)
-                del times[name]
-                release()
+            if not (name in ended or slow or budget.over):
+                attempt(name, partial(again, taken))
     for name, taken in times.items():
         if taken:
             measured.seconds[name], measured.rounds[name] = statistics.median(taken), len(taken)
         else:
-            measured.failed[name] = OUT_OF_TIME
+            measured.failed[name] = ended.get(name) or budget.reason()
     return measured
 
 
-def _timed(contender: Contender) -> float:
+def timed(contender: Contender, *, host: bool = False) -> float:
+    """Seconds of one run, compiled already or not.
+
+    On a GPU by its own clock, which starts when the host has had time to queue the call: what the GPU needs, and what a
+    model sees whose host is ahead of it.  host: by the host's clock, from the call until the GPU has finished.
+    """
     prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
     run = contender.run if isinstance(contender, Prepared) else contender
     synchronise()
-    start = time.perf_counter()
+    if host or not _on_cuda():
+        start = time.perf_counter()
+        run(*prepared)
+        synchronise()
+        return time.perf_counter() - start
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    torch.cuda._sleep(HEAD_START)
+    begin.record()
     run(*prepared)
+    end.record()
     synchronise()
-    return time.perf_counter() - start
+    return begin.elapsed_time(end) / 1e3
+
+
+def backward_of(output: torch.Tensor, inputs: Iterable[torch.Tensor]) -> None:
+    """The gradients of those inputs that need one, for a cotangent of ones; not added to any that were there before."""
+    needed = [tensor for tensor in inputs if tensor.requires_grad]
+    torch.autograd.grad(output, needed, torch.ones_like(output), allow_unused=True)
 
 
 def in_one_line(error: BaseException) -> str:
@@ -157,6 +186,15 @@ def synchronise() -> None:
     """Wait for what the GPU is still computing, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def is_lost() -> bool:
+    """Whether the GPU takes no more calls of this process."""
+    try:
+        synchronise()
+    except Exception:  # torch's own class, where it has one
+        return True
+    return False
 
 
 def release() -> None:
