@@ -10,8 +10,10 @@ class RefusedError(Exception):
 
 @contextmanager
 def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are the request's fault."""
+    """Errors of these kinds are the request's fault; that nobody reads the answer is not."""
     try:
         yield
+    except BrokenPipeError:
+        raise
     except kinds as error:
         raise RefusedError(str(error)) from error
