@@ -43,18 +43,20 @@ def test_uncompiled_float64_gates_carry_their_low_part():
     assert (got - want).abs().max() < 1e-6
 
 
-def test_new_gates_do_not_recompile_and_new_lengths_equal_the_specification():
-    """One compilation per shape on a CPU; nothing falls back to eager FlexAttention."""
+def test_new_gates_do_not_recompile_and_new_sizes_equal_the_specification():
+    """One compilation per shape and window on a CPU; nothing falls back to eager FlexAttention."""
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(flex.flex_attend, fullgraph=True, backend=counter)
-    for n, (queries, keys) in enumerate([(129, 129)] * 3 + [(127, 1025)]):
-        query, key, value, gate = inputs(2, 4, 2, queries, keys, 16, dtype=torch.float32, seed=n)
+    cases = [((2, 4, 2, 129, 129, 16), 20)] * 3 + [((1, 2, 2, 427, 1025, 32), 30)]
+    for n, (shape, window) in enumerate(cases):
+        query, key, value, gate = inputs(*shape, dtype=torch.float32, seed=n)
         with torch.no_grad():
             got = compiled(
-                query, key, value, gate, flexdma.causal_top_w(gate, 20), capacity=20, scale=0.25, score_mod=None,
+                query, key, value, gate, flexdma.causal_top_w(gate, window), capacity=window, scale=0.25, score_mod=None,
                 block_size=(128, 32), kernel_options=None, needs_gradient=False,
             )  # fmt: skip
-            want = dense_dynamic_mask_attention(*[t.double() for t in (query, key, value, gate)], window_size=20)
+            exact = [t.double() for t in (query, key, value, gate)]
+            want = dense_dynamic_mask_attention(*exact, window_size=window, scale=0.25)
         assert (got - want).abs().max() < 5e-6
     assert counter.frame_count == 2
 

@@ -49,14 +49,17 @@ def flex_attend(
     capacity: no query sees more keys.
     Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
     """
-    batch, query_heads, queries, size = query.shape
-    heads, keys = key.shape[1:3]
     on_cpu = query.device.type == "cpu"
     if on_cpu:
         # Constants in the graph: Inductor's C++ kernel mistakes one symbolic size for another (torch 2.11 to 2.13).
-        batch, queries, keys = index(batch), index(queries), index(keys)
-    # One compilation for each: sizes of blocks and groups are constants in a kernel, and cannot be symbols.
+        for tensor in (query, key, value, gate, *lifespans):
+            for length in tensor.shape:
+                index(length)
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
+    # One compilation for each: groups, blocks and periods are constants in a kernel, and cannot be symbols.
     group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
+    capacity = keys if capacity >= keys else index(capacity)
     first_query = keys - queries
 
     packing, metadata = schedule(
