@@ -5,10 +5,12 @@ A command is a module with `add_arguments(parser)` and `run(arguments) -> int`; 
 
 import argparse
 import importlib
+import os
 import sys
 from collections.abc import Sequence
 
 from flexdma._version import __version__
+from flexdma.refusal import RefusedError
 
 # name: (module, what it does)
 COMMANDS = {
@@ -21,7 +23,9 @@ COMMANDS = {
     "longrun": ("flexdma.longrun.command", "read a million tokens in constant memory, then decode at constant cost"),
     "view": ("flexdma.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
-INTERRUPTED = 130  # what a shell reports for a process that Ctrl-C ended
+CANNOT = 2
+# What a shell reports for a process that Ctrl-C ended, and for one whose reader went away.
+INTERRUPTED, UNREAD = 130, 141
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
@@ -47,7 +51,16 @@ def main(argv: Sequence[str] | None = None) -> int:
             chosen.add_arguments(subparser)
     parsed = parser.parse_args(arguments)
     try:
-        return chosen.run(parsed)
+        code = chosen.run(parsed)
+        sys.stdout.flush()
+        return code
+    except RefusedError as error:
+        print(f"python -m flexdma {parsed.command}: {error}", file=sys.stderr)
+        return CANNOT
+    except BrokenPipeError:
+        # `... | head` has seen enough; Python would complain once more when it flushes stdout at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return UNREAD
     except KeyboardInterrupt:
         print(f"python -m flexdma {parsed.command}: interrupted", file=sys.stderr)
         return INTERRUPTED

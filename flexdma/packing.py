@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.order_statistics import scattered
 
 # Positions of a period: in units of w, measured best of 2, 3, 4 and 8 over seven gate families; and in key blocks, so that
 # rounding its places up to whole ones costs little.
-PERIOD, PERIOD_BLOCKS = 2, 8
+PERIOD, PERIOD_BLOCKS = 2, 2
 
 
 class Layout(NamedTuple):
@@ -87,16 +88,16 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     death = (lifespans.death - first_query).clamp(max=queries)
     first = birth // period
     count = torch.where(death > birth, (death - 1) // period - first + 1, 0)
-    starts = torch.nn.functional.pad(count.cumsum(-1, dtype=torch.int32), (1, 0))
+    ends = count.cumsum(-1, dtype=torch.int32)
 
     # Pieces in order of keys.  The end of a piece says its period, too: sorted by it, pieces stand as they are to lie.
     number = torch.arange(periods * places, dtype=torch.int32, device=birth.device)
     every = number.expand(*birth.shape[:-1], -1).contiguous()
-    owner = torch.searchsorted(starts[..., 1:].contiguous(), every, right=True).clamp(max=length - 1)
-    reached = first.gather(-1, owner) + number - starts.gather(-1, owner)
+    owner = torch.searchsorted(ends, every, right=True).clamp(max=length - 1)
+    reached = first.gather(-1, owner) + number - (ends - count).gather(-1, owner)
     end = torch.minimum(death.gather(-1, owner), (reached + 1) * period)
     none = periods * period + 1
-    end, piece = torch.where(number < starts[..., -1:], end, none).sort(dim=-1, stable=True)
+    end, piece = torch.where(number < ends[..., -1:], end, none).sort(dim=-1, stable=True)
 
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=birth.device)
     begins = torch.searchsorted(end, bounds.expand(*birth.shape[:-1], -1).contiguous(), right=True)
@@ -111,7 +112,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     at = (end - 1).clamp(max=none - 2) // period
     place = at * places + number - begins.gather(-1, at.long())
     pieces = scattered(torch.where(end < none, place, 0).int(), piece)
-    return Packing(order.int(), birth.int(), death.int(), pieces, starts, layout)
+    return Packing(order.int(), birth.int(), death.int(), pieces, pad(ends, (1, 0)), layout)
 
 
 def along_keys(tensor: Tensor, order: Tensor) -> Tensor:

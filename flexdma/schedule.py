@@ -27,8 +27,10 @@ def schedule(
     """
     rows, columns = block_size
     layout = packed_layout(queries, lifespans.birth.shape[-1], capacity, block_size=block_size, group=group)
-    tensors = _schedule(*lifespans, queries, group, capacity, rows, columns, transposed)
-    return Packing(*tensors[:5], layout), tensors[5:]
+    order, birth, death, pieces, starts, *metadata = _schedule(
+        *lifespans, queries, group, capacity, rows, columns, transposed
+    )
+    return Packing(order, birth, death, pieces, starts, layout), metadata
 
 
 def _empty_schedule(

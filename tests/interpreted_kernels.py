@@ -46,7 +46,7 @@ CASES = {
         "shape": (2, 2, 2, 131, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
         "route": "transposed",
     },
-    "causal, small blocks, three periods, float32": {
+    "causal, small blocks, many periods, float32": {
         "shape": (1, 2, 2, 330, 330, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
         "kernel_options": dict.fromkeys(WIDE, 16),
     },

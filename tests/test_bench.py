@@ -8,9 +8,9 @@ import torch
 import torch.nn.attention.flex_attention as torch_flex
 
 import flexdma
-from flexdma.__main__ import INTERRUPTED, main
-from flexdma.bench import command, limits, masks, measure, report, timing
+from flexdma.__main__ import CANNOT, INTERRUPTED, main
 from flexdma.bench import contenders as contenders_module
+from flexdma.bench import limits, masks, measure, report, timing
 from flexdma.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
 from flexdma.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.bench.families import _autoregressive, gate_families
@@ -362,7 +362,7 @@ def test_the_gpu_suite_begins_with_its_targets():
     ],
 )
 def test_bad_requests_are_one_line(arguments, message, capsys):
-    assert main(["bench", *arguments]) == command.CANNOT
+    assert main(["bench", *arguments]) == CANNOT
     error = capsys.readouterr().err
     assert message in error
     assert error.count("\n") == 1

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import flexdma
+from flexdma.__main__ import CANNOT, main
 from flexdma.inspection import Compiled, Kernel, KernelReport, command
 from flexdma.inspection.targets import TARGETS, occupancy
 
@@ -151,5 +152,5 @@ def test_the_command_compares_two_settings(capsys):
     ],
 )
 def test_the_command_says_what_is_wrong(arguments, message, capsys):
-    assert command.run(parsed(*arguments)) == 2
-    assert message in capsys.readouterr().out
+    assert main(["inspect", *SMALL, *arguments]) == CANNOT
+    assert message in capsys.readouterr().err

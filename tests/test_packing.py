@@ -148,11 +148,11 @@ def test_no_gate_exceeds_the_bounds(case):
 
 
 @pytest.mark.parametrize("queries", [1, 700, 2048, 2049, 5000, 2**20])
-def test_a_key_has_at_most_two_places_on_average(queries):
+def test_a_key_has_two_places_at_most_on_average(queries):
     for capacity in (1, 64, 1024):
         layout = packed_layout(queries, queries, capacity, block_size=(128, 128), group=4)
         assert layout.period * layout.periods >= queries
-        assert layout.periods * layout.places < 2 * queries + 128
+        assert layout.periods * layout.places < 2 * (queries + 128)
     layout = packed_layout(2**20, 2**20, 1024, block_size=(128, 128), group=4)
     assert layout == Layout(period=2048, periods=512, places=3072)
 

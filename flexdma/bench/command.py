@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
@@ -17,10 +16,10 @@ from flexdma.bench import measure, report
 from flexdma.bench.limits import SHARE, Budget
 from flexdma.bench.suites import SUITES
 from flexdma.bench.worker import measure_apart
+from flexdma.refusal import refusing
 from flexdma.whole_files import write_whole
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-CANNOT = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,12 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Measure the suite, or read what was measured, and write what is asked for."""
-    try:
+    with refusing(ValueError, OSError, ImportError):
         results = _read(arguments.source) if arguments.source else _measured(arguments)
         _write(results, arguments)
-    except (ValueError, OSError, ImportError) as error:
-        print(f"python -m flexdma bench: {error}", file=sys.stderr)
-        return CANNOT
     return 0
 
 

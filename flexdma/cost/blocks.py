@@ -1,16 +1,35 @@
-"""Pairs that a mask shows, and blocks that are visited: exact, in closed form.
+"""Pairs that a mask shows, places of packed keys, and blocks that are visited: exact, in closed form.
 
 A block is `rows` rows by `columns` keys; with G = Hq / Hkv query heads folded into rows it spans T = rows / G positions.
+Keys are packed as `flexdma.packing.packed_layout` packs a whole sequence, Q = K = N, of which a query sees at most w.
 """
 
+from math import gcd
+
 import sympy
-from sympy import Expr, Min, Piecewise, ceiling, floor, log
+from sympy import Expr, Max, Min, Piecewise, ceiling, floor
 
 from flexdma.cost.symbols import Hkv, Hq, N, columns, rows, w
-from flexdma.packing import CLASS_BASE, FIRST_CLASS
+from flexdma.packing import PERIOD, PERIOD_BLOCKS
 
 GROUP = Hq / Hkv
 SPAN = rows * Hkv / Hq  # positions of a block's rows
+
+
+class CommonDivisor(sympy.Function):
+    """The greatest one of two positive integers; unevaluated until both are numbers."""
+
+    is_integer = is_positive = True
+
+    @classmethod
+    def eval(cls, first: Expr, second: Expr) -> Expr | None:
+        """The divisor, or None for "not yet"."""
+        return sympy.Integer(gcd(int(first), int(second))) if first.is_number and second.is_number else None
+
+
+STEP = rows / CommonDivisor(rows, GROUP)  # the fewest positions that fill whole row blocks
+PERIOD_LENGTH = STEP * ceiling(Max(PERIOD * w, PERIOD_BLOCKS * columns) / STEP)  # positions, where there are several
+ONE_PERIOD = sympy.Le(N, w + PERIOD_LENGTH)
 
 
 def shown_pairs() -> Expr:
@@ -22,20 +41,31 @@ def shown_pairs() -> Expr:
 def visited_blocks() -> Expr:
     """Blocks that a sliding window of w visits, per KV head: what DMA is while its gates are equal (A = 0).
 
-    Exact for all N and w where T divides `columns` or `columns` divides T: row block r spans positions rT to its last p,
-    and visits the key blocks from floor(max(0, rT - w + 1) / columns) to floor(p / columns).
+    Exact for all N and w where T divides `columns` or `columns` divides T.
     """
-    count = row_blocks()
-    last = _sum_of_floors(SPAN - 1, count - 1) + floor((N - 1) / columns)
-    skipped = ceiling((w - 1) / SPAN)  # row blocks before this one see the first key
-    within = Piecewise((count - skipped, skipped < count), (0, True))
-    first = _sum_of_floors(SPAN * skipped - (w - 1), within)
-    return count + last - first
+    more = periods() - 1
+    several = _visited_first(PERIOD_LENGTH) + (more - 1) * _visited_later(PERIOD_LENGTH)
+    return Piecewise((_visited_first(N), ONE_PERIOD), (several + _visited_later(N - more * PERIOD_LENGTH), True))
 
 
 def causal_blocks() -> Expr:
-    """Blocks that a causal mask visits, per KV head; as exact as `visited_blocks`."""
-    return visited_blocks().subs(w, N)
+    """Blocks that a causal mask visits, per KV head, the keys in their natural order; as exact as `visited_blocks`."""
+    return _visited_first(N).subs(w, N)
+
+
+def periods() -> Expr:
+    """Periods that the queries are cut into."""
+    return Piecewise((1, ONE_PERIOD), (ceiling(N / PERIOD_LENGTH), True))
+
+
+def key_blocks() -> Expr:
+    """Key blocks of a period."""
+    return ceiling(Piecewise((N, ONE_PERIOD), (w + PERIOD_LENGTH, True)) / columns)
+
+
+def places() -> Expr:
+    """Places for the keys of a KV head, L."""
+    return periods() * key_blocks() * columns
 
 
 def row_blocks() -> Expr:
@@ -43,21 +73,30 @@ def row_blocks() -> Expr:
     return ceiling(N * GROUP / rows)
 
 
-def key_blocks() -> Expr:
-    """Key blocks of a KV head."""
-    return ceiling(N / columns)
+def row_blocks_of_a_period() -> Expr:
+    """Row blocks that may see a key block."""
+    return Piecewise((row_blocks(), ONE_PERIOD), (PERIOD_LENGTH / SPAN, True))
 
 
-def entries_per_row_block() -> Expr:
-    """Length of a row block's index list: one more than `flexdma.packing.most_visited`, where that is smaller than all.
+def _visited_first(positions: Expr) -> Expr:
+    """Blocks visited in a period of so many positions with which the sequence begins.
 
-    Exact where a block of rows reaches into at most FIRST_CLASS w positions.
+    Row block r spans positions rT to its last, p, and visits the key blocks from floor(max(0, rT - w + 1) / columns) to
+    floor(p / columns).
     """
-    positions = floor((rows + GROUP - 2) / GROUP) + 1
-    longest = FIRST_CLASS * w
-    classes = Piecewise((ceiling(log(N / longest, CLASS_BASE)), longest < N), (0, True))
-    most = floor((5 * w + positions) / columns) + 2 + classes * (floor((CLASS_BASE + 2) * w / columns) + 2)
-    return Min(Min(most, w + positions) + 1, key_blocks())
+    count = ceiling(positions / SPAN)
+    last = _sum_of_floors(SPAN - 1, count - 1) + floor((positions - 1) / columns)
+    skipped = ceiling((w - 1) / SPAN)  # row blocks before this one see the first key
+    within = Piecewise((count - skipped, skipped < count), (0, True))
+    first = _sum_of_floors(SPAN * skipped - (w - 1), within)
+    return count + last - first
+
+
+def _visited_later(positions: Expr) -> Expr:
+    """The same in any other period: w - 1 old keys stand before its own, so that position p sees places p to p + w - 1."""
+    count = ceiling(positions / SPAN)
+    last = _sum_of_floors(SPAN + w - 2, count - 1) + floor((positions + w - 2) / columns)
+    return count + last - _sum_of_floors(sympy.Integer(0), count)
 
 
 def _sum_of_floors(offset: Expr, count: Expr) -> Expr:

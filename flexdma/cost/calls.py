@@ -1,31 +1,38 @@
 """FLOPs, bytes, memory and communication of each call, as expressions.
 
-Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once.  The numbers per key
-and per pair of blocks below are Inductor's own count for the kernels it generates for sm_90; tests/test_cost.py has the
-compiler count again, at other sizes, and holds the sums to 10 %.
+Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once.  The numbers per key,
+place and tile below are taken from the kernels that Inductor generates for sm_90; tests/test_cost.py has the compiler count
+again, at other sizes, and holds the sums to 10 %.
 """
 
 from dataclasses import dataclass, fields
 
-from sympy import Expr, Integer, Max, Piecewise, ceiling, log
+from sympy import And, Expr, Integer, Max, Piecewise, ceiling, log, sympify
 
 from flexdma.cost import symbols
-from flexdma.cost.blocks import GROUP, entries_per_row_block, key_blocks, row_blocks, shown_pairs
+from flexdma.cost.blocks import (
+    GROUP,
+    key_blocks,
+    periods,
+    places,
+    row_blocks,
+    row_blocks_of_a_period,
+    shown_pairs,
+)
 from flexdma.cost.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
 
-# Bytes per key of lifespans' rest, reference gates, packing and what the mods capture; and per key and round of ranking:
-# two bits a round up to 2^21 keys, one above.
-PER_KEY, ROUNDS_END = 207, 2**21
+# Bytes per key of lifespans' rest, reference gates and packing, and per key and round of ranking: two bits a round up to
+# 2^21 keys, one above.  False, True: without and with what the backward needs.
+PER_KEY, ROUNDS_END = {False: 120, True: 132}, 2**21
 PER_ROUND_OF_TWO_BITS, PER_ROUND_OF_ONE = 40, 44
-# Bytes per pair of a row block and a key block: building the metadata, without and with its transposed half.
-PER_BLOCK_PAIR = {False: 42, True: 72}
-# Bytes per entry of the row blocks' index tensors: building them, and reading them in the kernel.
-PER_ENTRY, READ_PER_ENTRY = 24, 8
-# The most that building holds at once, operator by operator, as PyTorch's allocator counts it; and per key.
-PEAK_PER_BLOCK_PAIR, PEAK_PER_KEY = {False: 23, True: 31}, 33
+# Bytes per place of packing and of what the mods capture; and per tile, a row block and a key block of one period, of making
+# the lists and of reading them.
+PER_PLACE, PER_TILE = {False: 178, True: 198}, {False: 72, True: 100}
+# The most that packing holds at once per place, operator by operator, as PyTorch's allocator counts it; and making the lists.
+PACKING_PEAK, LISTS_PEAK, LISTS_PEAK_PER_TILE = 103, 52, {False: 36, True: 45}
 # Bytes per row (a query of one head): forward, the logarithm of its sum; backward, that, and D_i = dO_i . o_i twice.
 PER_ROW, BACKWARD_PER_ROW = 4, 12
-BACKWARD_PER_KEY, BACKWARD_PER_BLOCK_PAIR = 41, 8
+BACKWARD_PER_KEY, BACKWARD_PER_PLACE, BACKWARD_PER_TILE = 94, 101, 16
 # Decoding, per number of the state's keys and values in units of its bytes, and per key besides.  Inductor counts a slot
 # that is overwritten as the whole buffer, so that this is too much by up to 4 of the 10.
 DECODE, DECODE_PER_KEY = 10, 144
@@ -57,10 +64,10 @@ class Cost:
         unknown = sizes.keys() - symbols.MEANING.keys()
         if unknown:
             raise ValueError(f"sizes: expected some of {', '.join(symbols.MEANING)}, got {', '.join(sorted(unknown))}")
-        values = {symbol: sizes[symbol.name] for symbol in (*symbols.SYMBOLS, rho) if symbol.name in sizes}
+        values = {symbol: sympify(sizes[symbol.name]) for symbol in (*symbols.SYMBOLS, rho) if symbol.name in sizes}
         numbers = {}
         for field in fields(self):
-            value = getattr(self, field.name).subs(values)
+            value = getattr(self, field.name).xreplace(values)  # subs simplifies after each symbol: seconds
             if value.free_symbols:
                 missing = sorted(f"{s.name} ({symbols.MEANING[s.name]})" for s in value.free_symbols)
                 raise ValueError(f"sizes: expected {', '.join(missing)} too")
@@ -71,16 +78,16 @@ class Cost:
 def forward(*, training: bool = False) -> Cost:
     """The flex lowering on a whole sequence, Q = K = N; `training`: with what the backward needs."""
     query, key, value, output = _tensors()
-    folded = _if_grouped(4 * query, 2 * query)
-    unfolded = _if_grouped(2 * output, Integer(0))
-    packing = 2 * (key + value)
-    attention = query + key + value + output + PER_ROW * B * Hq * N + READ_PER_ENTRY * _entries()
-    held = metadata(training=training) + key + value + query
+    folded = _if_folded(query, NOTHING)  # a copy
+    unfolded = _if_unfolded(2 * output, NOTHING)
+    attention = query + _packed() + output + PER_ROW * B * Hq * N
+    held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
+    lists = LISTS_PEAK * _places() + LISTS_PEAK_PER_TILE[training] * _tiles()
     return Cost(
         flops=2 * B * Hq * rho * shown_pairs() * (D + Dv),
-        bytes=folded + unfolded + packing + attention + _bookkeeping(training),
+        bytes=2 * folded + unfolded + key + value + _packed() + attention + _bookkeeping(training),
         metadata=metadata(training=training),
-        peak=Max(held, PEAK_PER_BLOCK_PAIR[training] * _block_pairs() + PEAK_PER_KEY * B * Hkv * N + 8 * _entries()),
+        peak=Max(held, PACKING_PEAK * _places(), lists),
     )
 
 
@@ -88,17 +95,18 @@ def backward() -> Cost:
     """The backward of `forward(training=True)`.
 
     FlexAttention's kernel computes scores and their gradients twice, once by rows and once by columns: 4 D + 3 Dv per pair,
-    where 3 D + 2 Dv would do.  The gate's gradient is a column of sums and adds no product.
+    where 3 D + 2 Dv would do.  The gate's gradient is a column of sums and adds no product.  The gradients of keys and
+    values are sums over places: packed they are written and read, and then written once more.
     """
     query, key, value, output = _tensors()
-    rows = _if_grouped(3 * (query + output), 2 * query + 3 * output)
-    bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * B * Hkv * N + READ_PER_ENTRY * _entries()
-    bookkeeping += BACKWARD_PER_BLOCK_PAIR * _block_pairs()
+    rows = _if_unfolded(4 * (query + output), 2 * query + 3 * output)
+    bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * _keys()
+    bookkeeping += BACKWARD_PER_PLACE * _places() + BACKWARD_PER_TILE * _tiles()
     return Cost(
         flops=2 * B * Hq * rho * shown_pairs() * (4 * D + 3 * Dv),
-        bytes=rows + 4 * (key + value) + bookkeeping,
+        bytes=rows + 3 * _packed() + key + value + bookkeeping,
         metadata=metadata(training=True),
-        peak=metadata(training=True) + 2 * (query + output) + 2 * (key + value),
+        peak=metadata(training=True) + 2 * _packed() + _if_unfolded(2 * query + output, query),
     )
 
 
@@ -151,11 +159,15 @@ def full_attention() -> Cost:
 
 
 def metadata(*, training: bool) -> Expr:
-    """Bytes of the order of the keys, their packed lifespans, and numbers and indices of the blocks."""
-    keys = B * Hkv * N
-    inverse = 8 if training else 0
-    numbers = 8 * B * Hkv * (row_blocks() + (key_blocks() if training else 0))
-    return (8 + 8 + inverse) * keys + numbers + 8 * _entries() + (8 * _block_pairs() if training else 0)
+    """Bytes of the packed keys' order and lifespans, and of numbers and indices of the blocks.
+
+    In training also of where the pieces of each key are, and of the transposed numbers and indices.
+    """
+    by_row = row_blocks() * (1 + key_blocks())
+    by_key = periods() * key_blocks() * (1 + row_blocks_of_a_period())
+    if training:
+        return 16 * _places() + 4 * B * Hkv * (N + 1) + 8 * B * Hkv * (by_row + by_key)
+    return 12 * _places() + 8 * B * Hkv * by_row
 
 
 def _tensors() -> tuple[Expr, Expr, Expr, Expr]:
@@ -163,22 +175,35 @@ def _tensors() -> tuple[Expr, Expr, Expr, Expr]:
     return B * Hq * N * D * element, B * Hkv * N * D * element, B * Hkv * N * Dv * element, B * Hq * N * Dv * element
 
 
+def _packed() -> Expr:
+    """Bytes of packed keys and values."""
+    return _places() * (D + Dv) * element
+
+
 def _bookkeeping(training: bool) -> Expr:
     ranking = Piecewise(
         (PER_ROUND_OF_TWO_BITS * ceiling(log(N, 4)), N < ROUNDS_END), (PER_ROUND_OF_ONE * ceiling(log(N, 2)), True)
     )
-    return B * Hkv * N * (PER_KEY + ranking) + PER_BLOCK_PAIR[training] * _block_pairs() + PER_ENTRY * _entries()
+    return _keys() * (PER_KEY[training] + ranking) + PER_PLACE[training] * _places() + PER_TILE[training] * _tiles()
 
 
-def _entries() -> Expr:
-    """Of the row blocks' index tensors."""
-    return B * Hkv * row_blocks() * entries_per_row_block()
+def _keys() -> Expr:
+    return B * Hkv * N
 
 
-def _block_pairs() -> Expr:
-    return B * Hkv * row_blocks() * key_blocks()
+def _places() -> Expr:
+    return B * Hkv * places()
 
 
-def _if_grouped(grouped: Expr, alone: Expr) -> Expr:
+def _tiles() -> Expr:
+    return B * Hkv * periods() * key_blocks() * row_blocks_of_a_period()
+
+
+def _if_folded(folded: Expr, alone: Expr) -> Expr:
     """Folding G query heads into the rows of one moves them; one head is where it should be."""
-    return Piecewise((grouped, GROUP > 1), (alone, True))
+    return Piecewise((folded, GROUP > 1), (alone, True))
+
+
+def _if_unfolded(unfolded: Expr, alone: Expr) -> Expr:
+    """Taking rows apart again, of outputs and gradients, moves them too; those of a single KV head are a view."""
+    return Piecewise((unfolded, And(GROUP > 1, Hkv > 1)), (alone, True))

@@ -2,14 +2,13 @@
 
 import argparse
 import json
-import sys
 from dataclasses import replace
 from typing import Any
 
 from flexdma.cost import DEVICES, Cost, backward, context_parallel, decode, estimate, forward, full_attention
 from flexdma.lowerings.flex import default_block_size
+from flexdma.refusal import refusing
 
-CANNOT = 2
 COLUMNS = (
     ("TFLOP", "flops", 1e12), ("moved, GB", "bytes", 1e9), ("metadata, MB", "metadata", 1e6), ("peak, MB", "peak", 1e6),
     ("received, MB", "received", 1e6), ("computing, ms", "computing", 1e-3), ("memory, ms", "memory", 1e-3),
@@ -45,19 +44,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rho",
         type=float,
-        default=1.6,
+        default=1.2,
         help="pairs in visited blocks over those shown; docs/benchmarks.md, by the gates",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the table; 0, or 2 where the request cannot be met."""
-    try:
+    """Print the table."""
+    with refusing(ValueError):
         device, rows = _costs(arguments)
-    except ValueError as error:
-        print(f"python -m flexdma cost: {error}", file=sys.stderr)
-        return CANNOT
     if arguments.json:
         print(json.dumps({"device": vars(device), "calls": rows}, indent=2))
         return 0

@@ -2,15 +2,13 @@
 
 import argparse
 import importlib.util
-import sys
 from pathlib import Path
 
 from flexdma.demo.settings import add_arguments, device_problem, resolved
 from flexdma.demo.text import TextError, load_text
+from flexdma.refusal import RefusedError, refusing
 
 __all__ = ["add_arguments", "run"]
-
-CANNOT = 2  # exit code: the request cannot be met
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -18,14 +16,12 @@ def run(arguments: argparse.Namespace) -> int:
     options = resolved(arguments)
     missing = [name for name in ("matplotlib", "rich") if importlib.util.find_spec(name) is None]
     if missing:
-        return _cannot(f"needs {' and '.join(missing)}: pip install flexdma[demo]")
-    try:
+        raise RefusedError(f"needs {' and '.join(missing)}: pip install flexdma[demo]")
+    with refusing(TextError):
         text = load_text(options.text, options.context)
-    except TextError as error:
-        return _cannot(str(error))
     problem = device_problem(options.device) or _folder_problem(Path(options.out)) or _compiler_problem(options)
     if problem is not None:
-        return _cannot(problem)
+        raise RefusedError(problem)
 
     # Only now: it imports matplotlib and rich.
     from flexdma.demo.comparison import compare
@@ -58,8 +54,3 @@ def _compiler_problem(options: argparse.Namespace) -> str | None:
     except InvalidCxxCompiler:
         return "needs a C++ compiler for torch.compile (for example: apt-get install g++), or --no-compile"
     return None
-
-
-def _cannot(reason: str) -> int:
-    print(f"python -m flexdma demo: {reason}", file=sys.stderr)
-    return CANNOT

@@ -9,8 +9,9 @@ from typing import Any
 
 from flexdma.diagnosis.call import BACKENDS, doctor
 from flexdma.diagnosis.self_check import self_check
+from flexdma.refusal import refusing
 
-PROBLEMS, CANNOT = 1, 2
+PROBLEMS = 1  # exit code
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -27,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the diagnosis."""
-    try:
+    with refusing(ValueError, TypeError):
         if arguments.entry is None:
             if arguments.calls is not None:
                 raise ValueError("--calls: expected MODULE:FUNCTION to call as well, got none")
@@ -35,9 +36,6 @@ def run(arguments: argparse.Namespace) -> int:
         else:
             fn_or_module, calls = _patient(arguments.entry, arguments.calls)
             report = doctor(fn_or_module, *calls, backend=arguments.backend)
-    except (ValueError, TypeError) as error:
-        print(f"python -m flexdma doctor: {error}", file=sys.stderr)
-        return CANNOT
     print(report.to_json() if arguments.json else report)
     return 0 if report.ok else PROBLEMS
 

@@ -3,7 +3,6 @@
 import argparse
 import json
 import pickle
-import sys
 from pathlib import Path
 
 import torch
@@ -12,8 +11,8 @@ from torch import Tensor
 from flexdma.bench.families import gate_families
 from flexdma.checks import SELECTIONS
 from flexdma.explanation.call import explain
+from flexdma.refusal import refusing
 
-CANNOT = 2
 FAMILIES = [name.replace(" ", "-") for name in gate_families(1)]
 
 
@@ -41,8 +40,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the explanation; 0, or 2 where the request cannot be met."""
-    try:
+    """Print the explanation."""
+    with refusing(ValueError, TypeError, OSError):
         if arguments.fit is not None:
             from flexdma.explanation.calibration import fitted_rates
 
@@ -72,9 +71,6 @@ def run(arguments: argparse.Namespace) -> int:
             block_size=arguments.block_size or None,
             rates=rates,
         )
-    except (ValueError, TypeError, OSError) as error:
-        print(f"python -m flexdma explain: {error}", file=sys.stderr)
-        return CANNOT
     print(report.to_json() if arguments.json else report)
     return 0
 

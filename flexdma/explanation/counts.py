@@ -1,6 +1,7 @@
 """What lifespans amount to: keys seen, steps lived, blocks visited.  Exact counts; nothing is Q x K."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -57,7 +58,7 @@ def block_counts(
     if capacity is None:
         numbers = block_metadata(*lifespans, length, group, rows, columns, False)
     else:
-        sizes = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
+        sizes: dict[str, Any] = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
         _, numbers = schedule(lifespans, **sizes, transposed=False)
     partial, full = (number.sum(-1).double().mean(0) for number in (numbers[0], numbers[2]))
     ideal = (lifespans.death - lifespans.birth).long().sum(-1).double().mean(0) * group / (rows * columns)

@@ -11,6 +11,7 @@ from flexdma.checks import LOWERINGS, SELECTIONS
 from flexdma.inspection.call import FIGURES, inspect_kernels
 from flexdma.inspection.report import KernelReport
 from flexdma.inspection.targets import TARGETS
+from flexdma.refusal import refusing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 # name -> (kind, default, help): every setting is an option, and a key of --diff.
@@ -50,15 +51,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Print the report or the difference; 0, or 2 where the settings are wrong."""
+    """Print the report or the difference."""
     settings = {name: getattr(arguments, name) for name in SETTINGS} | {"kernel_option": arguments.kernel_option}
-    try:
+    with refusing(ValueError, TypeError, ImportError, RuntimeError):
         changed = None if arguments.diff is None else settings | _parsed(arguments.diff)
         report = _report(settings)
         other = None if changed is None else _report(changed)
-    except (ValueError, TypeError, ImportError, RuntimeError) as error:
-        print(f"flexdma inspect: {error}")
-        return 2
     if arguments.save:
         (report if other is None else other).save(arguments.save)
     if other is None:

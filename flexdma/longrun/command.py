@@ -4,7 +4,6 @@ import argparse
 import importlib.util
 import json
 import re
-import sys
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,9 +17,8 @@ from flexdma.gates import RECENCIES
 from flexdma.longrun import report
 from flexdma.longrun.course import Course, Sizes, make_layer
 from flexdma.longrun.course import run as run_course
+from flexdma.refusal import RefusedError
 from flexdma.whole_files import write_whole
-
-CANNOT = 2
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Check, run, print, and write what was asked for."""
     problem = _problem(arguments)
     if problem is not None:
-        print(f"python -m flexdma longrun: {problem}", file=sys.stderr)
-        return CANNOT
+        raise RefusedError(problem)
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
     sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})

@@ -55,7 +55,8 @@ def flex_attend(
     if on_cpu:
         # Constants in the graph: Inductor's C++ kernel mistakes one symbolic size for another (torch 2.11 to 2.13).
         batch, queries, keys = index(batch), index(queries), index(keys)
-    group = query_heads // heads
+    # One compilation for each: sizes of blocks and groups are constants in a kernel, and cannot be symbols.
+    group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
     first_query = keys - queries
 
     packing, metadata = schedule(
@@ -96,7 +97,8 @@ def flex_attend(
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     block_mask = block_mask_from(metadata, (queries * group, order.shape[-1]), block_size, packed_mask_mod)
-    rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
+    if on_cpu:
+        rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
     output = gate_gradient.attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options
     )

@@ -1,7 +1,7 @@
 """The blocks a kernel visits, before and after packing; partial ones need the mask, full ones do not."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from matplotlib.colors import ListedColormap
@@ -30,7 +30,7 @@ def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
     one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
     length = one.birth.shape[-1]
     natural = block_metadata(*one, length, 1, block, block, False)
-    sizes = {"queries": length, "group": 1, "capacity": window_size, "block_size": (block, block)}
+    sizes: dict[str, Any] = {"queries": length, "group": 1, "capacity": window_size, "block_size": (block, block)}
     return TileMaps(_tile_map(natural), _tile_map(schedule(one, **sizes, transposed=False)[1]))
 
 

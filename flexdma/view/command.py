@@ -1,15 +1,14 @@
 """python -m flexdma view: write the page."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from flexdma.demo.checkpoint import CheckpointError, load_checkpoint
+from flexdma.refusal import RefusedError
 from flexdma.view.page import view_page
 from flexdma.view.record import view_record
 from flexdma.whole_files import write_whole
 
-CANNOT = 2  # exit code: the request cannot be met
 LONGEST = 4096  # bytes: one page shows no more, so that a browser follows the mouse and full attention fits in memory
 
 
@@ -35,17 +34,19 @@ def run(arguments: argparse.Namespace) -> int:
     try:
         content = arguments.text.read_bytes()
     except OSError as error:
-        return _cannot(f"--text: expected a file that can be read, got {arguments.text} ({error.strerror})")
+        raise RefusedError(
+            f"--text: expected a file that can be read, got {arguments.text} ({error.strerror})"
+        ) from error
     if not content:
-        return _cannot(f"--text: expected at least one byte, got none in {arguments.text}")
+        raise RefusedError(f"--text: expected at least one byte, got none in {arguments.text}")
     if not 0 <= arguments.start < len(content):
-        return _cannot(f"--start: expected 0 to {len(content) - 1:,}, got {arguments.start:,}")
+        raise RefusedError(f"--start: expected 0 to {len(content) - 1:,}, got {arguments.start:,}")
     if not 1 <= arguments.length <= LONGEST:
-        return _cannot(f"--length: expected 1 to {LONGEST:,}, got {arguments.length:,}")
+        raise RefusedError(f"--length: expected 1 to {LONGEST:,}, got {arguments.length:,}")
     try:
         trained = load_checkpoint(arguments.checkpoint)
     except CheckpointError as error:
-        return _cannot(f"--checkpoint: {error}")
+        raise RefusedError(f"--checkpoint: {error}") from error
 
     record = view_record(arguments.text.name, content, arguments.start, arguments.length, trained.values())
     page = view_page(record)
@@ -53,7 +54,7 @@ def run(arguments: argparse.Namespace) -> int:
         write_whole(arguments.out, lambda part: part.write_text(page, encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: a path without a name
         reason = getattr(error, "strerror", None) or error
-        return _cannot(f"--out: expected a file that can be written, got {arguments.out} ({reason})")
+        raise RefusedError(f"--out: expected a file that can be written, got {arguments.out} ({reason})") from error
     print(f"{arguments.out}: {_what_is_shown(arguments.start, len(record['tokens']), len(content))}")
     return 0
 
@@ -62,8 +63,3 @@ def _what_is_shown(start: int, shown: int, total: int) -> str:
     if shown == total:
         return f"all {total:,} bytes"
     return f"bytes {start:,} to {start + shown - 1:,} of {total:,} (--start and --length choose others)"
-
-
-def _cannot(reason: str) -> int:
-    print(f"python -m flexdma view: {reason}", file=sys.stderr)
-    return CANNOT

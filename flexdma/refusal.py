@@ -1,0 +1,19 @@
+"""A command's request that cannot be met: one line on stderr and exit code 2, without a traceback."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+class RefusedError(Exception):
+    """Says what was expected and what came."""
+
+
+@contextmanager
+def refusing(*kinds: type[Exception]) -> Iterator[None]:
+    """Errors of these kinds are the request's fault; that nobody reads the answer is not."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except kinds as error:
+        raise RefusedError(str(error)) from error
