@@ -104,8 +104,8 @@ def dynamic_mask_attention(
     _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if chosen != "dense" or return_state:
         alive = select(selection, gate, window_size, choice | masks)
-    # No query sees more keys than this.
-    capacity = sinks + recent + (key.shape[2] if window_size is None else widest_window(window_size))
+    # No query sees more keys than this; None: than there are.
+    capacity = None if window_size is None else sinks + recent + widest_window(window_size)
     if chosen == "dense":
         output = dense_dynamic_mask_attention(
             query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,

@@ -168,14 +168,15 @@ def test_a_nan_gate_shows():
     assert not output[0, 0, :3].isnan().any()
 
 
-def test_block_order_of_keys_does_not_matter():
-    """Attention under lifespans is the same in packed order: what the flex lowering relies on."""
+def test_attention_to_pieces_is_attention_to_keys():
+    """At the places of a packing, in several periods: what the flex lowering relies on."""
     tensors = inputs(1, 2, 1, 64, 64, 8)
     query, key, value, gate = tensors
     lifespans = flexdma.causal_top_w(gate, 9)
-    order = flexdma.pack(lifespans, 9)[0, 0]
+    layout = flexdma.packed_layout(64, 64, 9)
+    assert layout.periods > 2
+    order, birth, death = (t[0, 0] for t in flexdma.pack(lifespans, layout, queries=64)[:3])
     i = torch.arange(64)[:, None]
-    birth, death = (t[0, 0, order] for t in lifespans)
     scores = query @ key[:, :, order].mT / 8**0.5 + gate[..., order]
     scores = scores.masked_fill(~((i >= birth) & (i < death)), -torch.inf)
     want = dense_dynamic_mask_attention(*tensors, window_size=9)

@@ -37,7 +37,7 @@ def flex_attend(
     gate: Tensor,
     lifespans: Lifespans,
     *,
-    capacity: int,
+    capacity: int | None,
     scale: float,
     score_mod: ScoreMod | None,
     block_size: tuple[int, int],
@@ -46,7 +46,7 @@ def flex_attend(
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
-    capacity: no query sees more keys.
+    capacity: no query sees more keys; None: than there are.
     Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
     """
     on_cpu = query.device.type == "cpu"
@@ -59,7 +59,7 @@ def flex_attend(
     heads, keys = key.shape[1:3]
     # One compilation for each: groups, blocks and periods are constants in a kernel, and cannot be symbols.
     group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
-    capacity = keys if capacity >= keys else index(capacity)
+    capacity = keys if capacity is None else index(capacity)
     first_query = keys - queries
 
     packing, metadata = schedule(
@@ -78,7 +78,8 @@ def flex_attend(
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
     high, low = packed(high), None if low is None else realize(packed(low))
-    route = gate_gradient.chosen_route(needs_gradient and high.requires_grad, score_mod is not None)
+    sizes = (batch, heads, queries, keys)
+    route = gate_gradient.chosen_route(needs_gradient and high.requires_grad, score_mod is not None, sizes)
     added = realize(high if route == "atomics" else high.detach())
     if score_mod is not None:
         query_position = realize(torch.arange(first_query, keys, device=query.device))
@@ -102,6 +103,9 @@ def flex_attend(
     block_mask = block_mask_from(metadata, (queries * group, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
         rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
+    else:
+        # Fewer than 128 rows would take the kernel for decoding, which spills and, in float32, compiles for minutes.
+        kernel_options = {"FORCE_USE_FLEX_ATTENTION": True} | (kernel_options or {})
     output = gate_gradient.attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options
     )

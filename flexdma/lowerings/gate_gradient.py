@@ -4,7 +4,7 @@
               float32.  The default.
 "transposed"  d gate_j = dV_j . v_j - sum_i P_ij D_i,  D_i = dO_i . o_i, since dS_ij = P_ij (dO_i . v_j - D_i).  The sum is
               one more FlexAttention forward, keys as queries, D as values, on the transposed mask.  Deterministic,
-              and what `torch.use_deterministic_algorithms` takes.
+              and what `torch.use_deterministic_algorithms` and dynamic shapes take.
 "column"      query' = [query, 1], key' = [key, 0]: the logits are the same, and the gradient of the 0 is the gate's.  Widens
               the head, which kernels round up to a power of two.  Deterministic; without a score_mod only.
 
@@ -12,12 +12,13 @@ Figures, and why the default is the default: docs/gate-gradient.md.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from math import gcd
 from typing import Any, cast
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 from torch.nn.functional import pad
 
@@ -51,15 +52,16 @@ def gate_gradient_route(route: str) -> Iterator[None]:
         _route = before
 
 
-def chosen_route(needed: bool, has_score_mod: bool) -> str:
+def chosen_route(needed: bool, has_score_mod: bool, sizes: Sequence[int] = ()) -> str:
     """The route of a call made now; "atomics", which is plain FlexAttention, where the gate needs no gradient.
 
-    A score_mod would scale the gradient of "column", which then is "transposed".
+    A score_mod would scale the gradient of "column", which then is "transposed".  So is "atomics" where one of the
+    call's `sizes` is not known while compiling: Inductor then fails on the gradient of a captured tensor (torch 2.11, 2.13).
     """
     if not needed:
         return "atomics"
-    deterministic = torch.are_deterministic_algorithms_enabled()
-    if (_route == "atomics" and deterministic) or (_route == "column" and has_score_mod):
+    atomics_cannot = torch.are_deterministic_algorithms_enabled() or not all(map(has_static_value, sizes))
+    if (_route == "atomics" and atomics_cannot) or (_route == "column" and has_score_mod):
         return "transposed"
     return _route
 

@@ -38,16 +38,17 @@ def gather_attend(
     gate: Tensor,
     lifespans: Lifespans,
     *,
-    capacity: int,
+    capacity: int | None,
     scale: float,
     score_mod: ScoreMod | None,
     block_size: int | None,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
-    capacity: no position has more living keys than this.
+    capacity: no position has more living keys than this; None: than there are.
     block_size: of queries; None takes the best.
     """
+    capacity = key.shape[2] if capacity is None else min(capacity, key.shape[2])
     if score_mod is None and fused.is_fusible(query, key, value, gate):
         return fused.fused_attend(
             query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size
@@ -57,7 +58,6 @@ def gather_attend(
     heads, keys = key.shape[1:3]
     group = query_heads // heads
     first_query = keys - queries
-    capacity = min(capacity, keys)
     blocks = ceil_div(queries, block_size)
 
     slots, death = living_keys(lifespans.birth, lifespans.death, queries, capacity, block_size)
