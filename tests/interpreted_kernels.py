@@ -42,8 +42,8 @@ CASES = {
         "shape": (1, 4, 2, 201, 201, 32), "dtype": "bfloat16", "window_size": 180, "selection": "global",
         "gates": ("random",),
     },
-    "causal, batch, fewer queries than keys, the gate's gradient by transposed attention, bfloat16": {
-        "shape": (2, 2, 2, 131, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
+    "causal, batch, few queries, the gate's gradient by transposed attention, bfloat16": {
+        "shape": (2, 2, 2, 31, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
         "route": "transposed",
     },
     "causal, small blocks, many periods, float32": {

@@ -5,6 +5,7 @@ import torch
 
 import flexdma
 from flexdma.lowerings.gate_gradient import ROUTES, gate_gradient_route
+from flexdma.packing import packed_layout
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
@@ -55,6 +56,18 @@ def test_dtypes_and_sizes(dtype, size):
     compare(inputs(1, 8, 2, 1025, 1025, size, dtype=dtype), window_size=128)
 
 
+def test_several_periods_and_documents():
+    """Keys live on from one period to the next, and end with their document inside one."""
+    document_ids = (torch.arange(4097)[None] >= torch.tensor([700, 3001]).view(2, 1)).sum(0, keepdim=True)
+    assert packed_layout(4097, 4097, 256, block_size=(128, 128), group=2).periods > 1
+    compare(inputs(1, 4, 2, 4097, 4097, 64, dtype=torch.float32), window_size=256, document_ids=document_ids)
+
+
+@pytest.mark.parametrize("queries", [1, 9, 33])
+def test_few_queries(queries):
+    compare(inputs(1, 4, 2, queries, 300, 64, dtype=torch.float32), window_size=40)
+
+
 def test_float64_gates_and_a_score_mod_with_fewer_queries():
     tensors = inputs(1, 4, 2, 77, 300, 64, dtype=torch.float32)
     tensors[3] = tensors[3].double() + 1e6
@@ -77,13 +90,20 @@ def test_nothing_waits_for_the_device():
 
 
 def test_new_gates_and_lengths_do_not_recompile_forever():
+    """The first length, other lengths, those whose last period is whole, and those that Inductor sorts another way."""
     torch._dynamo.utils.counters.clear()
-    for length in (512, 512, 640, 768, 896):
+    for length in (512, 512, 640, 768, 896, 2000, 3000, 4000, 5000):
         tensors = [t.cuda() for t in inputs(1, 4, 2, length, length, 64, dtype=torch.float32, seed=length)]
         got = flexdma.dynamic_mask_attention(*tensors, window_size=64)
         want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=64)
         assert (got - want).abs().max() < 1e-4
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 4
+
+
+def test_other_lengths_heads_and_windows_in_training():
+    """From the second length on compiled with dynamic shapes, where the gate's gradient takes another route."""
+    for length, heads, window in ((512, 2, 64), (640, 2, 64), (700, 4, 64), (701, 4, 100), (300, 4, 100)):
+        compare(inputs(1, 4, heads, length, length, 64, dtype=torch.float32), window_size=window)
 
 
 @pytest.mark.parametrize("route", ROUTES)

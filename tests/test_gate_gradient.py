@@ -92,6 +92,18 @@ def test_deterministic_algorithms_take_no_atomics(deterministic):
     )
 
 
+def test_sizes_that_are_not_known_take_no_atomics():
+    """Inductor cannot compile the gradient of a captured tensor of symbolic size."""
+
+    def number(x):
+        return x.new_full((), ROUTES.index(chosen_route(True, False, x.shape)))
+
+    for dynamic, route in ((False, "atomics"), (True, "transposed")):
+        torch._dynamo.reset()
+        compiled = torch.compile(number, fullgraph=True, backend="eager", dynamic=dynamic)
+        assert ROUTES[int(compiled(torch.ones(3, 7)))] == route
+
+
 def test_an_unknown_route_is_named():
     with pytest.raises(ValueError, match="route: expected one of 'atomics', 'transposed', 'column', got 'fast'"):
         gate_gradient_route("fast").__enter__()

@@ -41,8 +41,8 @@ EPYC = "AMD EPYC, 2 threads, torch 2.13.0+cpu, float32, D=64"
 # They are the geometric means over the two shapes of each phase.
 # CUDA has not been measured: explanation/calibration.py does it where there is a GPU.
 RATES = {
-    ("cpu", "inference"): Rates(EPYC, causal=1.68, gather=2.41, gather_selection=23.3, flex=3.59, flex_selection=34.9),
-    ("cpu", "training"): Rates(EPYC, causal=6.46, gather=8.55, gather_selection=23.3, flex=None, flex_selection=34.9),
+    ("cpu", "inference"): Rates(EPYC, causal=1.88, gather=2.44, gather_selection=24.8, flex=4.33, flex_selection=28.2),
+    ("cpu", "training"): Rates(EPYC, causal=7.49, gather=12.5, gather_selection=24.8, flex=None, flex_selection=28.2),
 }
 
 
