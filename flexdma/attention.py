@@ -60,7 +60,7 @@ def dynamic_mask_attention(
         last document.  One token at a time costs O(w), if lowering, block_size and kernel_options are left alone.
     return_state: return (output, the state after these tokens), to go on from.  Not with selection="global", whose choice
         looks ahead, nor with window_size=None, which bounds nothing.
-    lowering: "flex", "gather", "dense", or None: `choose_lowering` says which.  All compute the same.
+    lowering: "flex", "gather", "dense", or None for that of `choose_lowering`.  All compute the same.
     block_size: of the mask, one int or (rows, keys); None takes the lowering's own.  "gather" has query blocks only.
     kernel_options: FlexAttention's, for lowering="flex".
 
@@ -100,7 +100,7 @@ def dynamic_mask_attention(
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
     # What a score_mod captures may need gradients too, and cannot be asked while tracing.
     may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
-    chosen = lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=may_need_gradient)
+    chosen = lowering or choose_lowering(query.device.type, query.dtype)
     _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if chosen != "dense" or return_state:
         alive = select(selection, gate, window_size, choice | masks)
@@ -118,7 +118,7 @@ def dynamic_mask_attention(
         )
     else:
         if query.device.type == "cpu":
-            if needs_gradient:
+            if needs_gradient or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
                 raise ValueError(
                     "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
                 )
@@ -176,6 +176,14 @@ def _check_scores(scale: float | None, score_mod: ScoreMod | None) -> None:
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if score_mod is not None and not callable(score_mod):
         raise TypeError(f"score_mod: expected a function, got {type(score_mod).__name__}")
+
+
+def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
+    """Whether a tensor that score_mod captures requires a gradient: then so does a score that it makes."""
+    if score_mod is None:
+        return False
+    first = torch.zeros((), dtype=torch.int32)
+    return score_mod(torch.zeros(()), first, first, first, first).requires_grad
 
 
 def _check_lowering_options(

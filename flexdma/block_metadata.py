@@ -20,12 +20,8 @@ from torch.nn.functional import pad
 
 from flexdma.opaque import opaque_on_cpu
 from flexdma.order_statistics import scattered
+from flexdma.rounding import ceil_div
 from flexdma.signatures import MaskMod
-
-
-def ceil_div(numerator: int, denominator: int) -> int:
-    """The smallest integer not below the quotient."""
-    return -(-numerator // denominator)
 
 
 def _empty_metadata(
@@ -86,7 +82,7 @@ def block_metadata(
     first = (birth.clamp(0, queries - 1) * group // rows - before).clamp(0, rows_each)
     last = ((death.clamp(1, queries) * group - 1) // rows - before).clamp(0, rows_each - 1)
     steps = torch.zeros(*birth.shape[:-1], rows_each + 1, dtype=torch.int32, device=birth.device)
-    steps.scatter_add_(-1, first, seen.int()).scatter_add_(-1, last + 1, -seen.int())
+    steps = steps.scatter_add(-1, first, seen.int()).scatter_add(-1, last + 1, -seen.int())
     visited = steps.cumsum(-1, dtype=torch.int32)[..., :rows_each] > 0  # [B, H, periods, C, rows_each]
 
     row = before.view(-1, 1, 1) + torch.arange(rows_each, device=birth.device)

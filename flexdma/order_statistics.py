@@ -99,9 +99,10 @@ def scattered(values: Tensor, place: Tensor) -> Tensor:
     """[..., N] int32 -> the same with values[..., n] at place[..., n]; `place` is a permutation of each row."""
     # int32: Inductor writes no int64 scatter of its own, and would call ATen's.
     if values.device.type == "cpu":
+        # In place, as it runs inside opaque operators, whose temporaries no autograd and no checkpoint policy sees.
         return torch.empty_like(values).scatter_(-1, place, values)
-    # Inductor fills what it scatters into, at a launch of its own; index_put_ into an empty tensor it leaves alone.
+    # Inductor fills what it scatters into, at a launch of its own; index_put into an empty tensor it leaves alone.
     length = values.shape[-1]
     row = torch.arange(values.numel() // length, device=values.device).view(*values.shape[:-1], 1)
     empty = torch.empty(values.numel(), dtype=values.dtype, device=values.device)
-    return empty.index_put_(((place + row * length).flatten(),), values.flatten()).view(values.shape)
+    return empty.index_put(((place + row * length).flatten(),), values.flatten()).view(values.shape)

@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.order_statistics import scattered
+from flexdma.rounding import ceil_div, round_up
 
 # Positions of a period: in units of w, measured best of 2, 3, 4 and 8 over seven gate families; and in key blocks, so that
 # rounding its places up to whole ones costs little.
@@ -62,11 +63,11 @@ def packed_layout(
     """
     rows, columns = block_size
     step = rows // gcd(rows, group)
-    period = _up_to_a_multiple(max(PERIOD * capacity, PERIOD_BLOCKS * columns), step)
+    period = round_up(max(PERIOD * capacity, PERIOD_BLOCKS * columns), step)
     if queries <= period or keys <= capacity + period:
         places = min(keys, capacity + queries)
-        return Layout(_up_to_a_multiple(queries, step), 1, _up_to_a_multiple(places, columns))
-    return Layout(period, -(-queries // period), _up_to_a_multiple(capacity + period, columns))
+        return Layout(round_up(queries, step), 1, round_up(places, columns))
+    return Layout(period, ceil_div(queries, period), round_up(capacity + period, columns))
 
 
 def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
@@ -119,7 +120,3 @@ def along_keys(tensor: Tensor, order: Tensor) -> Tensor:
     """Keys [B, H, K, ...] at the places of order [B, H, n] int64: [B, H, n, ...]."""
     trailing = tensor.shape[3:]
     return tensor.gather(2, order.view(*order.shape, *[1] * len(trailing)).expand(*order.shape, *trailing))
-
-
-def _up_to_a_multiple(number: int, unit: int) -> int:
-    return -(-number // unit) * unit

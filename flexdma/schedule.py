@@ -4,10 +4,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexdma.block_metadata import block_metadata, ceil_div
+from flexdma.block_metadata import block_metadata
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import opaque_on_cpu
 from flexdma.packing import Layout, Packing, pack, packed_layout
+from flexdma.rounding import ceil_div
 
 
 def schedule(

@@ -126,18 +126,10 @@ def test_a_compiled_layer_is_one_graph_and_does_not_recompile_for_new_batches():
 
 
 def test_the_choice_of_lowering_is_visible():
-    assert choose_lowering("cuda", torch.bfloat16, needs_gradient=True) == "flex"
-    assert choose_lowering("cuda", torch.float64, needs_gradient=False) == "gather"
-    assert choose_lowering("cpu", torch.float32, needs_gradient=False) == "gather"
-    assert choose_lowering("mps", torch.float32, needs_gradient=False) == "gather"
-    chosen = []
-
-    def inside(x):
-        chosen.append(choose_lowering("cpu", x.dtype, needs_gradient=False))
-        return x + 1
-
-    torch.compile(inside, backend="eager")(torch.ones(2))
-    assert chosen == ["flex"]
+    assert choose_lowering("cuda", torch.bfloat16) == "flex"
+    assert choose_lowering("cuda", torch.float64) == "gather"
+    assert choose_lowering("cpu", torch.float32) == "gather"
+    assert choose_lowering("mps", torch.float32) == "gather"
 
 
 def test_wrong_arguments_are_named():

@@ -20,12 +20,13 @@ from flexdma.bench.peers import peers
 from flexdma.bench.shapes import Shape
 from flexdma.bench.timing import backward_of
 from flexdma.block_masks import dynamic_block_mask
-from flexdma.block_metadata import block_mask_from, block_metadata, ceil_div
+from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.flex import default_block_size
 from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
+from flexdma.rounding import ceil_div
 from flexdma.schedule import schedule
 from flexdma.score_mods import gate_score_mod
 

@@ -62,9 +62,8 @@ class WindowAttention(FullAttention):
         window = self.options["window_size"]
         lifespans = sliding_window(gate, window)
         scale = query.shape[-1] ** -0.5
-        needs_gradient = torch.is_grad_enabled()
         device = query.device.type
-        if choose_lowering(device, query.dtype, needs_gradient=needs_gradient) == "gather":
+        if choose_lowering(device, query.dtype) == "gather":
             return gather_attend(
                 query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None,
                 block_size=GATHER_BLOCK_SIZE,
@@ -72,7 +71,7 @@ class WindowAttention(FullAttention):
         attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
         return attend(
             query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None, kernel_options=None,
-            needs_gradient=needs_gradient,
+            needs_gradient=torch.is_grad_enabled(),
             block_size=default_block_size(device),
         )  # fmt: skip
 

@@ -7,8 +7,6 @@ from dataclasses import dataclass
 import torch
 from torch.torch_version import TorchVersion
 
-from flexdma.lowerings.choice import CPU_HAS_FLEX
-
 OLDEST, FIRST_UNTESTED = "2.11", "2.14"
 
 
@@ -40,7 +38,7 @@ def this_environment() -> Environment:
         python=platform.python_version(),
         cuda=torch.version.cuda,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        avx2=CPU_HAS_FLEX,
+        avx2=torch.cpu._is_avx2_supported(),
         cpp_compiler=_cpp_compiler(),
     )
 
@@ -70,7 +68,7 @@ def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
     if not here.avx2 and not here.gpu:
         found.append((
             False, "the CPU has no AVX2, which Inductor's C++ FlexAttention is written for",
-            "nothing: lowering=None takes gather here",
+            "nothing: lowering=None never takes it on a CPU",
         ))  # fmt: skip
     return found
 

@@ -6,8 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma.block_metadata import block_metadata, ceil_div
+from flexdma.block_metadata import block_metadata
 from flexdma.lifespans import Lifespans
+from flexdma.rounding import ceil_div
 from flexdma.schedule import schedule
 
 

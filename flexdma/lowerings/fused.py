@@ -16,10 +16,10 @@ from torch import Tensor
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.nn.utils.rnn import pad_sequence
 
-from flexdma.block_metadata import ceil_div
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.offsets import reference_gate
+from flexdma.rounding import ceil_div
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
 BLOCK_SIZE, LARGE_BLOCK = 256, 1024
@@ -30,10 +30,9 @@ SCORES_PER_THREAD = 2**20
 
 
 def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
-    """Whether `fused_attend` can serve this call: eager, on a CPU, without gradients, with the kernel's equal head sizes."""
+    """Whether `fused_attend` can serve this call: on a CPU, without gradients, with the kernel's equal head sizes."""
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
-    eager = query.device.type == "cpu" and not torch.compiler.is_compiling()
-    return eager and not needs_gradient and query.shape[-1] == value.shape[-1]
+    return query.device.type == "cpu" and not needs_gradient and query.shape[-1] == value.shape[-1]
 
 
 def block_size_for(lifespans: Lifespans, queries: int, capacity: int) -> int:
@@ -55,7 +54,26 @@ def fused_attend(
     scale: float,
     block_size: int | None,
 ) -> Tensor:
-    """`gather_attend` without a score_mod, where `is_fusible`."""
+    """`gather_attend` without a score_mod, where `is_fusible`.  Inside torch.compile it is one opaque operator.
+
+    Its lists are ragged, so that nothing of it could be traced; nor is anything left to fuse.
+    """
+    attend = _operator if torch.compiler.is_compiling() else _fused_attend
+    return attend(query, key, value, gate, lifespans.birth, lifespans.death, capacity, scale, block_size)
+
+
+def _fused_attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    birth: Tensor,
+    death: Tensor,
+    capacity: int,
+    scale: float,
+    block_size: int | None,
+) -> Tensor:
+    lifespans = Lifespans(birth, death)
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     group, block = query_heads // heads, min(block_size or block_size_for(lifespans, queries, capacity), queries)
@@ -99,6 +117,10 @@ def fused_attend(
             )
             output.transpose(1, 2)[some] = attended.view_as(some_rows)
     return output.view(batch, query_heads, -1, size)[:, :, :queries].contiguous()
+
+
+_operator = torch.library.custom_op("flexdma::attend_living_keys", _fused_attend, mutates_args=())
+_operator.register_fake(lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format))
 
 
 class _Keys(NamedTuple):

@@ -14,11 +14,11 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
-from flexdma.block_metadata import ceil_div
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import fused
 from flexdma.lowerings.living_keys import living_keys
 from flexdma.offsets import reference_gate
+from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
@@ -81,8 +81,8 @@ def gather_attend(
         output = _attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
     else:
         output = torch.cat(_in_chunks(key, value, inputs, elements, scale, score_mod), 2)
-    output = output.transpose(2, 3).flatten(3, 4)[:, :, :, :queries]  # [B, Hkv, G, Q, Dv]
-    return output.flatten(1, 2)
+    # Heads are joined before the rows beyond the last query go: their order costs no guard on symbolic lengths.
+    return output.transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries]
 
 
 def _in_chunks(
@@ -126,9 +126,11 @@ def _attend(
     """Plain attention of every query block to its own keys -> [B, Hkv, R, G, M, Dv].  A row that sees nothing gives 0."""
     group, block = rows.shape[3:5]
     computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    visible = positions[..., None] < death.unsqueeze(-2)  # [B, Hkv, R, M, C]
     # All but the block's own keys are born before the block.
-    visible[..., -block:].logical_and_(torch.ones(block, block, dtype=torch.bool, device=rows.device).tril())
+    born = pad(
+        torch.ones(block, block, dtype=torch.bool, device=rows.device).tril(), (death.shape[-1] - block, 0), value=True
+    )
+    visible = (positions[..., None] < death.unsqueeze(-2)) & born  # [B, Hkv, R, M, C]
     # Whether row i sees anything, without a pass over the rows: the latest death among the keys born by i.
     latest = torch.maximum(death[..., :-block].amax(-1, keepdim=True), death[..., -block:].cummax(-1).values)
     nothing = (latest <= positions)[:, :, :, None, :, None]
@@ -139,7 +141,7 @@ def _attend(
         flat = rows.flatten(3, 4).to(computed) * scale
         scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
         if score_mod is None:
-            scores = scores.add_(bias)
+            scores = scores + bias
         else:
             scores = _modified(scores, positions, slots, score_mod).expand_as(scores) + bias
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)

@@ -9,9 +9,10 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from flexdma.block_metadata import ceil_div
 from flexdma.opaque import opaque_on_cpu
+from flexdma.rounding import ceil_div
 
 # Blocks, times heads, that `living_lists` lists at once: few enough for its integers to stay in cache.
 BLOCKS_AT_ONCE = 32
@@ -99,7 +100,7 @@ def _entered(slot: Tensor, capacity: int, position: int) -> Tensor:
     """The last key to have entered each slot before `position`, -1 for none: [B, H, capacity] int32."""
     last = torch.full((*slot.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=slot.device)
     keys = torch.arange(position, dtype=torch.int32, device=slot.device).expand(*slot.shape[:-1], -1)
-    return last.scatter_reduce_(-1, slot[..., :position], keys, "amax")[..., :capacity]
+    return last.scatter_reduce(-1, slot[..., :position], keys, "amax")[..., :capacity]
 
 
 def _by_block(slot: Tensor, before: Tensor, start: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
@@ -114,9 +115,7 @@ def _by_block(slot: Tensor, before: Tensor, start: int, blocks: int, block: int)
     # Row r is what entered during block r - 1; one cell more for the keys that never live.
     row = (born - start).div(block, rounding_mode="floor").long() + 1
     cell = torch.where(slot < capacity, row * capacity + slot, (blocks + 1) * capacity)
-    last = torch.full((*slot.shape[:-1], (blocks + 1) * capacity + 1), -1, dtype=torch.int32, device=slot.device)
-    last[..., :capacity] = before
-    last.scatter_reduce_(-1, cell, born, "amax")
+    last = pad(before, (0, blocks * capacity + 1), value=-1).scatter_reduce(-1, cell, born, "amax")
     last = last[..., :-1].unflatten(-1, (blocks + 1, capacity)).cummax(-2).values
     own = torch.where(own < length, own, -1).view(blocks, block).expand(*slot.shape[:-1], -1, -1)
     return torch.cat([last[..., :-1, :], own], -1), last[..., -1, :]

@@ -5,6 +5,7 @@ from torch import Tensor
 from torch.nn.functional import embedding_bag
 
 from flexdma.packing import Packing, along_keys
+from flexdma.rounding import ceil_div
 
 # Places without a key that one thread of a sum passes over.
 TAIL = 64
@@ -42,7 +43,7 @@ def sum_of_pieces(tensor: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
     batch, heads, places = tensor.shape[:3]
     keys = starts.shape[-1] - 1
     # The places that no key has are bags, too: of a few each, so that none is a long loop.
-    tail = torch.arange(1, -(-places // TAIL), dtype=starts.dtype, device=starts.device) * TAIL
+    tail = torch.arange(1, ceil_div(places, TAIL), dtype=starts.dtype, device=starts.device) * TAIL
     bags = torch.cat([starts, (starts[..., -1:] + tail).clamp(max=places)], -1)
     before = places * torch.arange(batch * heads, device=starts.device).view(batch, heads, 1)
     summed = embedding_bag(

@@ -9,10 +9,10 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from flexdma import Lifespans
-from flexdma.block_metadata import ceil_div
 from flexdma.plots.arguments import one_head, one_row
 from flexdma.plots.colours import EVICTED, KEPT, NEVER, QUERY
 from flexdma.plots.tokens import drawable
+from flexdma.rounding import ceil_div
 
 
 def gate_figure(

@@ -65,8 +65,7 @@ def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> N
     """
     if not torch.compiler.is_compiling() or not isinstance(cache, DynamicCache):
         return
-    gradient = torch.is_grad_enabled() and query.requires_grad
-    if (lowering or choose_lowering(query.device.type, query.dtype, needs_gradient=gradient)) == "flex":
+    if (lowering or choose_lowering(query.device.type, query.dtype)) == "flex":
         raise ValueError(
             "use_cache: expected False, or past_key_values=DynamicMaskCache(), in a compiled forward pass; got a DynamicCache"
         )

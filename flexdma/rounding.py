@@ -1,0 +1,14 @@
+"""Quotients rounded up, of ints >= 0 or symbolic ones.
+
+Not -(-n // d): Inductor finds no bounds for it where n is a symbolic size, and fails (torch 2.13).
+"""
+
+
+def ceil_div(numerator: int, denominator: int) -> int:
+    """The smallest integer not below the quotient."""
+    return (numerator + denominator - 1) // denominator
+
+
+def round_up(number: int, unit: int) -> int:
+    """The smallest multiple of `unit` not below the number."""
+    return ceil_div(number, unit) * unit
