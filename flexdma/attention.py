@@ -16,6 +16,7 @@ from flexdma.decoding import decode
 from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
 from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
 from flexdma.lowerings.gather import gather_attend
+from flexdma.mixed_precision import autocast
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
 from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign, widest_window
@@ -66,8 +67,10 @@ def dynamic_mask_attention(
 
     Returns [B, Hq, Q, Dv], in query's dtype, or (that, DynamicMaskState).  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, gate, and what score_mod captures.
+    Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
     Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; memory is given in docs/design.md.
     """
+    query, key, value = autocast(query, key, value)
     checks.attention_arguments(query, key, value, gate)
     checks.one_of("selection", selection, checks.SELECTIONS)
     if lowering is not None:

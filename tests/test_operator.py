@@ -255,15 +255,6 @@ def test_keys_that_are_not_seen_may_hold_anything():
     assert torch.equal(gather(*tensors, window_size=6, key_padding_mask=mask), want)
 
 
-@pytest.mark.usefixtures("path")
-def test_autocast_leaves_the_logits_in_float32():
-    query, key, value, gate = inputs(1, 2, 1, 256, 256, 16, dtype=torch.float32)
-    gate = gate.double() + 2.0 * torch.arange(256)
-    want = gather(query, key, value, gate, window_size=64)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(gather(query, key, value, gate, window_size=64), want)
-
-
 def test_blocks_are_large_where_few_keys_are_born():
     gate = torch.randn(1, 1, 65536)
     assert fused.block_size_for(flexdma.causal_top_w(gate, 1024), 65536, 1024) == fused.LARGE_BLOCK

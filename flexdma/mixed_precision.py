@@ -1,0 +1,20 @@
+"""Mixed precision: `torch.autocast` applies to attention as it does to `scaled_dot_product_attention`."""
+
+import torch
+from torch import Tensor
+
+
+def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Query, key and value in autocast's dtype; as they are outside of autocast, or where one of them is float64.
+
+    So a query that a rotary embedding or a norm left in float32 meets a value in bfloat16 without an error, and keys that
+    are kept for later calls have the dtype of attention.  Gates are not cast: they are ranked in float32 or float64.
+    """
+    if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
+        return tensors  # refused by name later
+    kind = tensors[0].device.type
+    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+        return tensors
+    if any(tensor.dtype == torch.float64 for tensor in tensors):
+        return tensors
+    return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
