@@ -90,14 +90,19 @@ def selection_arguments(
     positive_int("sinks", sinks, 0)
     positive_int("recent", recent, 0)
     if key_padding_mask is not None:
-        tensor("key_padding_mask", key_padding_mask, (batch, length), gate)
-        if key_padding_mask.dtype != torch.bool:
-            raise TypeError(f"key_padding_mask: expected torch.bool (True = real), got {key_padding_mask.dtype}")
+        padding_mask(key_padding_mask, batch, length, gate)
     if document_ids is not None:
         tensor("document_ids", document_ids, (batch, length), gate)
         if document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool:
             raise TypeError(f"document_ids: expected an integer dtype, got {document_ids.dtype}")
     return sizes
+
+
+def padding_mask(mask: Tensor, batch: int, length: int, like: Tensor) -> None:
+    """Raise unless it is [B, K] bool on the device of `like`."""
+    tensor("key_padding_mask", mask, (batch, length), like)
+    if mask.dtype != torch.bool:
+        raise TypeError(f"key_padding_mask: expected torch.bool (True = real), got {mask.dtype}")
 
 
 def windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -> list[int]:

@@ -62,8 +62,10 @@ def inserted(
     """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time."""
     now = state.length[:, None, None]  # [B, 1, 1]: position of the new token
     real = gate != float("-inf")  # [B, Hkv, 1]
+    seen = torch.ones_like(state.length)
     if key_padding_mask is not None:
         real = real & key_padding_mask[:, None]
+        seen = key_padding_mask[:, 0].long()
     # A NaN in a key that nobody may see would reach the output by being multiplied with 0.
     key, value = key.masked_fill(~real[..., None], 0.0), value.masked_fill(~real[..., None], 0.0)
     gate = gate.masked_fill(~real, float("-inf"))
@@ -111,6 +113,8 @@ def inserted(
         gate=written(state.gate, arriving[2]),
         position=written(state.position, arriving[3]),
         length=state.length + 1,
+        real_length=state.real_length + seen,
+        last_padding=torch.where(seen > 0, state.last_padding, state.length),
         last_sink=last_sink.squeeze(-1),
         last_loss=torch.where(lost.squeeze(-1), state.length[:, None], state.last_loss),
     )

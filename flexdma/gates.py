@@ -13,10 +13,11 @@ depends on the query alone cancels in the softmax, hence at no cost
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, logsigmoid, softplus
+from torch.nn.functional import logsigmoid, softplus
 
 from flexdma import checks
 
@@ -36,7 +37,8 @@ class ValueGate(nn.Module):
 
     Parameters as in Doge checkpoints: A [Hkv], starting at 0 (so DMA starts as a sliding window), and dt_proj, from all
     Hkv * Dv values of a position to Hkv numbers; then `slope` [Hkv], or `forget_proj` like dt_proj.
-    Computed in float32 whatever the dtype of values and parameters.
+    The projections run in the dtype of A, autocast or not, and everything after them in float32.  In bfloat16 they round many
+    gates to the same number; keep the gate in float32 (`layer.gate.float()`) in a model of lower precision.
     """
 
     def __init__(
@@ -59,13 +61,25 @@ class ValueGate(nn.Module):
         if slopes is not None and len(slopes) != num_kv_heads:
             raise ValueError(f"slopes: expected {num_kv_heads} numbers, one per KV head, got {len(slopes)}")
         self.num_kv_heads, self.head_dim, self.form, self.recency = num_kv_heads, head_dim, form, recency
-        self.A = nn.Parameter(torch.zeros(num_kv_heads))
+        self.A = nn.Parameter(torch.empty(num_kv_heads))
         self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)
         if recency == "slope":
-            default = [2.0 ** (-8 * (h + 1) / num_kv_heads) for h in range(num_kv_heads)]
-            self.slope = nn.Parameter(torch.tensor(default if slopes is None else list(slopes)))
+            self.initial_slopes = [2.0 ** (-8 * (h + 1) / num_kv_heads) for h in range(num_kv_heads)]
+            self.initial_slopes = self.initial_slopes if slopes is None else list(slopes)
+            self.slope = nn.Parameter(torch.empty(num_kv_heads))
         elif recency == "forget":
             self.forget_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=True)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """The initial parameters, for a gate that was made on the meta device and given memory by `to_empty`."""
+        nn.init.zeros_(self.A)
+        self.dt_proj.reset_parameters()
+        if self.recency == "slope":
+            with torch.no_grad():
+                self.slope.copy_(torch.tensor(self.initial_slopes))
+        elif self.recency == "forget":
+            self.forget_proj.reset_parameters()
             nn.init.constant_(self.forget_proj.bias, FORGET_BIAS)
 
     def extra_repr(self) -> str:
@@ -73,39 +87,58 @@ class ValueGate(nn.Module):
             f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, form={self.form!r}, recency={self.recency!r}"
         )
 
-    def forward(self, value: Tensor, *, first_position: int | Tensor = 0, forgotten: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        value: Tensor,
+        *,
+        key_padding_mask: Tensor | None = None,
+        first_position: int | Tensor = 0,
+        forgotten: Tensor | None = None,
+        return_forgotten: bool = False,
+    ) -> Any:
         """The gates of these values.
 
-        first_position: the position of the first value, one int or [B] integers, where this is not the beginning
-            (recency="slope").
+        key_padding_mask: [B, K] bool, True = real token.  A masked token adds no distance to a slope and nothing to the sum
+            of forget gates, as position_ids skip it; its own gate is that of a value of zeros.
+        first_position: how many real tokens came before the first value, one int or [B] int64 (recency="slope").
         forgotten: [B, Hkv] float64, the sum of -logsigmoid over all earlier positions (recency="forget").
+        return_forgotten: return (gates, `forgotten` for the values that follow these); with recency="forget" only.
         """
-        batch = checks.tensor("value", value, ("B", self.num_kv_heads, "K", self.head_dim)).shape[0]
+        if return_forgotten and self.recency != "forget":
+            raise ValueError(f"return_forgotten: expected False unless recency='forget', got recency={self.recency!r}")
+        value = self._unmasked(value, key_padding_mask)
         if isinstance(first_position, Tensor):
-            checks.tensor("first_position", first_position, (batch,), value)
+            checks.tensor("first_position", first_position, (value.shape[0],), value)
             if first_position.dtype != torch.int64:
                 raise TypeError(f"first_position: expected an int or torch.int64 numbers, got {first_position.dtype}")
-            first_position = first_position[:, None, None]
+            first_position = first_position[:, None]
         else:
             checks.positive_int("first_position", first_position, 0)
         with torch.autocast(value.device.type, enabled=False):
-            gate = self.A.float()[:, None] * softplus(_project(self.dt_proj, value))
+            gate = self.A.float()[:, None] * softplus(self._project(self.dt_proj, value))
             if self.form == "exp":
                 gate = gate.exp()
             if self.recency == "slope":
-                position = first_position + torch.arange(value.shape[2], device=value.device)
-                gate = gate.double() + self.slope.double()[:, None] * position
+                position = first_position + _real_tokens_before(value, key_padding_mask)
+                gate = gate.double() + self.slope.double()[:, None] * position[:, None]
             elif self.recency == "forget":
-                gate = gate.double() + self._forgotten(value, forgotten)
-        return gate
+                total = self._forgotten(value, key_padding_mask, forgotten)
+                gate = gate.double() + total
+        return (gate, total[..., -1]) if return_forgotten else gate
 
-    def forgotten_after(self, value: Tensor, forgotten: Tensor | None = None) -> Tensor:
-        """[B, Hkv] float64: `forgotten` for the values that follow these, given that for these (recency="forget")."""
-        with torch.autocast(value.device.type, enabled=False):
-            return self._forgotten(value, forgotten)[..., -1]
+    def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
+        """The values with zeros for masked tokens, so that whatever those hold reaches neither gates nor gradients."""
+        batch, _, keys, _ = checks.tensor("value", value, ("B", self.num_kv_heads, "K", self.head_dim)).shape
+        if mask is None:
+            return value
+        checks.padding_mask(mask, batch, keys, value)
+        return value.masked_fill(~mask[:, None, :, None], 0.0)
 
-    def _forgotten(self, value: Tensor, before: Tensor | None) -> Tensor:
-        decay = -logsigmoid(_project(self.forget_proj, value)).double().cumsum(-1)
+    def _forgotten(self, value: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
+        decay = -logsigmoid(self._project(self.forget_proj, value)).double()
+        if mask is not None:
+            decay = decay.masked_fill(~mask[:, None], 0.0)
+        decay = decay.cumsum(-1)
         if before is None:
             return decay
         checks.tensor("forgotten", before, (value.shape[0], self.num_kv_heads), value)
@@ -113,11 +146,18 @@ class ValueGate(nn.Module):
             raise TypeError(f"forgotten: expected torch.float64, got {before.dtype}")
         return decay + before[..., None]
 
+    def _project(self, projection: nn.Module, value: Tensor) -> Tensor:
+        """[B, Hkv, K, Dv] -> [B, Hkv, K] float32, from all heads of a position.
 
-def _project(projection: nn.Module, value: Tensor) -> Tensor:
-    """[B, Hkv, K, Dv] -> [B, Hkv, K], from all heads of a position, in float32."""
-    joined = value.transpose(1, 2).flatten(2).float()
-    if isinstance(projection, nn.Linear):
-        bias = None if projection.bias is None else projection.bias.float()
-        return linear(joined, projection.weight.float(), bias).mT
-    return projection(joined).float().mT  # an adapter around it, whose weight alone is not what it computes
+        Calls the module, never its weight: hooks, adapters, sharded, offloaded and quantised weights all act in the call.
+        """
+        projected = projection(value.transpose(1, 2).flatten(2).to(self.A.dtype))
+        # Contiguous: on a view aten::softplus_backward has other strides than torch.compile expects (torch 2.13).
+        return projected.float().mT.contiguous()
+
+
+def _real_tokens_before(value: Tensor, mask: Tensor | None) -> Tensor:
+    """[1 or B, K] int64: how many real tokens come before each."""
+    if mask is None:
+        return torch.arange(value.shape[2], device=value.device)[None]
+    return mask.cumsum(-1) - mask.long()

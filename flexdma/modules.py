@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from flexdma import checks
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
+from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod
 from flexdma.state import DynamicMaskState, as_window, refuse_foreign
 
@@ -56,6 +57,7 @@ class DynamicMaskAttention(nn.Module):
         checks.one_of("selection", selection, checks.SELECTIONS)
         checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
         checks.windows(window_size, num_kv_heads, needed=selection != "threshold")
+        self.hidden_size = hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
         self.options: dict[str, Any] = {
             "window_size": window_size, "selection": selection, "sinks": sinks, "recent": recent, "lowering": lowering,
@@ -90,29 +92,44 @@ class DynamicMaskAttention(nn.Module):
         key_padding_mask, document_ids [B, N], score_mod: as in `dynamic_mask_attention`.
         state, return_state: as there; `empty_state` makes the first.  With return_state the result is (that, state).
         """
-        query, key, value = self.project(hidden_states, position_embeddings)
+        query, key, value = autocast(*self.project(hidden_states, position_embeddings))
         before: dict[str, Any] = {}
         if state is not None:
             refuse_foreign(state, key, value, self._gate_dtype, **self._state_options())
-            before = {"first_position": state.length, "forgotten": state.forgotten}
-        gate = self.gate(value, **before)
+            before = {"first_position": state.real_length, "forgotten": state.forgotten}
+        carries_on = return_state and self.gate.recency == "forget"
+        gate = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=carries_on, **before)
+        if carries_on:
+            gate, forgotten = gate
         output = dynamic_mask_attention(
             query, key, value, gate, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
             state=state, return_state=return_state, **self.options,
         )  # fmt: skip
         if not return_state:
-            return self.o_proj(output.transpose(1, 2).flatten(2))
+            return self._joined(output)
         output, after = output
-        output = self.o_proj(output.transpose(1, 2).flatten(2))
-        if self.gate.recency == "forget":
-            after = replace(after, forgotten=self.gate.forgotten_after(value, before.get("forgotten")))
-        return output, after
+        return self._joined(output), replace(after, forgotten=forgotten) if carries_on else after
 
-    def empty_state(self, batch_size: int, dtype: torch.dtype | None = None) -> DynamicMaskState:
-        """The state of this layer before the first token, on its device; dtype: of keys, default that of its projections."""
-        weight = self.k_proj.weight
+    def _joined(self, output: Tensor) -> Tensor:
+        return self.o_proj(output.transpose(1, 2).flatten(2))
+
+    def empty_state(
+        self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
+    ) -> DynamicMaskState:
+        """The state of this layer before the first token.
+
+        dtype: of keys and values; default autocast's where it is on, else that of `gate.A`.
+        device: default that of `gate.A`.  ValueError where that is meta, as offloaded weights are between calls.
+        """
+        device = torch.device(self.gate.A.device if device is None else device)
+        if device.type == "meta" and self.gate.A.is_meta:
+            raise ValueError(
+                "device: expected the device that this layer computes on, as its weights are on meta, got None"
+            )
+        if dtype is None:
+            dtype = autocast(torch.empty(0, dtype=self.gate.A.dtype, device=device))[0].dtype
         return DynamicMaskState.empty(
-            batch_size, self.num_kv_heads, self.head_dim, dtype=dtype or weight.dtype, device=weight.device,
+            batch_size, self.num_kv_heads, self.head_dim, dtype=dtype, device=device,
             gate_dtype=self._gate_dtype, **self._state_options(),
         )  # fmt: skip
 
@@ -131,7 +148,7 @@ class DynamicMaskAttention(nn.Module):
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Query [B, Hq, N, D], key and value [B, Hkv, N, D], normalised and rotated, as the operator takes them."""
-        checks.tensor("hidden_states", hidden_states, ("B", "N", self.q_proj.in_features))
+        checks.tensor("hidden_states", hidden_states, ("B", "N", self.hidden_size))
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))

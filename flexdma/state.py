@@ -33,6 +33,8 @@ class DynamicMaskState:
 
     key [B, Hkv, C, D], value [B, Hkv, C, Dv], gate [B, Hkv, C] float32 or float64, position [B, Hkv, C] int64.
     length: [B] int64, tokens so far, padding included: the position of the next one.
+    real_length: [B] int64, tokens so far without padding: the `first_position` of `ValueGate` for the next ones.
+    last_padding: [B] int64, position of the latest padded token; -1 for none.  `crop` asks it.
     document: [B] int64, the id of the last token's document; 0 where none was given.
     last_sink: [B, Hkv] int64, position of the latest sink of that document; -1 before the first.
     last_loss: [B, Hkv] int64, the latest position whose arrival ended a visible key; -1 for none.  `crop` asks it.
@@ -45,6 +47,8 @@ class DynamicMaskState:
     gate: Tensor
     position: Tensor
     length: Tensor
+    real_length: Tensor
+    last_padding: Tensor
     document: Tensor
     last_sink: Tensor
     last_loss: Tensor
@@ -154,8 +158,9 @@ class DynamicMaskState:
     def crop(self, tokens: int | Tensor) -> "DynamicMaskState":
         """The state before the last `tokens` tokens, one number or one per sequence [B]; ValueError where it is gone.
 
-        Exact as long as no key that was visible has been evicted since: always while one document has had fewer tokens than
-        the narrowest window and recent=0.  After that take a `checkpoint()` first.  Synchronises.
+        Exact as long as no key that was visible has been evicted since, always while one document has had fewer tokens than
+        the narrowest window and recent=0, and as long as no padded token is among the last ones.  Otherwise take a
+        `checkpoint()` first.  Synchronises.
         """
         if isinstance(tokens, Tensor):
             checks.tensor("tokens", tokens, (self.length.shape[0],), self.length)
@@ -176,6 +181,12 @@ class DynamicMaskState:
                 f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
                 f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
             )
+        if ((self.last_padding >= kept) & taken).any():
+            raise ValueError(
+                f"tokens: expected a rollback past no padded token (the last was at position {int(self.last_padding.max())}, "
+                f"and how many real tokens came before it is not kept), got {tokens}; take state.checkpoint() before tokens "
+                "that may be rolled back"
+            )
         if (self.forgotten.any(-1) & taken).any():
             raise ValueError(
                 f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
@@ -187,7 +198,7 @@ class DynamicMaskState:
 # Name -> (shape, dtype).
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 # What the tensors of an empty state hold where it is not 0.
-EMPTY = {"gate": float("-inf"), "position": -1, "last_sink": -1, "last_loss": -1}
+EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
 TENSORS = tuple(field.name for field in fields(DynamicMaskState) if field.type is Tensor)
 OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type is not Tensor)
 # "global" chooses among all keys, later ones too: no prefix has a state.
@@ -247,6 +258,8 @@ def state_layout(
         "gate": (slots, gate_dtype),
         "position": (slots, torch.int64),
         "length": (batch, torch.int64),
+        "real_length": (batch, torch.int64),
+        "last_padding": (batch, torch.int64),
         "document": (batch, torch.int64),
         "last_sink": (rows, torch.int64),
         "last_loss": (rows, torch.int64),

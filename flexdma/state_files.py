@@ -17,7 +17,7 @@ from torch import Tensor
 from flexdma.state import TENSORS, DynamicMaskState
 from flexdma.whole_files import write_whole
 
-FORMAT = "flexdma.DynamicMaskState/1"
+FORMAT = "flexdma.DynamicMaskState/2"
 
 
 def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> None:

@@ -90,10 +90,10 @@ def _places(state: "DynamicMaskState") -> Tensor:
     old = (position >= 0) & (back > state.recent)
     by_age = torch.where(old, position, NEVER).argsort(-1)
     ordinal = torch.arange(capacity, device=position.device)
-    rank = torch.empty_like(by_age).scatter_(-1, by_age, ordinal.expand_as(by_age))
+    rank = torch.zeros_like(by_age).scatter(-1, by_age, ordinal.expand_as(by_age))
     place = torch.where(old, rank, torch.where(position >= 0, capacity - back, capacity))
     slots = torch.full((*position.shape[:-1], capacity + 1), -1, device=position.device)
-    return slots.scatter_(-1, place, ordinal.expand_as(place))[..., :capacity]
+    return slots.scatter(-1, place, ordinal.expand_as(place))[..., :capacity]
 
 
 def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
@@ -114,8 +114,24 @@ def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "Dyn
         real = real & (torch.arange(total, device=real.device) >= start[:, None, None])
     is_sink = real & (real.cumsum(-1) <= state.sinks)
     last_sink = torch.where(is_sink, keys.position, -1).amax(-1)
-    return _kept(replace(state, length=state.length + keys.new, document=document, last_sink=last_sink,
-                         last_loss=last_loss), keys, real, is_sink)  # fmt: skip
+    real_length, last_padding = state.real_length + keys.new, state.last_padding
+    if keys.key_padding_mask is not None:
+        seen = keys.key_padding_mask[:, total - keys.new :]
+        real_length, last_padding = state.real_length + seen.sum(-1), _last_padding(state, seen)
+    return _kept(
+        replace(
+            state,
+            length=state.length + keys.new,
+            real_length=real_length,
+            last_padding=last_padding,
+            document=document,
+            last_sink=last_sink,
+            last_loss=last_loss,
+        ),
+        keys,
+        real,
+        is_sink,
+    )
 
 
 def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
@@ -129,6 +145,8 @@ def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState
         replace(
             state,
             length=length,
+            real_length=torch.where(begins, 0, state.real_length - state.length + length),
+            last_padding=state.last_padding.masked_fill(begins, -1),
             document=state.document.masked_fill(begins, 0),
             last_sink=torch.where(is_sink, keys.position, -1).amax(-1),
             last_loss=state.last_loss.masked_fill(begins[:, None], -1),
@@ -150,7 +168,7 @@ def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) 
     chosen = eligible.gather(-1, best) & (number < per_head_windows(state))
     slots = _first(torch.where(chosen, best, -1), state.widest)  # -1 for none
     if state.sinks + state.recent:
-        in_top = torch.zeros_like(real).scatter_(-1, best, chosen)
+        in_top = torch.zeros_like(real).scatter(-1, best, chosen)
         recent = keys.position >= state.length[:, None, None] - state.recent
         others = torch.where(real & ~in_top & (is_sink | recent), torch.arange(total, device=real.device), -1)
         others = others.sort(dim=-1, descending=True).values
@@ -164,6 +182,12 @@ def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) 
         gate=along_keys(keys.gate, slot).masked_fill(~held, float("-inf")),
         position=along_keys(keys.position, slot).masked_fill(~held, -1),
     )
+
+
+def _last_padding(state: "DynamicMaskState", key_padding_mask: Tensor) -> Tensor:
+    """[B]: the latest position that is not real, of the state's tokens and those of this mask [B, n]."""
+    position = state.length[:, None] + torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
+    return torch.where(key_padding_mask, state.last_padding[:, None], position).amax(-1)
 
 
 def _first(numbers: Tensor, count: int) -> Tensor:

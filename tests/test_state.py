@@ -45,7 +45,7 @@ def test_memory_does_not_grow():
 def test_is_a_pytree():
     state, _ = after(5)
     leaves, spec = pytree.tree_flatten(state)
-    assert len(leaves) == 9
+    assert len(leaves) == 11
     assert_equal_states(pytree.tree_unflatten(leaves, spec), state)
     assert pytree.tree_map(lambda leaf: leaf.to("meta"), state).key.device.type == "meta"
     paths, _spec = pytree.tree_flatten_with_path(state)
@@ -210,7 +210,7 @@ def test_damaged_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"path: expected the format flexdma.DynamicMaskState/1, got None"):
+    with pytest.raises(ValueError, match=r"path: expected the format flexdma.DynamicMaskState/2, got None"):
         load_states(path)
     with pytest.raises(FileNotFoundError):
         load_states(tmp_path / "absent.safetensors")

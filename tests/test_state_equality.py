@@ -95,6 +95,11 @@ def test_crop_is_the_prefix_or_refused(gate, data):
         with pytest.raises(ValueError, match="evicted keys are gone"):
             state.crop(length - kept)
         return
+    padded = "key_padding_mask" in masks and not masks["key_padding_mask"][:, kept:].all()
+    if padded and kept not in (0, length):
+        with pytest.raises(ValueError, match="how many real tokens came before it is not kept"):
+            state.crop(length - kept)
+        return
     cropped = state.crop(torch.tensor([length - kept]))
     if kept == 0:
         assert (cropped.position == -1).all()

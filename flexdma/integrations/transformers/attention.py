@@ -34,7 +34,7 @@ def attend(
     """Attention of a layer after its cache was updated: [B, Q, Hq, Dv].
 
     query [B, Hq, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, Dv]: K of all tokens, or with DynamicMaskCache of the new ones.
-    mask: see `light_mask`.  gate(value, **before): the gates of values, as of `ValueGate`.
+    mask: see `light_mask`.  gate(value, key_padding_mask=..., **before): the gates of values, as of `ValueGate`.
     options: window_size, sinks, recent, lowering.  arguments: the others of the layer's call, to be looked at.
     """
     refuse_arguments(module, dropout, arguments)
@@ -46,7 +46,8 @@ def attend(
     if isinstance(cache, DynamicMaskCache):
         output = cache.layers[module.layer_idx].attend(query, key, value, gate, scale=scaling, **options)
     else:
-        output = dynamic_mask_attention(query, key, value, gate(value), scale=scaling, **options)
+        gates = gate(value, key_padding_mask=options["key_padding_mask"])
+        output = dynamic_mask_attention(query, key, value, gates, scale=scaling, **options)
     return output.transpose(1, 2).contiguous()
 
 

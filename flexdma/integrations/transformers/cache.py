@@ -126,13 +126,16 @@ def _advance(
     options: dict,
 ) -> tuple[Tensor, DynamicMaskState]:
     """Output of the new tokens and the state after them."""
-    before = {} if state is None else {"first_position": state.length, "forgotten": state.forgotten}
-    output, after = dynamic_mask_attention(
-        query, key, value, gate(value, **before), state=state, return_state=True, **options
-    )
-    if getattr(gate, "recency", None) == "forget":
-        after = replace(after, forgotten=gate.forgotten_after(value, before.get("forgotten")))  # type: ignore[attr-defined]
-    return output, after
+    before: dict[str, Any] = {"key_padding_mask": options["key_padding_mask"]}
+    if state is not None:
+        before |= {"first_position": state.real_length, "forgotten": state.forgotten}
+    carries_on = getattr(gate, "recency", None) == "forget"
+    gates = gate(value, **before, **({"return_forgotten": True} if carries_on else {}))
+    if not carries_on:
+        return dynamic_mask_attention(query, key, value, gates, state=state, return_state=True, **options)
+    gates, forgotten = gates
+    output, after = dynamic_mask_attention(query, key, value, gates, state=state, return_state=True, **options)
+    return output, replace(after, forgotten=forgotten)
 
 
 def _replay(

@@ -49,11 +49,13 @@ class DogeDynamicMaskAttention(DogeAttention):
         )  # fmt: skip
         return self.o_proj(output.flatten(2)), None
 
-    def gate(self, value: Tensor, **_: Any) -> Tensor:
+    def gate(self, value: Tensor, *, key_padding_mask: Tensor | None = None, **_: Any) -> Tensor:
         """exp(A * softplus(dt_proj(values))): [B, Hkv, K, D] -> [B, Hkv, K], at least float32.
 
         dt_proj is called in the dtype of its parameters, as shipped; unlike there, nothing is rounded to it afterwards.
         """
+        if key_padding_mask is not None:  # whatever a masked token holds reaches no gradient
+            value = value.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
         joined = value.transpose(1, 2).flatten(2)
         with torch.autocast(value.device.type, enabled=False):
             step = self.dt_proj(joined.to(self.A.dtype))
