@@ -68,19 +68,18 @@ class ValueGate(nn.Module):
             self.initial_slopes = self.initial_slopes if slopes is None else list(slopes)
             self.slope = nn.Parameter(torch.empty(num_kv_heads))
         elif recency == "forget":
-            self.forget_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=True)
+            self.forget_proj = _ForgetProjection(num_kv_heads * head_dim, num_kv_heads)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """The initial parameters, for a gate that was made on the meta device and given memory by `to_empty`."""
+        """Initialise A and slope; the projections initialise themselves.
+
+        For a gate that was made on the meta device: after `to_empty`, call this on each module that has it, in any order.
+        """
         nn.init.zeros_(self.A)
-        self.dt_proj.reset_parameters()
         if self.recency == "slope":
             with torch.no_grad():
                 self.slope.copy_(torch.tensor(self.initial_slopes))
-        elif self.recency == "forget":
-            self.forget_proj.reset_parameters()
-            nn.init.constant_(self.forget_proj.bias, FORGET_BIAS)
 
     def extra_repr(self) -> str:
         return (
@@ -154,6 +153,14 @@ class ValueGate(nn.Module):
         projected = projection(value.transpose(1, 2).flatten(2).to(self.A.dtype))
         # Contiguous: on a view aten::softplus_backward has other strides than torch.compile expects (torch 2.13).
         return projected.float().mT.contiguous()
+
+
+class _ForgetProjection(nn.Linear):
+    """A projection whose bias starts at FORGET_BIAS."""
+
+    def reset_parameters(self) -> None:
+        super().reset_parameters()
+        nn.init.constant_(self.bias, FORGET_BIAS)
 
 
 def _real_tokens_before(value: Tensor, mask: Tensor | None) -> Tensor:

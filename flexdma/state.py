@@ -124,11 +124,11 @@ class DynamicMaskState:
     def _map(self, function: Callable[[str, Tensor], Tensor]) -> "DynamicMaskState":
         return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
-    def to(self, device: torch.device | str) -> "DynamicMaskState":
-        """The same state on another device; it keeps its dtypes."""
-        if not isinstance(device, str | torch.device):
+    def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> "DynamicMaskState":
+        """The same state on another device (None: on its own); it keeps its dtypes.  As accelerate moves arguments."""
+        if not isinstance(device, str | torch.device | None):
             raise TypeError(f"device: expected a device, got {device!r}")
-        return self._map(lambda _, tensor: tensor.to(device=device))
+        return self._map(lambda _, tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def detach(self) -> "DynamicMaskState":
         """Without the graph behind it: truncated back-propagation through chunks."""
