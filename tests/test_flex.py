@@ -132,6 +132,23 @@ def test_gradients_on_a_cpu_are_refused_by_name():
         attend(*tensors, window_size=2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_of_what_a_score_mod_captures_are_refused_by_name(compiled):
+    tensors, slopes = inputs(1, 1, 1, 8, 8, 16, dtype=torch.float32), torch.ones(1, requires_grad=True)
+
+    def call(*tensors):
+        return attend(*tensors, window_size=2, score_mod=alibi_score_mod(slopes))
+
+    if compiled:
+        call = torch.compile(call, backend="eager")
+    with pytest.raises(Exception, match="lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense'"):
+        call(*tensors)
+    with torch.no_grad():
+        assert (
+            not flexdma.dynamic_mask_attention(*tensors, window_size=2, score_mod=alibi_score_mod(slopes)).isnan().any()
+        )
+
+
 def test_float64_is_refused_by_name():
     with pytest.raises(TypeError, match=r"lowering: 'flex' computes in .*, got torch"):
         attend(*inputs(1, 1, 1, 8, 8, 16), window_size=2)

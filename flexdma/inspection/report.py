@@ -41,9 +41,9 @@ class KernelReport:
         lines = [f"{self.device} ({versions})"]
         for phase in ("forward", "backward"):
             kernels = [kernel for kernel in self.kernels if kernel.phase == phase]
-            if not kernels:
-                continue
             calls = self.other_calls.get(phase, [])
+            if not kernels and not calls:
+                continue
             lines += ["", f"{phase}: {len(kernels)} kernels, {self.launches(phase)} launches, {len(calls)} other calls"]
             lines += [f"  called as they are: {_counted(calls)}"] if calls else []
             lines += [_indented(str(kernel)) for kernel in kernels if kernel.is_attention]
