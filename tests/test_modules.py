@@ -101,7 +101,7 @@ def test_every_parameter_is_trained():
 
 
 def test_a_compiled_layer_is_one_graph_and_does_not_recompile_for_new_batches():
-    """Training by gather, inference by FlexAttention's C++ kernel; both equal the eager layer."""
+    """Training and inference; both equal the eager layer."""
     layer = DynamicMaskAttention(32, 4, 2, 16, 9, recency="slope")
     torch.nn.init.normal_(layer.gate.A)
     counter = CompileCounterWithBackend("inductor")

@@ -272,7 +272,7 @@ def test_decoding_compiles_once_and_chunks_through_flex():
         whole = dynamic_mask_attention(*tensors, lowering="dense", **options)
         counter = CompileCounterWithBackend("inductor")
         step = torch.compile(dynamic_mask_attention, fullgraph=True, backend=counter)
-        output, state = step(*(t[:, :, :64] for t in tensors), return_state=True, **options)
+        output, state = step(*(t[:, :, :64] for t in tensors), return_state=True, lowering="flex", **options)
         torch.testing.assert_close(output, whole[:, :, :64], rtol=1e-4, atol=1e-5)
         outputs = []
         for start in range(64, 80):
@@ -281,7 +281,8 @@ def test_decoding_compiles_once_and_chunks_through_flex():
             outputs.append(output)
         assert counter.frame_count == 2
         torch.testing.assert_close(torch.cat(outputs, 2), whole[:, :, 64:80], rtol=1e-4, atol=1e-5)
-        output, state = step(*(t[:, :, 80:] for t in tensors), state=state, return_state=True, **options)
+        rest = [t[:, :, 80:] for t in tensors]
+        output, state = step(*rest, state=state, return_state=True, lowering="flex", **options)
         torch.testing.assert_close(output, whole[:, :, 80:], rtol=1e-4, atol=1e-5)
         # Prefill in one compilation, decoding in one more, and one for chunks of another size.
         assert counter.frame_count == 3
