@@ -1,6 +1,7 @@
 """The benchmark, without a timing: medians, memory, failures, budgets, the contenders' results, a suite, pages."""
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -21,6 +22,7 @@ from flexdma.bench.stages import BEFORE_ATTENTION, Ledger, profile
 from flexdma.bench.suites import FORWARD, SUITES, TRAINING
 from flexdma.bench.timing import Prepared, UnavailableError, interleaved, peak_bytes
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
+from tests.hand_moved_clock import HandMovedClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
@@ -60,28 +62,28 @@ def test_a_failing_contender_is_recorded_and_loses_no_other():
 
 
 def test_a_spent_budget_ends_the_runs_and_keeps_those_made(monkeypatch):
-    clock = [0]
-    monkeypatch.setattr(limits.time, "monotonic", lambda: clock[0])
+    clock = HandMovedClock()
     monkeypatch.setattr(limits, "SHARE", 1)
-    runs = {name: lambda: clock.append(clock.pop() + 1) for name in "ab"}  # of a second each, the first two not counted
-    measured = interleaved(runs, 9, silent, Budget(6), memory=False)
+    runs = {name: lambda: clock.take(1) for name in "ab"}  # the first two are not counted
+    measured = interleaved(runs, 9, silent, Budget(6.5, clock=clock), memory=False)
     assert measured.rounds == {"a": 2, "b": 2}
     assert interleaved(runs, 9, silent, Budget(0)).failed == dict.fromkeys(
         runs, "skipped: the suite's 0 seconds are spent"
     )
 
 
-def test_slow_contenders_run_fewer_times(monkeypatch):
-    clock = iter(range(0, 100000, 5))  # every run takes 5 seconds
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    assert interleaved({"slow": lambda: None}, 50, silent, memory=False).rounds == {"slow": timing.LEAST}
+def test_slow_contenders_run_fewer_times():
+    clock = HandMovedClock()
+    runs = {"slow": lambda: clock.take(5), "good": lambda: None}
+    measured = interleaved(runs, 50, silent, Budget(math.inf, clock=clock), memory=False)
+    assert measured.rounds == {"slow": timing.LEAST, "good": 50}
 
 
-def test_only_the_run_of_a_prepared_contender_is_timed(monkeypatch):
-    clock = iter([0.0, 1.0, 0.0, 1.0])
-    monkeypatch.setattr(timing.time, "perf_counter", lambda: next(clock))
-    prepared = Prepared(lambda: [2], lambda made: made.append(3))
-    assert interleaved({"a": prepared}, 1, silent, memory=False).seconds == {"a": 1.0}
+def test_only_the_run_of_a_prepared_contender_is_timed():
+    clock = HandMovedClock()
+    prepared = Prepared(lambda: clock.take(7), lambda made: clock.take(1))
+    measured = interleaved({"a": prepared}, 1, silent, Budget(math.inf, clock=clock), memory=False)
+    assert measured.seconds == {"a": 1.0}
 
 
 def test_peak_memory_counts_what_is_freed_again():
@@ -210,7 +212,7 @@ def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled_flex):
     results = measure.begun(suite, "gpu", 1, "float32", "cpu")
     saved = []
     measure.measure(
-        suite, results, rounds=1, dtype=torch.float32, device="cpu", compiler=uncompiled_flex, budget=Budget(1000),
+        suite, results, rounds=1, dtype=torch.float32, device="cpu", compiler=uncompiled_flex, budget=Budget(math.inf),
         save=lambda results: saved.append(json.dumps(results)),
     )  # fmt: skip
     assert results["failed"] == {}
@@ -232,7 +234,7 @@ def test_a_case_that_fails_or_has_no_time_is_recorded(monkeypatch):
     monkeypatch.setattr(measure, "contenders", lambda *arguments: 1 / 0)
     results = measure.begun(suite, "quick", 1, "float32", "cpu")
     options = {"rounds": 1, "dtype": torch.float32, "device": "cpu"}
-    measure.measure(suite, results, **options, budget=Budget(1000))
+    measure.measure(suite, results, **options, budget=Budget(math.inf))
     assert results["failed"]["calls: forward, N=64 w=4"] == "ZeroDivisionError: division by zero"
     assert results["memory"]
     later = measure.begun(suite, "quick", 1, "float32", "cpu")

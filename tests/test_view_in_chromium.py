@@ -27,7 +27,7 @@ def chromium(page: Path, profile: Path, address: str = "", script: str = "") -> 
     options = "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
     options += "--disable-component-update --disable-sync --virtual-time-budget=3000 --dump-dom"
     command = [CHROMIUM, *options.split(), f"--user-data-dir={profile}", f"{page.as_uri()}{address}"]
-    return subprocess.run(command, capture_output=True, text=True, check=True, timeout=120).stdout
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def classes_of(dom: str) -> list[str]:

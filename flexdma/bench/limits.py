@@ -20,39 +20,6 @@ class TimeIsUpError(BaseException):
     """Raised inside a call whose time is up.  Not an Exception: a compiler would catch that and go on another way."""
 
 
-class Budget:
-    """Seconds that a suite may take, counted from now.
-
-    refused: contenders that must not run, and why: they have brought down a process before this one.
-    """
-
-    def __init__(self, seconds: float, refused: dict[str, str] | None = None) -> None:
-        self.seconds = seconds
-        self.end = time.monotonic() + seconds
-        self.refused = refused or {}
-
-    @property
-    def left(self) -> float:
-        """Seconds."""
-        return self.end - time.monotonic()
-
-    @property
-    def over(self) -> bool:
-        """Whether they are spent."""
-        return self.left <= 0
-
-    @property
-    def share(self) -> float:
-        """Seconds that one contender may take."""
-        return self.seconds * SHARE
-
-    def reason(self) -> str:
-        """Why something was stopped now, or not begun."""
-        if self.over:
-            return f"skipped: the suite's {self.seconds:g} seconds are spent"
-        return f"stopped: took its share of the suite's time, {self.share:g} seconds"
-
-
 def within(seconds: float, call: Callable[[], Result]) -> Result:
     """call(), interrupted by TimeIsUpError when the seconds have passed.
 
@@ -82,3 +49,44 @@ def within(seconds: float, call: Callable[[], Result]) -> Result:
 
 def _ring(number: int, frame: object) -> None:
     raise TimeIsUpError
+
+
+class Clock:
+    """Counts seconds and interrupts calls, in real time.  Tests replace it with a clock that they advance."""
+
+    now = staticmethod(time.perf_counter)
+    within = staticmethod(within)
+
+
+class Budget:
+    """Seconds that a suite may take, counted from now.
+
+    refused: contenders that must not run, and why: they have brought down a process before this one.
+    clock: counts the seconds and interrupts calls.
+    """
+
+    def __init__(self, seconds: float, refused: dict[str, str] | None = None, clock: Clock | None = None) -> None:
+        self.seconds, self.clock = seconds, clock or Clock()
+        self.end = self.clock.now() + seconds
+        self.refused = refused or {}
+
+    @property
+    def left(self) -> float:
+        """Seconds."""
+        return self.end - self.clock.now()
+
+    @property
+    def over(self) -> bool:
+        """Whether they are spent."""
+        return self.left <= 0
+
+    @property
+    def share(self) -> float:
+        """Seconds that one contender may take."""
+        return self.seconds * SHARE
+
+    def reason(self) -> str:
+        """Why something was stopped now, or not begun."""
+        if self.over:
+            return f"skipped: the suite's {self.seconds:g} seconds are spent"
+        return f"stopped: took its share of the suite's time, {self.share:g} seconds"

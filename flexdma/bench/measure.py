@@ -15,7 +15,7 @@ from flexdma.bench import masks, report
 from flexdma.bench.contenders import Compile, compile_whole, contenders, sdpa_causal, visited_over_ideal
 from flexdma.bench.gradients import gate_gradient_share
 from flexdma.bench.launches import device_work
-from flexdma.bench.limits import GRACE, Budget, TimeIsUpError, within
+from flexdma.bench.limits import GRACE, Budget, TimeIsUpError
 from flexdma.bench.shapes import Shape, inputs
 from flexdma.bench.stages import profile
 from flexdma.bench.suites import Suite
@@ -71,7 +71,7 @@ def measure(
             tick = partial(_tick, progress, where, done, len(cases))
             try:
                 with torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT):
-                    results[section].append(within(budget.left + GRACE, partial(case, tick)))
+                    results[section].append(budget.clock.within(budget.left + GRACE, partial(case, tick)))
             except TimeIsUpError:
                 results["skipped"].append(where)
             except Exception as error:  # whatever a kernel or a compiler may raise

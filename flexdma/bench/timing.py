@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from flexdma.bench.limits import Budget, TimeIsUpError, within
+from flexdma.bench.limits import Budget, TimeIsUpError
 
 # A contender is run at most until its own runs have taken this long, but at least LEAST times.
 SECONDS_EACH = 12.0
@@ -69,23 +69,24 @@ def interleaved(
     `tick(name)` precedes every run.  host: see `timed`.
     """
     budget = budget or Budget(float("inf"))
+    clock = budget.clock
     measured, times = Measured(), {name: list[float]() for name in contenders}
     left = dict.fromkeys(contenders, budget.share)
     ended = {name: why for name, why in budget.refused.items() if name in contenders}  # those that run no more
 
     def attempt(name: str, step: Callable[[Contender], object]) -> None:
         tick(name)
-        start = time.monotonic()
+        start = clock.now()
         try:
             # In this thread also where it goes backward: an alarm interrupts no other.
             with torch.autograd.set_multithreading_enabled(False):
-                within(min(left[name], budget.left), lambda: step(contenders[name]))
+                clock.within(min(left[name], budget.left), lambda: step(contenders[name]))
         except TimeIsUpError:
             ended[name] = budget.reason()  # and the runs before this one count
         except Exception as error:  # whatever a kernel, a compiler or a peer may raise
             ended[name] = in_one_line(error)
             times[name].clear()
-        left[name] -= time.monotonic() - start
+        left[name] -= clock.now() - start
         # Not above, where the exception still holds what the contender has made.
         if name in ended:
             if is_lost():
@@ -94,12 +95,12 @@ def interleaved(
 
     def first(name: str, contender: Contender) -> None:
         if warm_up:
-            timed(contender, host=host)
+            timed(contender, host=host, now=clock.now)
         if memory:
             measured.peak_bytes[name] = peak_bytes(contender)
 
     def again(taken: list[float], contender: Contender) -> None:
-        taken.append(timed(contender, host=host))
+        taken.append(timed(contender, host=host, now=clock.now))
 
     for name in contenders:
         if not (name in ended or budget.over):
@@ -117,20 +118,20 @@ def interleaved(
     return measured
 
 
-def timed(contender: Contender, *, host: bool = False) -> float:
+def timed(contender: Contender, *, host: bool = False, now: Callable[[], float] = time.perf_counter) -> float:
     """Seconds of one run, compiled already or not.
 
     On a GPU by its own clock, which starts when the host has had time to queue the call: what the GPU needs, and what a
-    model sees whose host is ahead of it.  host: by the host's clock, from the call until the GPU has finished.
+    model sees whose host is ahead of it.  host: by the host's clock `now`, from the call until the GPU has finished.
     """
     prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
     run = contender.run if isinstance(contender, Prepared) else contender
     synchronise()
     if host or not _on_cuda():
-        start = time.perf_counter()
+        start = now()
         run(*prepared)
         synchronise()
-        return time.perf_counter() - start
+        return now() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(HEAD_START)
     begin.record()
