@@ -114,7 +114,7 @@ def dynamic_mask_attention(
             query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,
             **choice, **masks,
         )  # fmt: skip
-    elif chosen == "gather":
+    elif chosen == "gather" or query.shape[0] == 0:  # FlexAttention takes no empty batch
         block = None if block_size is None else checks.block_sizes(block_size)[0]
         output = gather_attend(
             query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block

@@ -153,7 +153,7 @@ def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, s
     bias = torch.where(visible, difference.to(computed), HIDDEN)
     nothing = ~visible.any(-1, keepdim=True)
     with torch.autocast(query.device.type, enabled=False):
-        rows = query.reshape(batch, heads, query_heads // heads, -1).to(computed) * scale
+        rows = query.squeeze(2).unflatten(1, (heads, query_heads // heads)).to(computed) * scale
         scores = rows @ state.key.to(computed).mT  # [B, Hkv, G, C]
         if score_mod is not None:
             head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
@@ -166,4 +166,4 @@ def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, s
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
         weights = scores.masked_fill(nothing, 0.0).softmax(-1)
         output = torch.where(nothing, 0.0, weights @ state.value.to(computed))
-    return output.reshape(batch, query_heads, 1, -1).to(query.dtype)
+    return output.flatten(1, 2).unsqueeze(2).to(query.dtype)

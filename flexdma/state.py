@@ -82,8 +82,8 @@ class DynamicMaskState:
         Raises ValueError or TypeError naming the argument.
         """
         value_dim = head_dim if value_dim is None else value_dim
-        for name, size in (("batch_size", batch_size), ("num_kv_heads", num_kv_heads), ("head_dim", head_dim),
-                           ("value_dim", value_dim)):  # fmt: skip
+        checks.positive_int("batch_size", batch_size, 0)
+        for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             checks.positive_int(name, size)
         checks.positive_int("sinks", sinks, 0)
         checks.positive_int("recent", recent, 0)

@@ -116,7 +116,7 @@ def _fused_attend(
                 scale,
             )
             output.transpose(1, 2)[some] = attended.view_as(some_rows)
-    return output.view(batch, query_heads, -1, size)[:, :, :queries].contiguous()
+    return output.view(batch, query_heads, blocks * block, size)[:, :, :queries].contiguous()
 
 
 _operator = torch.library.custom_op("flexdma::attend_living_keys", _fused_attend, mutates_args=())

@@ -55,7 +55,7 @@ def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, bloc
     before = _entered(slot, capacity, length - queries)
     offsets = length * torch.arange(heads, device=birth.device).view(1, heads, 1, 1)
     lists: list[list[LivingList]] = [[] for _ in range(heads)]
-    step = block * max(1, BLOCKS_AT_ONCE // heads)
+    step = block * max(1, BLOCKS_AT_ONCE // max(1, heads))
     for start in range(length - queries, length, step):
         keys, before = _by_block(slot, before, start, ceil_div(min(step, length - start), block), block)
         index = keys.clamp(min=0).long()
