@@ -34,6 +34,9 @@ class Lifespans(NamedTuple):
     death: Tensor
 
 
+torch.serialization.add_safe_globals([Lifespans])  # `torch.load` takes them
+
+
 def causal_top_w(
     gate: Tensor,
     window_size: int | Sequence[int],

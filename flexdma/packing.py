@@ -53,6 +53,9 @@ class Packing(NamedTuple):
     layout: Layout
 
 
+torch.serialization.add_safe_globals([Layout, Packing])  # `torch.load` takes them
+
+
 def packed_layout(
     queries: int, keys: int, capacity: int, *, block_size: tuple[int, int] = (1, 1), group: int = 1
 ) -> Layout:

@@ -6,7 +6,16 @@ import pytest
 import torch
 import torch.utils._pytree as pytree
 
-from flexdma import DynamicMaskAttention, DynamicMaskState, dynamic_mask_attention, load_states, save_states
+from flexdma import (
+    DynamicMaskAttention,
+    DynamicMaskState,
+    causal_top_w,
+    dynamic_mask_attention,
+    load_states,
+    pack,
+    packed_layout,
+    save_states,
+)
 from tests.comparison import inputs
 
 
@@ -155,6 +164,22 @@ def test_file_round_trip(tmp_path, dtype):
     assert list(loaded) == ["layer.0", "layer.1"]
     assert_equal_states(loaded["layer.0"], state)
     assert_equal_states(loaded["layer.1"], heads)
+
+
+def test_torch_save_round_trip(tmp_path):
+    """By `torch.load` as it is called by default, with weights_only=True; lifespans and packings, too."""
+    state, _ = after(12, sinks=1, window_size=[3, 5])
+    lifespans = causal_top_w(state.gate, 3)
+    packing = pack(lifespans, packed_layout(9, 9, 3), queries=9)
+    torch.save({"step": 3, "states": [state], "masks": (lifespans, packing)}, tmp_path / "checkpoint.pt")
+    loaded = torch.load(tmp_path / "checkpoint.pt")
+    assert isinstance(loaded["states"][0], DynamicMaskState)
+    assert_equal_states(loaded["states"][0], state)
+    output = after(1, state=loaded["states"][0], start=12, sinks=1, window_size=[3, 5])[1]
+    assert torch.equal(output, after(1, state=state, start=12, sinks=1, window_size=[3, 5])[1])
+    for ours, theirs in zip(loaded["masks"], (lifespans, packing), strict=True):
+        assert type(ours) is type(theirs)
+        torch.testing.assert_close(tuple(ours), tuple(theirs))
 
 
 def test_files_hold_states_that_share_tensors(tmp_path):
