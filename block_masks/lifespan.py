@@ -15,11 +15,11 @@ from flexdma.opaque import realize
 from flexdma.signatures import MaskMod
 
 
-def lifespan_mask_mod(lifespans: Lifespans, *, num_query_heads: int | None = None, first_query: int = 0) -> MaskMod:
+def lifespan_mask_mod(lifespans: Lifespans, *, num_query_heads: int, first_query: int = 0) -> MaskMod:
     """birth[key] <= position of the query < death[key].
 
     lifespans: birth and death [B, H, K].
-    num_query_heads: Hq where query heads share lifespans (query head h reads h // (Hq / H)); None: one per query head.
+    num_query_heads: Hq; query head h reads the lifespans of head h // (Hq / H).  See `gate_score_mod`.
     first_query: the position of query 0, K - Q where the queries are the last Q positions.
     """
     birth, death = lifespans

@@ -10,12 +10,12 @@ from flexdma import checks
 from flexdma.signatures import ScoreMod
 
 
-def gate_score_mod(gate: Tensor, *, num_query_heads: int | None = None) -> ScoreMod:
+def gate_score_mod(gate: Tensor, *, num_query_heads: int) -> ScoreMod:
     """Score + gate[key].
 
     gate: [B, H, K], any float dtype; on CUDA it may require gradients.
-    num_query_heads: Hq, where query heads share gate heads (GQA, or one gate for all): query head h reads gate head
-        h // (Hq / H).  None: one gate head per query head.
+    num_query_heads: Hq; query head h reads gate head h // (Hq / H).  FlexAttention passes a score_mod no number of heads:
+        with a default of H, a kernel for grouped heads would read beyond the gate.
 
     The sum rounds at the size of the gate, as any sum does; for gates that grow with position use
     `flexdma.dynamic_mask_attention`, which adds differences.  Raises ValueError where the heads do not divide.

@@ -92,7 +92,9 @@ def test_the_mask_mod_alone_is_the_whole_truth(case):
     gate, window, options = case
     length = gate.shape[-1]
     lifespans = causal_top_w(gate, window, **options)
-    mask = create_mask(lifespan_mask_mod(lifespans), 1, gate.shape[1], length, length, device="cpu")
+    mask = create_mask(
+        lifespan_mask_mod(lifespans, num_query_heads=gate.shape[1]), 1, gate.shape[1], length, length, device="cpu"
+    )
     assert torch.equal(mask, dense_visibility(gate, window_size=window, **options))
 
 
@@ -169,4 +171,13 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="num_sinks: expected at least 1, got 0"):
         sink_mask_mod(0)
     with pytest.raises(ValueError, match=r"gate: expected \[B, H, K\], got \[3\]"):
-        gate_score_mod(torch.zeros(3))
+        gate_score_mod(torch.zeros(3), num_query_heads=1)
+    with pytest.raises(ValueError, match="num_query_heads: expected a multiple of gate's 2 heads, got 3"):
+        gate_score_mod(torch.zeros(1, 2, 3), num_query_heads=3)
+
+
+@pytest.mark.parametrize("recipe", [gate_score_mod, lifespan_mask_mod])
+def test_grouped_heads_cannot_be_forgotten(recipe):
+    """FlexAttention passes no number of heads: compiled, a recipe for one group would read beyond its tensor."""
+    with pytest.raises(TypeError, match="num_query_heads"):
+        recipe(torch.zeros(1, 2, 8) if recipe is gate_score_mod else causal_top_w(torch.zeros(1, 2, 8), 3))
