@@ -21,6 +21,7 @@ from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
 from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign, widest_window
 from flexdma.survival import at_positions, extended, first_keys, settled
+from flexdma.transforms import is_recorded, is_transformed, refuse_jit_trace
 
 
 def dynamic_mask_attention(
@@ -70,6 +71,7 @@ def dynamic_mask_attention(
     Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
     Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; memory is given in docs/design.md.
     """
+    refuse_jit_trace()
     query, key, value = autocast(query, key, value)
     checks.attention_arguments(query, key, value, gate)
     checks.one_of("selection", selection, checks.SELECTIONS)
@@ -104,6 +106,12 @@ def dynamic_mask_attention(
     # What a score_mod captures may need gradients too, and cannot be asked while tracing.
     may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
     chosen = lowering or choose_lowering(query.device.type, query.dtype)
+    if chosen == "flex" and is_transformed():
+        if lowering is not None:
+            raise ValueError(
+                "lowering: 'flex' has no rules for torch.func and forward-mode AD; expected 'gather', 'dense' or None"
+            )
+        chosen = "gather"
     _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if chosen != "dense" or return_state:
         alive = select(selection, gate, window_size, choice | masks)
@@ -114,7 +122,8 @@ def dynamic_mask_attention(
             query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,
             **choice, **masks,
         )  # fmt: skip
-    elif chosen == "gather" or query.shape[0] == 0:  # FlexAttention takes no empty batch
+    elif chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
+        # FlexAttention takes no empty batch, and torch.compile no tensors that hold no numbers.
         block = None if block_size is None else checks.block_sizes(block_size)[0]
         output = gather_attend(
             query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block

@@ -5,11 +5,14 @@ buffer, not an expression (NoValidChoicesError otherwise), and Triton's wants a 
 work of selection and packing runs as fast in ATen as compiled, so that tracing it would only cost compile time.
 """
 
-from collections.abc import Callable
-from typing import TypeVar
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+from flexdma.transforms import is_transformed
 
 Tensors = TypeVar("Tensors", bound=Callable[..., list[Tensor]])
 
@@ -24,11 +27,16 @@ realize.register_fake(lambda tensor: torch.empty_like(tensor, memory_format=torc
 realize.register_autograd(lambda ctx, gradient: gradient)
 
 
+@realize.register_vmap
+def _realize_all(info, in_dims, tensor: Tensor) -> tuple[Tensor, int]:
+    return realize(tensor.movedim(in_dims[0], 0)), 0
+
+
 def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
     """Decorator: on a CPU the function is one opaque operator `flexdma::name`; on other devices it is traced and fused.
 
     The first argument is a tensor and decides.  `shapes` takes the same arguments and returns empty outputs.  Outputs
-    are made contiguous and carry no gradient.
+    are made contiguous and carry no gradient.  All tensors, in and out, are [B, ...] of the same B.
     """
 
     def decorate(function: Tensors) -> Tensors:
@@ -39,11 +47,27 @@ def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
         schema = torch.library.infer_schema(function, mutates_args=())
         operator = torch.library.custom_op(f"flexdma::{name}", implementation, mutates_args=(), schema=schema)
         operator.register_fake(shapes)
+        operator.register_vmap(partial(_joined_batches, operator))
 
         def dispatch(first: Tensor, *rest):
-            return operator(first, *rest) if first.device.type == "cpu" else function(first, *rest)
+            # torch.func.vmap takes an operator as a whole, but not all of the in-place operations inside it.
+            opaque = first.device.type == "cpu" or is_transformed()
+            return operator(first, *rest) if opaque else function(first, *rest)
 
         dispatch.__doc__, dispatch.__name__ = function.__doc__, function.__name__
         return dispatch  # type: ignore[return-value]
 
     return decorate
+
+
+def _joined_batches(operator: Callable, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[list, list]:
+    """The rule of `torch.func.vmap`: its dimension of size n and the batch are one batch, [n B, ...]."""
+
+    def joined(argument: Any, dim: int | None) -> Any:
+        if not isinstance(argument, Tensor):
+            return argument
+        every = argument.expand(info.batch_size, *argument.shape) if dim is None else argument.movedim(dim, 0)
+        return every.flatten(0, 1)
+
+    outputs = operator(*map(joined, arguments, in_dims))
+    return [output.unflatten(0, (info.batch_size, -1)) for output in outputs], [0] * len(outputs)

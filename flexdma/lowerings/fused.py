@@ -20,6 +20,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.offsets import reference_gate
 from flexdma.rounding import ceil_div
+from flexdma.transforms import is_recorded, is_transformed
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
 BLOCK_SIZE, LARGE_BLOCK = 256, 1024
@@ -30,9 +31,10 @@ SCORES_PER_THREAD = 2**20
 
 
 def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
-    """Whether `fused_attend` can serve this call: on a CPU, without gradients, with the kernel's equal head sizes."""
+    """Whether `fused_attend` can serve this call: on a CPU, without derivatives, with the kernel's equal head sizes."""
     needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
-    return query.device.type == "cpu" and not needs_gradient and query.shape[-1] == value.shape[-1]
+    needs_derivative = needs_gradient or is_transformed()
+    return query.device.type == "cpu" and not needs_derivative and query.shape[-1] == value.shape[-1]
 
 
 def block_size_for(lifespans: Lifespans, queries: int, capacity: int) -> int:
@@ -54,11 +56,11 @@ def fused_attend(
     scale: float,
     block_size: int | None,
 ) -> Tensor:
-    """`gather_attend` without a score_mod, where `is_fusible`.  Inside torch.compile it is one opaque operator.
+    """`gather_attend` without a score_mod, where `is_fusible`.  For tracers and fake tensors it is one opaque operator.
 
     Its lists are ragged, so that nothing of it could be traced; nor is anything left to fuse.
     """
-    attend = _operator if torch.compiler.is_compiling() else _fused_attend
+    attend = _operator if torch.compiler.is_compiling() or is_recorded(query) else _fused_attend
     return attend(query, key, value, gate, lifespans.birth, lifespans.death, capacity, scale, block_size)
 
 

@@ -20,6 +20,7 @@ from flexdma.lowerings.living_keys import living_keys
 from flexdma.offsets import reference_gate
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
+from flexdma.transforms import is_transformed
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
 BLOCK_SIZE = 128
@@ -95,7 +96,7 @@ def _in_chunks(
     if not torch.is_grad_enabled():
         chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
         return [attend(_take(key, chunk[3]), _take(value, chunk[3]), *chunk, scale, score_mod) for chunk in chunks]
-    if elements > KEPT_ELEMENTS:
+    if elements > KEPT_ELEMENTS and not is_transformed():  # torch.func takes no checkpoints
         attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
     # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
     taken = (_take(key, slots), _take(value, slots), *inputs)

@@ -1,0 +1,41 @@
+"""What surrounds a call: a transformation of torch.func, forward-mode AD, or a tracer.
+
+Kernels without derivatives, and Python that reads numbers out of tensors, serve only calls outside of all of these.
+"""
+
+import torch
+from torch import Tensor
+from torch._C import _get_dispatch_mode, _TorchDispatchModeKey
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
+
+
+def is_transformed() -> bool:
+    """Whether the call is inside vmap, grad, jvp, ... of `torch.func`, or inside `forward_ad.dual_level`.
+
+    Asked of the call, not of its tensors: what a score_mod captures may be transformed, too.
+    """
+    return forward_ad._current_level >= 0 or _is_inside_functorch()
+
+
+@torch.compiler.assume_constant_result  # while tracing; torch.compile guards on it
+def _is_inside_functorch() -> bool:
+    return torch._C._functorch.peek_interpreter_stack() is not None
+
+
+def is_recorded(tensor: Tensor) -> bool:
+    """Whether an eager call records operations, for make_fx, or computes shapes alone, of meta or fake tensors."""
+    if torch.compiler.is_compiling():
+        return False
+    return (
+        tensor.is_meta or isinstance(tensor, FakeTensor) or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
+    )
+
+
+def refuse_jit_trace() -> None:
+    """Raise inside `torch.jit.trace`, which would keep the selection of its example input."""
+    if torch.jit.is_tracing():
+        raise NotImplementedError(
+            "torch.jit.trace: expected torch.export.export or torch.compile; it would record the keys selected for the "
+            "example input as constants"
+        )
