@@ -69,6 +69,8 @@ def dynamic_mask_attention(
     Returns [B, Hq, Q, Dv], in query's dtype, or (that, DynamicMaskState).  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, gate, and what score_mod captures.
     Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
+    Inside transformations of `torch.func` and forward-mode AD lowering=None is "gather", and "flex" is refused; of meta and
+    fake tensors every lowering gives the shapes and dtypes.  `torch.jit.trace` raises NotImplementedError.
     Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; memory is given in docs/design.md.
     """
     refuse_jit_trace()

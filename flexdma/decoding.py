@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lowerings.gather import HIDDEN
+from flexdma.mixed_precision import without_autocast
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
 from flexdma.state import DynamicMaskState
@@ -152,7 +153,7 @@ def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, s
     difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
     bias = torch.where(visible, difference.to(computed), HIDDEN)
     nothing = ~visible.any(-1, keepdim=True)
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         rows = query.squeeze(2).unflatten(1, (heads, query_heads // heads)).to(computed) * scale
         scores = rows @ state.key.to(computed).mT  # [B, Hkv, G, C]
         if score_mod is not None:

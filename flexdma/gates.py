@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from flexdma import checks
+from flexdma.mixed_precision import without_autocast
 
 FORMS = ("exp", "linear")
 RECENCIES = (None, "slope", "forget")
@@ -113,7 +114,7 @@ class ValueGate(nn.Module):
             first_position = first_position[:, None]
         else:
             checks.positive_int("first_position", first_position, 0)
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value.device):
             gate = self.A.float()[:, None] * softplus(self._project(self.dt_proj, value))
             if self.form == "exp":
                 gate = gate.exp()

@@ -1,5 +1,7 @@
 """Mixed precision: `torch.autocast` applies to attention as it does to `scaled_dot_product_attention`."""
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 
@@ -18,3 +20,10 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
     return tuple(tensor.to(torch.get_autocast_dtype(kind)) for tensor in tensors)
+
+
+def without_autocast(device: torch.device) -> AbstractContextManager:
+    """A context without autocast; an empty one for devices that have none, such as meta."""
+    if not torch.amp.is_autocast_available(device.type):
+        return nullcontext()
+    return torch.autocast(device.type, enabled=False)

@@ -119,13 +119,14 @@ class DynamicMaskAttention(nn.Module):
         """The state of this layer before the first token.
 
         dtype: of keys and values; default autocast's where it is on, else that of `gate.A`.
-        device: default that of `gate.A`.  ValueError where that is meta, as offloaded weights are between calls.
+        device: default that of `gate.A`.  ValueError where that is meta, as offloaded weights are between calls; give "meta"
+            for a state without numbers.
         """
-        device = torch.device(self.gate.A.device if device is None else device)
-        if device.type == "meta" and self.gate.A.is_meta:
+        if device is None and self.gate.A.is_meta:
             raise ValueError(
                 "device: expected the device that this layer computes on, as its weights are on meta, got None"
             )
+        device = torch.device(self.gate.A.device if device is None else device)
         if dtype is None:
             dtype = autocast(torch.empty(0, dtype=self.gate.A.dtype, device=device))[0].dtype
         return DynamicMaskState.empty(

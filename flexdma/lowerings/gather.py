@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import fused
 from flexdma.lowerings.living_keys import living_keys
+from flexdma.mixed_precision import without_autocast
 from flexdma.offsets import reference_gate
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
@@ -138,7 +139,7 @@ def _attend(
     difference = (gate.unsqueeze(-2) - reference.unsqueeze(-1)).to(computed)
     bias = torch.where(visible, difference, HIDDEN).unsqueeze(3)  # [B, Hkv, R, 1, M, C]
 
-    with torch.autocast(rows.device.type, enabled=False):
+    with without_autocast(rows.device):
         flat = rows.flatten(3, 4).to(computed) * scale
         scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
         if score_mod is None:

@@ -16,6 +16,7 @@ from flexdma import checks
 from flexdma.integrations.transformers.attention import attend
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
+from flexdma.mixed_precision import without_autocast
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -57,7 +58,7 @@ class DogeDynamicMaskAttention(DogeAttention):
         if key_padding_mask is not None:  # whatever a masked token holds reaches no gradient
             value = value.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
         joined = value.transpose(1, 2).flatten(2)
-        with torch.autocast(value.device.type, enabled=False):
+        with without_autocast(value.device):
             step = self.dt_proj(joined.to(self.A.dtype))
             wide = torch.promote_types(step.dtype, torch.float32)
             return torch.exp(self.A.to(wide) * softplus(step.to(wide))).mT
