@@ -11,6 +11,7 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
@@ -58,6 +59,11 @@ def gather_attend(
     block_size = block_size or BLOCK_SIZE
     batch, query_heads, queries, _size = query.shape
     heads, keys = key.shape[1:3]
+    if torch.compiler.is_exporting() and not (has_static_value(queries) and has_static_value(keys)):
+        raise ValueError(
+            "lowering: 'gather' exports symbolic lengths only on a CPU, without gradients, a score_mod and unequal head "
+            "sizes; expected torch.no_grad() around torch.export.export, lowering='dense', or static lengths"
+        )
     group = query_heads // heads
     first_query = keys - queries
     blocks = ceil_div(queries, block_size)
