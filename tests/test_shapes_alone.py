@@ -8,6 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexdma import DynamicMaskAttention, DynamicMaskState, dynamic_mask_attention
 from flexdma.block_masks import dynamic_block_mask
+from flexdma.integrations.transformers import convert_to_dma
+from tests.hf_models import causal_lm
 
 OPTIONS = [
     {"window_size": 3},
@@ -75,3 +77,11 @@ def test_a_block_mask(device):
     block_mask = dynamic_block_mask(torch.empty(2, 2, 300, device=device), 9, num_query_heads=4)
     assert block_mask.shape == (2, 4, 300, 300)
     assert block_mask.kv_indices.shape == (2, 4, 3, 3)
+
+
+@torch.no_grad()
+def test_a_converted_model_of_fake_tensors():
+    """Of meta tensors transformers itself asks whether position_ids restart."""
+    with FakeTensorMode():
+        model = convert_to_dma(causal_lm("Llama"), window_size=4)
+        assert model(torch.ones(2, 9, dtype=torch.int64), use_cache=False).logits.shape == (2, 9, 64)

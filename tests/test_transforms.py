@@ -168,7 +168,7 @@ def test_forward_mode_of_what_a_score_mod_captures():
     torch.testing.assert_close(got, want)
 
 
-def test_flex_refuses_transforms_by_name():
+def test_flex_refuses_transforms_by_name_and_is_not_chosen_there(monkeypatch):
     tensors, message = inputs(1, 4, 2, 20, 20, 4, dtype=torch.float32), "lowering: 'flex' has no rules for torch.func"
 
     def attend(*tensors):
@@ -178,6 +178,9 @@ def test_flex_refuses_transforms_by_name():
         by_dual_tensors(attend, tensors, tensors)
     with pytest.raises(ValueError, match=message):
         vmap(lambda query: attend(query, *tensors[1:]))(tensors[0][None])
+    want = by_dual_tensors(CASES[0][0], tensors, tensors)
+    monkeypatch.setattr("flexdma.attention.choose_lowering", lambda *arguments: "flex")
+    torch.testing.assert_close(by_dual_tensors(CASES[0][0], tensors, tensors), want)
 
 
 # Tracers

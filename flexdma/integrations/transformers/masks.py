@@ -12,6 +12,8 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
+from flexdma.transforms import is_recorded
+
 NAME = "flexdma"
 
 
@@ -52,13 +54,13 @@ def light_mask(
 def _documents(mask_function: Callable, batch: int, length: int, device: torch.device | str) -> Tensor | None:
     """Document numbers [B, K] of packed sequences: a token that does not see the one before it begins a document.
 
-    None where there is one document, if that can be asked: not while compiling.
+    None where there is one document, if that can be asked: not while compiling, and not of meta and fake tensors.
     """
     row = torch.arange(batch, device=device)[:, None]
     later = torch.arange(1, length, device=device)[None, :]
     head = torch.zeros((), dtype=torch.int64, device=device)
     begins = ~mask_function(row, head, later, later - 1).expand(batch, length - 1)
-    if not torch.compiler.is_compiling():
+    if not (torch.compiler.is_compiling() or is_recorded(begins)):
         if mask_function(row, head, later - 1, later).any():
             raise ValueError("attention_mask: expected a causal mask, got one in which a token sees the next")
         if not begins.any():
