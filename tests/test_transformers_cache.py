@@ -4,11 +4,12 @@ import copy
 
 import pytest
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from tests.hf_models import assert_close, causal_lm, distinct_tokens, doge, padding
 
 from transformers import DynamicCache, StaticCache  # isort: skip  # after hf_models, which keeps it offline
-from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma, use_flexdma
+from flexdma.integrations.transformers import DynamicMaskCache, conversion, convert_to_dma, use_flexdma
 
 # No token twice: their gates are equal in the first layer but for rounding, which differs with the number of tokens at once.
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "no_repeat_ngram_size": 1}
@@ -131,6 +132,60 @@ def test_a_model_without_flexdma_cannot_use_it():
     model(ids, past_key_values=cache)
     with pytest.raises(RuntimeError, match="expected a model of use_flexdma or convert_to_dma"):
         model(ids, past_key_values=cache)
+
+
+def test_a_layer_that_attends_twice_is_noticed(monkeypatch):
+    monkeypatch.setattr(conversion, "TWICE", set())  # a layer of the user's own is in no list
+    model, ids = convert_to_dma(causal_lm("DiffLlama"), 6), distinct_tokens(1, 24)
+    with pytest.raises(RuntimeError, match="expected one attention after each update of a layer, got one without"):
+        tokens(model, ids)
+
+
+def test_a_layer_attends_to_the_keys_of_its_update():
+    def attend(count):
+        query, key = torch.zeros(1, 2, count, 4), torch.zeros(1, 1, count, 4)
+        options = {"window_size": 3, "sinks": 0, "recent": 0, "key_padding_mask": None, "document_ids": None}
+        cache.attend(0, query, key, key, lambda value, **_: value.sum(-1), **options)
+
+    cache = DynamicMaskCache()
+    with pytest.raises(RuntimeError, match="got one without an update"):
+        attend(2)
+    cache.update(torch.zeros(1, 1, 2, 4), torch.zeros(1, 1, 2, 4), 0)
+    with pytest.raises(RuntimeError, match="expected attention to the 2 keys of the last update, got 3"):
+        attend(3)
+    attend(2)
+    assert cache.get_seq_length() == 2
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_recomputation_in_the_backward_is_noticed(reentrant):
+    model, ids, cache = use_flexdma(doge()), distinct_tokens(1, 24), DynamicMaskCache()
+    with torch.no_grad():
+        model(ids[:, :16], past_key_values=cache)  # from here on its tensors keep their shapes
+    embedded = model.model.embed_tokens(ids[:, 16:])
+    logits = checkpoint(
+        lambda x: model(inputs_embeds=x, past_key_values=cache).logits, embedded, use_reentrant=reentrant
+    )
+    with pytest.raises(RuntimeError, match="cache: expected None under activation checkpointing, got DynamicMaskCache"):
+        logits.sum().backward()
+
+
+@pytest.mark.parametrize("passes", [0, 1])  # before the interrupted one
+@torch.no_grad()
+def test_a_forward_pass_that_did_not_end_is_noticed_by_the_next(passes):
+    model, ids, cache = use_flexdma(doge()), distinct_tokens(1, 24), DynamicMaskCache()
+    for _ in range(passes):
+        model(ids[:, :8], past_key_values=cache)
+    hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(ids[:, 8:16], past_key_values=cache)
+    hook.remove()
+    with pytest.raises(
+        RuntimeError, match=f"expected layer 1 after {8 * passes + 8} tokens.*got it after {8 * passes}"
+    ):
+        model(ids[:, 8:16], past_key_values=cache)
+    cache.reset()
+    assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, past_key_values=DynamicMaskCache()).logits)
 
 
 def test_other_caches_are_refused():

@@ -146,6 +146,12 @@ def test_an_adapter_on_the_gate_itself_is_not_ignored(tmp_path):
             "at most the model's own sliding window of 6, got 7",
         ),
         (lambda: causal_lm("Gemma2"), {}, ValueError, "config.attn_logit_softcapping: expected None, got 50.0"),
+        (
+            lambda: causal_lm("DiffLlama"),
+            {},
+            TypeError,
+            "expected layers that call the attention interface once, got DiffLlamaAttention, which calls it twice",
+        ),
         (lambda: causal_lm("Llama"), {"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
         (lambda: causal_lm("Llama"), {"recency": "last"}, ValueError, "recency: expected one of"),
         (lambda: torch.nn.Linear(1, 1), {}, TypeError, "expected a transformers PreTrainedModel, got Linear"),

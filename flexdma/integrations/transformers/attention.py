@@ -44,7 +44,7 @@ def attend(
         refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
     options = options | read_light_mask(mask, query.shape[0], key.shape[2])
     if isinstance(cache, DynamicMaskCache):
-        output = cache.layers[module.layer_idx].attend(query, key, value, gate, scale=scaling, **options)
+        output = cache.attend(module.layer_idx, query, key, value, gate, scale=scaling, **options)
     else:
         gates = gate(value, key_padding_mask=options["key_padding_mask"])
         output = dynamic_mask_attention(query, key, value, gates, scale=scaling, **options)

@@ -1,152 +1,11 @@
 """DynamicMaskCache: a transformers cache of one `DynamicMaskState` per layer, as large after a million tokens as after w."""
 
-from collections.abc import Callable
-from dataclasses import replace
-from functools import partial
 from typing import Any
 
-import torch
 from torch import Tensor
 from transformers import Cache
-from transformers.cache_utils import CacheLayerMixin
 
-from flexdma.attention import dynamic_mask_attention
-from flexdma.state import DynamicMaskState
-
-
-class DynamicMaskLayer(CacheLayerMixin):
-    """One layer's keys that can ever be seen again.
-
-    `update` hands the new keys and values back, and `attend`, which follows it and has the gates, stores them.
-    """
-
-    is_sliding = False
-    is_compileable = False
-    is_croppable = True
-    supports_early_init = False
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.state: DynamicMaskState | None = None
-        self.tokens = 0
-        self.record_past = False
-        self._updated = False
-        # Per forward pass since the last `crop`: state and length before it, and how to run its first tokens again.
-        self._past: list[tuple[DynamicMaskState | None, int, Callable[[int], DynamicMaskState]]] = []
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first `attend` makes the state."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are.  RuntimeError where no `attend` followed the last ones."""
-        if self._updated:
-            raise RuntimeError(
-                "past_key_values: expected a model of use_flexdma or convert_to_dma for DynamicMaskCache, got one whose "
-                "attention does not take its keys"
-            )
-        self._updated = True
-        return key_states, value_states
-
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], **options: Any) -> Tensor:
-        """Attention of the new tokens to all kept keys, which then are among them; [B, Hq, Q, Dv]."""
-        before, past = self.state, self.tokens
-        output, self.state = _advance(before, query, key, value, gate, options)
-        self.tokens += key.shape[2]
-        self.is_initialized, self._updated = True, False
-        if self.record_past:
-            self._past.append((before, past, partial(_replay, before, key, value, gate, options)))
-        return output
-
-    def activate_past_recording(self) -> None:
-        """From now on keep what `crop` needs to be exact; it grows until `crop` is called, as transformers' own caches do."""
-        self.record_past = True
-
-    def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens.  ValueError where keys that they evicted are gone."""
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts them in a tensor
-        if tokens_to_remove > 0:
-            raise ValueError(
-                f"tokens_to_remove: expected a number <= 0, as transformers gives it, got {tokens_to_remove}"
-            )
-        kept = self.tokens + tokens_to_remove
-        recorded = [step for step in self._past if step[1] <= kept]
-        self._past = []
-        if tokens_to_remove == 0 or self.state is None:
-            return
-        if recorded:
-            before, length, replay = recorded[-1]
-            self.state = before if kept == length else replay(kept - length)
-        else:
-            self.state = self.state.crop(-tokens_to_remove)
-        self.tokens = kept
-
-    def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
-        return self.tokens
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the keys a mask is for: the new ones."""
-        return query_length, self.tokens
-
-    def get_max_length(self) -> int:
-        """-1: no limit."""
-        return -1
-
-    def reset(self) -> None:
-        """Back to no tokens."""
-        self.state, self.tokens, self._past, self._updated, self.is_initialized = None, 0, [], False, False
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows of these numbers, repeats allowed."""
-        if self.state is not None:
-            rows = beam_idx.to(self.state.length.device, torch.int64)  # beam search counts in int32
-            self.state, self._past = self.state.reorder(rows), []
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows, by number or as a mask."""
-        self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
-        if self.state is not None:
-            device = self.state.length.device
-            self.reorder_cache(torch.arange(len(self.state.length), device=device).repeat_interleave(repeats))
-
-    def offload(self) -> None:
-        """Refused: what could be offloaded is small."""
-        raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
-
-
-def _advance(
-    state: DynamicMaskState | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Callable[..., Tensor],
-    options: dict,
-) -> tuple[Tensor, DynamicMaskState]:
-    """Output of the new tokens and the state after them."""
-    before: dict[str, Any] = {"key_padding_mask": options["key_padding_mask"]}
-    if state is not None:
-        before |= {"first_position": state.real_length, "forgotten": state.forgotten}
-    carries_on = getattr(gate, "recency", None) == "forget"
-    gates = gate(value, **before, **({"return_forgotten": True} if carries_on else {}))
-    if not carries_on:
-        return dynamic_mask_attention(query, key, value, gates, state=state, return_state=True, **options)
-    gates, forgotten = gates
-    output, after = dynamic_mask_attention(query, key, value, gates, state=state, return_state=True, **options)
-    return output, replace(after, forgotten=forgotten)
-
-
-def _replay(
-    state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Callable[..., Tensor], options: dict, tokens: int
-) -> DynamicMaskState:
-    """The state after the first `tokens` of these tokens."""
-    masks = {name: options[name] for name in ("key_padding_mask", "document_ids")}
-    masks = {name: None if mask is None else mask[:, :tokens] for name, mask in masks.items()}
-    key, value = key[:, :, :tokens], value[:, :, :tokens]
-    # The output is not wanted: one query will do.
-    return _advance(state, key[:, :, -1:], key, value, gate, options | masks)[1]
+from flexdma.integrations.transformers.cache_layer import DynamicMaskLayer
 
 
 class DynamicMaskCache(Cache):
@@ -159,6 +18,26 @@ class DynamicMaskCache(Cache):
 
     def __init__(self) -> None:
         super().__init__(layer_class_to_replicate=DynamicMaskLayer)
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[Tensor, Tensor]:
+        """As `DynamicMaskLayer.update`.  RuntimeError where the layers before this one saw other tokens than it will have."""
+        before = next((layer for layer in reversed(self.layers[:layer_idx]) if layer.is_initialized), None)
+        if before is not None:
+            expected = before.tokens - key_states.shape[2]
+            seen = self.layers[layer_idx].tokens if layer_idx < len(self.layers) else 0
+            if seen != expected:
+                raise RuntimeError(
+                    f"cache: expected layer {layer_idx} after {expected} tokens, as the layers before it were, got it after "
+                    f"{seen}: a forward pass did not end, or left layers out; reset() empties the cache"
+                )
+        return super().update(key_states, value_states, layer_idx, *args, **kwargs)
+
+    def attend(self, layer_idx: int, *tensors: Any, **options: Any) -> Tensor:
+        """As `DynamicMaskLayer.attend`, of this layer."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else DynamicMaskLayer()
+        return layer.attend(*tensors, **options)
 
     def activate_past_recording(self) -> None:
         """As `DynamicMaskLayer.activate_past_recording`, for layers to come as well."""

@@ -20,6 +20,8 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 # What an attention layer that calls the attention interface has.
 LAYER_ATTRIBUTES = ("layer_idx", "scaling", "head_dim", "num_key_value_groups")
 LAYER_TYPES = {"full_attention", "sliding_attention"}
+# Layers that call the attention interface twice per forward pass, with parts of the values: a key would have two gates.
+TWICE = {"DiffLlamaAttention"}
 
 
 def convert_to_dma(
@@ -101,6 +103,10 @@ def _attention_layers(model: PreTrainedModel) -> list[Any]:
     if not layers or not model._supports_attention_backend:
         raise TypeError(
             f"model: expected attention layers that call the attention interface, got {type(model).__name__}"
+        )
+    for name in TWICE.intersection(parent.__name__ for layer in layers for parent in type(layer).__mro__):
+        raise TypeError(
+            f"model: expected layers that call the attention interface once, got {name}, which calls it twice"
         )
     return layers
 
