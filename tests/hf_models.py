@@ -6,12 +6,15 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 
 import torch
 import transformers
+from packaging.version import Version
 
 SIZES = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "attn_implementation": "eager",
 }  # fmt: skip
+# What models of this transformers name their cache, as an argument and in their output.
+CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 FAMILIES = {
     "Llama": {},
     "Qwen3": {"head_dim": 16},

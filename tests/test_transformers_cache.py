@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from tests.hf_models import assert_close, causal_lm, distinct_tokens, doge, padding
+from tests.hf_models import CACHE, assert_close, causal_lm, distinct_tokens, doge, padding
 
 from transformers import DynamicCache, StaticCache  # isort: skip  # after hf_models, which keeps it offline
 from flexdma.integrations.transformers import DynamicMaskCache, conversion, convert_to_dma, use_flexdma
@@ -61,7 +61,7 @@ def test_a_conversation_goes_on_from_its_cache():
     model, (ids, later) = use_flexdma(doge()), distinct_tokens(1, 19).split([16, 3], 1)
     first = tokens(model, ids, return_dict_in_generate=True, suppress_tokens=later[0].tolist())
     more = torch.cat([first.sequences, later], 1)
-    assert torch.equal(tokens(model, more, past_key_values=first.past_key_values), tokens(model, more))
+    assert torch.equal(tokens(model, more, **{CACHE: first[CACHE]}), tokens(model, more))
 
 
 @torch.no_grad()
@@ -70,7 +70,7 @@ def test_its_memory_does_not_grow_with_the_context():
     cache = DynamicMaskCache()
     sizes = []
     for _ in range(6):
-        model(distinct_tokens(2, 50), past_key_values=cache)
+        model(distinct_tokens(2, 50), **{CACHE: cache})
         sizes.append(cache.nbytes)
     assert cache.get_seq_length() == 300
     assert len(set(sizes)) == 1
@@ -82,11 +82,11 @@ def test_its_memory_does_not_grow_with_the_context():
 def test_its_rows_can_be_chosen_and_repeated():
     model, ids = use_flexdma(doge()), distinct_tokens(2, 12)
     cache = DynamicMaskCache()
-    model(ids[:, :8], past_key_values=cache)
+    model(ids[:, :8], **{CACHE: cache})
     cache.batch_repeat_interleave(2)
     cache.batch_select_indices(torch.tensor([3, 1, 0]))
     cache.batch_select_indices(torch.tensor([True, False, True]))
-    got = model(ids.flip(0)[:, 8:], past_key_values=cache).logits
+    got = model(ids.flip(0)[:, 8:], **{CACHE: cache}).logits
     assert_close(got, model(ids.flip(0)).logits[:, 8:])
 
 
@@ -95,13 +95,13 @@ def test_its_rows_can_be_chosen_and_repeated():
 def test_it_can_be_rolled_back_exactly_if_it_recorded_the_past(removed):
     model, ids = gated(recency="forget"), distinct_tokens(1, 24)
     cache = DynamicMaskCache()
-    model(ids[:, :16], past_key_values=cache)
+    model(ids[:, :16], **{CACHE: cache})
     cache.activate_past_recording()
     for part in ids[:, 16:].split([6, 1, 1], 1):
-        model(part, past_key_values=cache)
+        model(part, **{CACHE: cache})
     cache.crop(-removed)
     assert cache.get_seq_length() == 24 - removed
-    got = model(ids[:, -removed:], past_key_values=cache).logits
+    got = model(ids[:, -removed:], **{CACHE: cache}).logits
     assert_close(got, model(ids).logits[:, -removed:])
 
 
@@ -109,7 +109,7 @@ def test_it_can_be_rolled_back_exactly_if_it_recorded_the_past(removed):
 def test_a_rollback_that_cannot_be_exact_is_refused():
     model, ids = use_flexdma(doge()), distinct_tokens(1, 24)
     cache = DynamicMaskCache()
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     with pytest.raises(ValueError, match="expected a rollback past no eviction"):
         cache.crop(-4)
     with pytest.raises(ValueError, match="expected a number <= 0"):
@@ -120,18 +120,18 @@ def test_a_rollback_that_cannot_be_exact_is_refused():
 def test_a_reset_cache_is_empty():
     model, ids = use_flexdma(doge()), distinct_tokens(1, 24)
     cache = DynamicMaskCache()
-    want = model(ids, past_key_values=cache).logits
+    want = model(ids, **{CACHE: cache}).logits
     cache.reset()
     assert cache.get_seq_length() == cache.nbytes == 0
-    assert torch.equal(model(ids, past_key_values=cache).logits, want)
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, want)
 
 
 @torch.no_grad()
 def test_a_model_without_flexdma_cannot_use_it():
     model, ids, cache = doge(), distinct_tokens(1, 8), DynamicMaskCache()
-    model(ids, past_key_values=cache)
+    model(ids, **{CACHE: cache})
     with pytest.raises(RuntimeError, match="expected a model of use_flexdma or convert_to_dma"):
-        model(ids, past_key_values=cache)
+        model(ids, **{CACHE: cache})
 
 
 def test_a_layer_that_attends_twice_is_noticed(monkeypatch):
@@ -161,11 +161,9 @@ def test_a_layer_attends_to_the_keys_of_its_update():
 def test_a_recomputation_in_the_backward_is_noticed(reentrant):
     model, ids, cache = use_flexdma(doge()), distinct_tokens(1, 24), DynamicMaskCache()
     with torch.no_grad():
-        model(ids[:, :16], past_key_values=cache)  # from here on its tensors keep their shapes
+        model(ids[:, :16], **{CACHE: cache})  # from here on its tensors keep their shapes
     embedded = model.model.embed_tokens(ids[:, 16:])
-    logits = checkpoint(
-        lambda x: model(inputs_embeds=x, past_key_values=cache).logits, embedded, use_reentrant=reentrant
-    )
+    logits = checkpoint(lambda x: model(inputs_embeds=x, **{CACHE: cache}).logits, embedded, use_reentrant=reentrant)
     with pytest.raises(RuntimeError, match="cache: expected None under activation checkpointing, got DynamicMaskCache"):
         logits.sum().backward()
 
@@ -175,17 +173,17 @@ def test_a_recomputation_in_the_backward_is_noticed(reentrant):
 def test_a_forward_pass_that_did_not_end_is_noticed_by_the_next(passes):
     model, ids, cache = use_flexdma(doge()), distinct_tokens(1, 24), DynamicMaskCache()
     for _ in range(passes):
-        model(ids[:, :8], past_key_values=cache)
+        model(ids[:, :8], **{CACHE: cache})
     hook = model.model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        model(ids[:, 8:16], past_key_values=cache)
+        model(ids[:, 8:16], **{CACHE: cache})
     hook.remove()
     with pytest.raises(
         RuntimeError, match=f"expected layer 1 after {8 * passes + 8} tokens.*got it after {8 * passes}"
     ):
-        model(ids[:, 8:16], past_key_values=cache)
+        model(ids[:, 8:16], **{CACHE: cache})
     cache.reset()
-    assert torch.equal(model(ids, past_key_values=cache).logits, model(ids, past_key_values=DynamicMaskCache()).logits)
+    assert torch.equal(model(ids, **{CACHE: cache}).logits, model(ids, **{CACHE: DynamicMaskCache()}).logits)
 
 
 def test_other_caches_are_refused():
@@ -194,14 +192,14 @@ def test_other_caches_are_refused():
         tokens(model, ids, cache_implementation="static")
     static = StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(TypeError, match="expected DynamicMaskCache or DynamicCache, got StaticCache"):
-        tokens(model, ids, past_key_values=static)
+        tokens(model, ids, **{CACHE: static})
 
 
 @torch.no_grad()
 def test_a_cache_that_drops_keys_by_age_is_refused():
     model, ids = gated("Mistral"), distinct_tokens(1, 16)
     cache = DynamicCache(config=model.config)
-    model(ids, past_key_values=cache)
-    with pytest.raises(ValueError, match="past_key_values: expected all 17 keys, got 6"):
-        model(ids[:, :1], past_key_values=cache)
+    model(ids, **{CACHE: cache})
+    with pytest.raises(ValueError, match="cache: expected all 17 keys, got 6"):
+        model(ids[:, :1], **{CACHE: cache})
     assert tokens(model, ids).shape == (1, 28)

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from tests.hf_models import assert_close, causal_lm, distinct_tokens, doge, padding
+from tests.hf_models import CACHE, assert_close, causal_lm, distinct_tokens, doge, padding
 
 import transformers  # isort: skip  # after hf_models, which keeps it offline
 from flexdma.integrations.transformers import DynamicMaskCache, from_pretrained, use_flexdma
@@ -116,12 +116,12 @@ def test_decoding_compiles_to_one_graph_that_serves_every_length(backend):
     compiled = torch.compile(model, fullgraph=True, backend=counter)
     assert_close(compiled(ids, use_cache=False).logits, model(ids).logits)
     cache, same = DynamicMaskCache(), DynamicMaskCache()
-    model(ids[:, :8], past_key_values=cache)
-    model(ids[:, :8], past_key_values=same)
+    model(ids[:, :8], **{CACHE: cache})
+    model(ids[:, :8], **{CACHE: same})
     counter.frame_count = 0
     for token in ids[:, 8:].split(1, 1):
-        got = compiled(token, past_key_values=cache).logits
-        assert_close(got, model(token, past_key_values=same).logits)
+        got = compiled(token, **{CACHE: cache}).logits
+        assert_close(got, model(token, **{CACHE: same}).logits)
     assert counter.frame_count <= 2  # once for this length, once for any
 
 

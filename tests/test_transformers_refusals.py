@@ -3,9 +3,10 @@
 import pytest
 import torch
 
-from tests.hf_models import causal_lm, distinct_tokens, doge
+from tests.hf_models import CACHE, causal_lm, distinct_tokens, doge
 
-from flexdma.integrations.transformers import convert_to_dma, use_flexdma  # isort: skip
+from transformers import DynamicCache  # isort: skip  # after hf_models, which keeps it offline
+from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma, use_flexdma  # isort: skip
 
 
 @pytest.fixture(params=["doge", "llama"])
@@ -58,9 +59,16 @@ def test_bidirectional_attention(model):
         model(distinct_tokens(1, 8), is_causal=False)
 
 
+def test_a_second_cache_under_another_name(model):
+    with pytest.raises(
+        TypeError, match="cache: expected one, got DynamicCache and DynamicMaskCache; transformers names"
+    ):
+        model(distinct_tokens(1, 8), **{CACHE: DynamicCache(), "other": DynamicMaskCache()})
+
+
 @torch.no_grad()
 def test_a_growing_cache_made_while_compiling(model):
-    with pytest.raises(Exception, match=r"use_cache: expected False, or past_key_values=DynamicMaskCache\(\)"):
+    with pytest.raises(Exception, match=r"use_cache: expected False, or a DynamicMaskCache"):
         torch.compile(model, fullgraph=True, backend="eager")(distinct_tokens(1, 8))
 
 

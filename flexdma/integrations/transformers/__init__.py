@@ -1,4 +1,4 @@
-"""Hugging Face transformers, 5.17 to 5.23 (extra `flexdma[transformers]`); docs/transformers.md has the recipes.
+"""Hugging Face transformers, 5.17 to 5.24 (extra `flexdma[transformers]`); docs/transformers.md has the recipes.
 
 use_flexdma         Doge models compute their attention with flexdma: same weights, same state_dict
 convert_to_dma      give any decoder with grouped-query attention the gates of Dynamic Mask Attention, to train on

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from flexdma import checks
 from flexdma.gates import FORMS, RECENCIES, ValueGate
+from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
 
@@ -80,7 +81,7 @@ def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             f"attn_implementation: expected {NAME!r} for a converted model, got {layer.config._attn_implementation!r}, "
             "which has no gates"
         )
-    return args, {**kwargs, "dynamic_mask_cache": kwargs.get("past_key_values")}
+    return args, {**kwargs, "dynamic_mask_cache": given_cache((*args, *kwargs.values()))}
 
 
 def _check_choice(choice: dict[str, Any], lowering: str | None) -> None:

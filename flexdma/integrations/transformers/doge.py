@@ -14,6 +14,7 @@ from transformers.models.doge.modeling_doge import DogeAttention, apply_rotary_p
 
 from flexdma import checks
 from flexdma.integrations.transformers.attention import attend
+from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
 from flexdma.mixed_precision import without_autocast
@@ -31,7 +32,7 @@ class DogeDynamicMaskAttention(DogeAttention):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor],
         attention_mask: Tensor | None = None,
-        past_key_values: Any = None,
+        *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As DogeAttention's; attention_mask is `light_mask`'s."""
@@ -41,10 +42,11 @@ class DogeDynamicMaskAttention(DogeAttention):
         key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
         value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        if past_key_values is not None:
-            key, value = past_key_values.update(key, value, self.layer_idx)
+        cache = given_cache((*args, *kwargs.values()))
+        if cache is not None:
+            key, value = cache.update(key, value, self.layer_idx)
         output = attend(
-            self, query, key, value, attention_mask, self.gate, past_key_values,
+            self, query, key, value, attention_mask, self.gate, cache,
             dropout=self.attention_dropout if self.training else 0.0, scaling=self.scaling,
             options={"window_size": self.keep_window_size, "lowering": self.lowering}, arguments=kwargs,
         )  # fmt: skip

@@ -1,16 +1,16 @@
 """`generate` with the bounded cache by default.
 
 transformers makes the cache of a `generate` call in one method of the model.  It is shadowed on this one instance, as a
-subclass of the model would write its own name into saved configs.
+subclass of the model would write its own name into saved configs.  The DynamicCache that it makes is replaced.
 """
 
 from functools import partial
 from typing import Any
 
 from torch import nn
-from transformers import GenerationMixin
+from transformers import DynamicCache, GenerationMixin
 
-from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.cache import DynamicMaskCache, given_cache
 from flexdma.integrations.transformers.refusals import refuse_cache_kind
 
 
@@ -28,13 +28,14 @@ def _prepare_cache(
         raise ValueError(
             f"cache_implementation: expected None, for DynamicMaskCache, or 'dynamic', which grows, got {implementation!r}"
         )
-    given = model_kwargs.get("past_key_values")
+    given = given_cache(model_kwargs.values())
     if given is not None:
         refuse_cache_kind(given)
-    if given is not None or implementation is not None or generation_config.use_cache is False:
-        type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *others, **named)
+    type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *others, **named)
+    if given is not None or implementation is not None:
         return
-    cache = DynamicMaskCache()
-    if generation_config.is_assistant:
-        cache.activate_past_recording()
-    model_kwargs["past_key_values"] = cache
+    for name, made in model_kwargs.items():
+        if isinstance(made, DynamicCache):
+            model_kwargs[name] = cache = DynamicMaskCache()
+            if generation_config.is_assistant:
+                cache.activate_past_recording()

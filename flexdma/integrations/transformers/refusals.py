@@ -39,7 +39,7 @@ def refuse_arguments(module: nn.Module, dropout: float, arguments: dict[str, Any
 def refuse_cache_kind(cache: object) -> None:
     """Raise TypeError unless the cache is one that gives every key back, or DynamicMaskCache."""
     if not isinstance(cache, DynamicMaskCache | DynamicCache):
-        raise TypeError(f"past_key_values: expected DynamicMaskCache or DynamicCache, got {type(cache).__name__}")
+        raise TypeError(f"cache: expected DynamicMaskCache or DynamicCache, got {type(cache).__name__}")
 
 
 def refuse_cache(cache: Any, layer: int, keys: int) -> None:
@@ -47,13 +47,15 @@ def refuse_cache(cache: Any, layer: int, keys: int) -> None:
     if cache is None or isinstance(cache, DynamicMaskCache):
         return
     refuse_cache_kind(cache)
+    if layer >= len(cache.layers):
+        raise ValueError(f"cache: expected one that the layer updates, got one without layer {layer}")
     kind = type(cache.layers[layer])
     if kind not in (DynamicLayer, DynamicSlidingWindowLayer):
-        raise TypeError(f"past_key_values: expected layers of DynamicLayer, got a {kind.__name__}")
+        raise TypeError(f"cache: expected layers of DynamicLayer, got a {kind.__name__}")
     seen = cache.get_seq_length(layer)
     if seen != keys:
         raise ValueError(
-            f"past_key_values: expected all {seen} keys, got {keys}: the model's own sliding-window cache has dropped keys "
+            f"cache: expected all {seen} keys, got {keys}: the model's own sliding-window cache has dropped keys "
             "that may be selected again; expected DynamicMaskCache"
         )
 
@@ -67,7 +69,7 @@ def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> N
         return
     if (lowering or choose_lowering(query.device.type, query.dtype)) == "flex":
         raise ValueError(
-            "use_cache: expected False, or past_key_values=DynamicMaskCache(), in a compiled forward pass; got a DynamicCache"
+            "use_cache: expected False, or a DynamicMaskCache, in a compiled forward pass; got a DynamicCache"
         )
 
 
