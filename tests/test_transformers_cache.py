@@ -90,6 +90,17 @@ def test_its_rows_can_be_chosen_and_repeated():
     assert_close(got, model(ids.flip(0)).logits[:, 8:])
 
 
+@pytest.mark.parametrize("make", [lambda: use_flexdma(doge()), gated])
+@torch.no_grad()
+def test_another_batch_size_is_refused(make):
+    model, ids, cache = make(), distinct_tokens(3, 8), DynamicMaskCache()
+    model(ids[:2], **{CACHE: cache})
+    with pytest.raises(
+        ValueError, match="cache: expected one of batch size 3, as the tokens have, got one of batch size 2"
+    ):
+        model(ids[:, :1], **{CACHE: cache})
+
+
 @pytest.mark.parametrize("removed", [1, 5, 8])  # a whole forward pass, a part of the one before, all of them
 @torch.no_grad()
 def test_it_can_be_rolled_back_exactly_if_it_recorded_the_past(removed):

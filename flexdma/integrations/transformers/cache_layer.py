@@ -38,7 +38,10 @@ class DynamicMaskLayer(CacheLayerMixin):
         """Nothing: the first `attend` makes the state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are.  RuntimeError where no `attend` followed the last ones, or in a backward."""
+        """The new keys and values as they are.  RuntimeError where no `attend` followed the last ones, or in a backward.
+
+        ValueError for another number of sequences than the cache has.
+        """
         # Activation checkpointing runs the layer again in the backward: the cache would count its tokens twice.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
@@ -48,6 +51,11 @@ class DynamicMaskLayer(CacheLayerMixin):
             raise RuntimeError(
                 "cache: expected a model of use_flexdma or convert_to_dma for DynamicMaskCache, and forward passes that end, "
                 "got an update after which no attention took the keys; reset() empties the cache"
+            )
+        if self.state is not None and len(self.state.length) != len(key_states):
+            raise ValueError(
+                f"cache: expected one of batch size {len(key_states)}, as the tokens have, got one of batch size "
+                f"{len(self.state.length)}"
             )
         self._pending = key_states.shape[2]
         return key_states, value_states

@@ -36,11 +36,10 @@ class DogeDynamicMaskAttention(DogeAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As DogeAttention's; attention_mask is `light_mask`'s."""
-        leading = hidden_states.shape[:-1]
-        heads = (*leading, -1, self.head_dim)
-        query = self.q_norm(self.q_proj(hidden_states).view(heads)).transpose(1, 2)
-        key = self.k_norm(self.k_proj(hidden_states).view(heads)).transpose(1, 2)
-        value = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        heads = (-1, self.head_dim)
+        query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
+        value = self.v_proj(hidden_states).unflatten(-1, heads).transpose(1, 2)
         query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
         cache = given_cache((*args, *kwargs.values()))
         if cache is not None:
