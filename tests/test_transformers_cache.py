@@ -57,6 +57,34 @@ def test_prefill_in_chunks_and_speculation_change_nothing():
     assert torch.equal(tokens(model, ids, assistant_model=assistant), want)
 
 
+@pytest.mark.parametrize("make", [lambda: use_flexdma(doge()), gated])
+def test_static_is_a_word_for_the_bounded_cache(make):
+    model, ids = make(), distinct_tokens(2, 16)
+    options = {"return_dict_in_generate": True, "cache_implementation": "static"}
+    got = tokens(model, ids, "left", **options)
+    assert isinstance(got[CACHE], DynamicMaskCache)
+    assert torch.equal(got.sequences, tokens(model, ids, "left", use_cache=False))
+    chunks = tokens(model, ids, "left", **options, prefill_chunk_size=5)
+    assert torch.equal(chunks.sequences, got.sequences)
+
+
+@torch.no_grad()
+def test_its_keys_and_values_can_be_read():
+    model, ids = gated(), distinct_tokens(2, 16)
+    cache, growing = DynamicMaskCache(), DynamicCache()
+    model(ids[:, :1], **{CACHE: cache})
+    first = cache.layers[0]
+    assert first.keys.shape == first.values.shape == (2, 2, 6, 8)
+    model(ids[:, 1:], **{CACHE: cache})
+    model(ids, **{CACHE: growing})
+    for layer, every in zip(cache.layers, growing.layers, strict=True):
+        slots = layer.state.position[..., None].expand_as(layer.keys)
+        assert_close(layer.keys, every.keys.gather(2, slots))
+        assert_close(layer.values, every.values.gather(2, slots))
+    cache.reset()
+    assert first.keys is first.values is None
+
+
 def test_a_conversation_goes_on_from_its_cache():
     model, (ids, later) = use_flexdma(doge()), distinct_tokens(1, 19).split([16, 3], 1)
     first = tokens(model, ids, return_dict_in_generate=True, suppress_tokens=later[0].tolist())
@@ -199,8 +227,8 @@ def test_a_forward_pass_that_did_not_end_is_noticed_by_the_next(passes):
 
 def test_other_caches_are_refused():
     model, ids = use_flexdma(doge()), distinct_tokens(1, 8)
-    with pytest.raises(ValueError, match=r"cache_implementation: expected None.*got 'static'"):
-        tokens(model, ids, cache_implementation="static")
+    with pytest.raises(ValueError, match=r"cache_implementation: expected None or 'static'.*got 'offloaded_static'"):
+        tokens(model, ids, cache_implementation="offloaded_static")
     static = StaticCache(config=model.config, max_cache_len=40)
     with pytest.raises(TypeError, match="expected DynamicMaskCache or DynamicCache, got StaticCache"):
         tokens(model, ids, **{CACHE: static})

@@ -25,7 +25,8 @@ class DynamicMaskLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self) -> None:
-        super().__init__()
+        # Not that of the base class, which assigns keys and values.
+        self.is_initialized = False
         self.state: DynamicMaskState | None = None
         self.tokens = 0
         self.record_past = False
@@ -33,6 +34,16 @@ class DynamicMaskLayer(CacheLayerMixin):
         self._pending: int | None = None
         # Per forward pass since the last `crop`: state and length before it, and how to run its first tokens again.
         self._past: list[tuple[DynamicMaskState | None, int, Callable[[int], DynamicMaskState]]] = []
+
+    @property
+    def keys(self) -> Tensor | None:
+        """[B, Hkv, C, D], the key of each slot of `state`, 0 where `state.position` is -1; None before the first token."""
+        return None if self.state is None else self.state.key
+
+    @property
+    def values(self) -> Tensor | None:
+        """[B, Hkv, C, Dv], as `keys`."""
+        return None if self.state is None else self.state.value
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
         """Nothing: the first `attend` makes the state."""

@@ -4,6 +4,7 @@ transformers makes the cache of a `generate` call in one method of the model.  I
 subclass of the model would write its own name into saved configs.  The DynamicCache that it makes is replaced.
 """
 
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -24,13 +25,18 @@ def _prepare_cache(
     model: Any, generation_config: Any, model_kwargs: dict[str, Any], *others: Any, **named: Any
 ) -> None:
     implementation = generation_config.cache_implementation
-    if implementation not in (None, "dynamic"):
+    if implementation not in (None, "static", "dynamic"):
         raise ValueError(
-            f"cache_implementation: expected None, for DynamicMaskCache, or 'dynamic', which grows, got {implementation!r}"
+            "cache_implementation: expected None or 'static', for DynamicMaskCache, or 'dynamic', which grows, got "
+            f"{implementation!r}"
         )
     given = given_cache(model_kwargs.values())
     if given is not None:
         refuse_cache_kind(given)
+    elif implementation == "static":
+        # DynamicMaskCache has static shapes as it is; transformers would make a StaticCache.
+        generation_config, implementation = copy(generation_config), None
+        generation_config.cache_implementation = None
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *others, **named)
     if given is not None or implementation is not None:
         return
