@@ -58,14 +58,6 @@ def test_mixture_of_experts():
     assert_close(use_flexdma(copy.deepcopy(shipped))(ids).logits, want)
 
 
-def test_packed_sequences_are_documents():
-    model, ids = use_flexdma(doge()), distinct_tokens(1, 24)
-    positions = torch.cat([torch.arange(10), torch.arange(14)])[None]
-    packed = model(ids, position_ids=positions, use_cache=False).logits
-    apart = torch.cat([model(part).logits for part in ids.split([10, 14], 1)], 1)
-    assert_close(packed, apart)
-
-
 def test_weights_and_config_are_the_same_and_load_without_flexdma(tmp_path):
     shipped, ids = doge(), distinct_tokens(2, 24)
     model = use_flexdma(copy.deepcopy(shipped))

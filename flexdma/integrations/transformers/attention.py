@@ -8,6 +8,7 @@ from transformers import AttentionInterface
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.documents import packed_documents, refuse_other_documents
 from flexdma.integrations.transformers.masks import NAME, read_light_mask
 from flexdma.integrations.transformers.refusals import (
     refuse_arguments,
@@ -40,9 +41,18 @@ def attend(
     refuse_arguments(module, dropout, arguments)
     refuse_cache(cache, module.layer_idx, key.shape[2])
     refuse_traced_cache(cache, query, options["lowering"])
-    if module.layer_idx == 0:
-        refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
     options = options | read_light_mask(mask, query.shape[0], key.shape[2])
+    past = (
+        cache.get_seq_length(module.layer_idx) if isinstance(cache, DynamicMaskCache) else key.shape[2] - query.shape[2]
+    )
+    documents = packed_documents(arguments, key, past)
+    if documents is not None:
+        options["document_ids"] = documents
+    if module.layer_idx == 0:
+        if documents is not None:
+            refuse_other_documents(arguments, documents)
+        else:
+            refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
     if isinstance(cache, DynamicMaskCache):
         output = cache.attend(module.layer_idx, query, key, value, gate, scale=scaling, **options)
     else:

@@ -17,8 +17,6 @@ REFUSED = {
     "softcap": "scores are not capped",
     "s_aux": "there are no learned sinks",
     "position_bias": "there is no position bias",
-    "cu_seq_lens_q": "packed sequences are given by position_ids alone",
-    "cu_seq_lens_k": "packed sequences are given by position_ids alone",
 }
 
 
@@ -80,7 +78,7 @@ def refuse_unmarked_packing(position_ids: Tensor | None, mask: Tensor | None, ca
     if position_ids.dim() == 2 and position_ids.shape[1] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
         raise ValueError(
             "position_ids: expected consecutive positions with a cache, got positions that restart; packed sequences need "
-            "use_cache=False"
+            "use_cache=False, or cu_seq_lens_q and cu_seq_lens_k"
         )
 
 

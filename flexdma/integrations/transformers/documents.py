@@ -1,0 +1,65 @@
+"""Packed sequences as flash-attention's arguments give them: cu_seq_lens_q and cu_seq_lens_k, or seq_idx.
+
+transformers' DataCollatorWithFlattening makes them, with or without position_ids that restart.  max_length_q and max_length_k
+size flash-attention's kernels and hold nothing that cu_seq_lens does not.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdma import checks
+
+
+def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tensor | None:
+    """Document numbers [B, K] of the keys [B, Hkv, K, D] of a first forward pass; None where no argument gives documents.
+
+    arguments: of the layer: cu_seq_lens_q [N + 1] integers, the ends of N documents after a 0; cu_seq_lens_k, the same;
+        seq_idx [B, K] integers, the number of each token's document.
+    past: tokens in the cache.
+    Raises TypeError or ValueError naming the argument.
+    """
+    names = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if arguments.get(name) is not None]
+    if not names:
+        return None
+    if past:
+        raise ValueError(f"{names[0]}: expected None with a cache that is not empty, got it after {past} tokens")
+    batch, keys = key.shape[0], key.shape[2]
+    if names == ["seq_idx"]:
+        return _integers("seq_idx", arguments["seq_idx"], (batch, keys), key).long()
+    if batch != 1:
+        raise ValueError(f"{names[0]}: expected all sequences in one row, got {batch} rows")
+    ends = _integers("cu_seq_lens_q", arguments.get("cu_seq_lens_q"), ("N + 1",), key)
+    _integers("cu_seq_lens_k", arguments.get("cu_seq_lens_k"), tuple(ends.shape), key)
+    position = torch.arange(keys, device=key.device, dtype=ends.dtype)
+    return torch.bucketize(position, ends[1:].contiguous(), right=True).long()[None]
+
+
+def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None:
+    """Raise ValueError where other arguments than those of `packed_documents` [B, K] divide the sequences otherwise.
+
+    Reads values, so one layer of a model does it, and none while compiling.
+    """
+    if torch.compiler.is_compiling():
+        return
+    keys, inside = documents.shape[1], documents.diff(dim=-1) == 0
+    ends, other = arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k")
+    if ends is not None and other is not None:
+        if not torch.equal(ends, other):
+            raise ValueError(f"cu_seq_lens_k: expected cu_seq_lens_q, {ends.tolist()}, got {other.tolist()}")
+        if ends[0] != 0 or ends[-1] != keys or (ends.diff() < 0).any():
+            raise ValueError(f"cu_seq_lens_q: expected growing numbers from 0 to {keys} tokens, got {ends.tolist()}")
+        numbers = arguments.get("seq_idx")
+        if numbers is not None and not torch.equal(numbers.diff(dim=-1) == 0, inside):
+            raise ValueError("seq_idx: expected the documents of cu_seq_lens_q, got others")
+    positions = arguments.get("position_ids")
+    if positions is not None and positions.dim() == 2 and bool(((positions.diff(dim=-1) != 1) & inside).any()):
+        raise ValueError("position_ids: expected consecutive positions in each document, got some that restart in one")
+
+
+def _integers(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> Tensor:
+    tensor = checks.tensor(name, value, shape, like)
+    if tensor.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {tensor.dtype}")
+    return tensor
