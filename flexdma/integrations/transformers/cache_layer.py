@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -10,6 +9,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from flexdma.attention import dynamic_mask_attention
+from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
 from flexdma.state import DynamicMaskState
 
 
@@ -32,8 +32,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         self.record_past = False
         # Number of tokens of an `update` that no `attend` has followed.
         self._pending: int | None = None
-        # Per forward pass since the last `crop`: state and length before it, and how to run its first tokens again.
-        self._past: list[tuple[DynamicMaskState | None, int, Callable[[int], DynamicMaskState]]] = []
+        self._past: list[RecordedPass] = []  # since the last `crop`
 
     @property
     def keys(self) -> Tensor | None:
@@ -85,12 +84,13 @@ class DynamicMaskLayer(CacheLayerMixin):
             raise RuntimeError(
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
-        before, past = self.state, self.tokens
-        output, self.state = _advance(before, query, key, value, gate, options)
+        gates, forgotten = gated(gate, value, self.state, options["key_padding_mask"])
+        output, after = dynamic_mask_attention(query, key, value, gates, state=self.state, return_state=True, **options)
+        if self.record_past:
+            self._past.append(RecordedPass(self.state, self.tokens, key, value, gates, gate, after.key.dtype, options))
+        self.state = after if forgotten is None else replace(after, forgotten=forgotten)
         self.tokens += key.shape[2]
         self.is_initialized, self._pending = True, None
-        if self.record_past:
-            self._past.append((before, past, partial(_replay, before, key, value, gate, options)))
         return output
 
     def activate_past_recording(self) -> None:
@@ -105,13 +105,12 @@ class DynamicMaskLayer(CacheLayerMixin):
                 f"tokens_to_remove: expected a number <= 0, as transformers gives it, got {tokens_to_remove}"
             )
         kept = self.tokens + tokens_to_remove
-        recorded = [step for step in self._past if step[1] <= kept]
+        recorded = [step for step in self._past if step.length <= kept]
         self._past = []
         if tokens_to_remove == 0 or self.state is None:
             return
         if recorded:
-            before, length, replay = recorded[-1]
-            self.state = before if kept == length else replay(kept - length)
+            self.state = recorded[-1].state_after(kept - recorded[-1].length)
         else:
             self.state = self.state.crop(-tokens_to_remove)
         self.tokens = kept
@@ -151,35 +150,3 @@ class DynamicMaskLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Refused: what could be offloaded is small."""
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
-
-
-def _advance(
-    state: DynamicMaskState | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Callable[..., Tensor],
-    options: dict,
-) -> tuple[Tensor, DynamicMaskState]:
-    """Output of the new tokens and the state after them."""
-    before: dict[str, Any] = {"key_padding_mask": options["key_padding_mask"]}
-    if state is not None:
-        before |= {"first_position": state.real_length, "forgotten": state.forgotten}
-    carries_on = getattr(gate, "recency", None) == "forget"
-    gates = gate(value, **before, **({"return_forgotten": True} if carries_on else {}))
-    if not carries_on:
-        return dynamic_mask_attention(query, key, value, gates, state=state, return_state=True, **options)
-    gates, forgotten = gates
-    output, after = dynamic_mask_attention(query, key, value, gates, state=state, return_state=True, **options)
-    return output, replace(after, forgotten=forgotten)
-
-
-def _replay(
-    state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Callable[..., Tensor], options: dict, tokens: int
-) -> DynamicMaskState:
-    """The state after the first `tokens` of these tokens."""
-    masks = {name: options[name] for name in ("key_padding_mask", "document_ids")}
-    masks = {name: None if mask is None else mask[:, :tokens] for name, mask in masks.items()}
-    key, value = key[:, :, :tokens], value[:, :, :tokens]
-    # The output is not wanted: one query will do.
-    return _advance(state, key[:, :, -1:], key, value, gate, options | masks)[1]

@@ -1,0 +1,63 @@
+"""One layer's part of a forward pass, and the state after any number of its tokens: what an exact rollback needs."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdma.attention import dynamic_mask_attention
+from flexdma.state import DynamicMaskState
+
+
+@dataclass(frozen=True, eq=False)
+class RecordedPass:
+    """The inputs of a pass of n tokens.
+
+    state: before it; None for no tokens.  length: the number of tokens before it.
+    key [B, Hkv, n, D], value [B, Hkv, n, Dv]: of its tokens.
+    gates [B, Hkv, n]: of its tokens.  A rollback runs outside of the layer's forward, where `gate` may have no weights.
+    gate: the gates of values.  dtype: of keys and values in a state.  options: of `dynamic_mask_attention`.
+    """
+
+    state: DynamicMaskState | None
+    length: int
+    key: Tensor
+    value: Tensor
+    gates: Tensor
+    gate: Callable[..., Any]
+    dtype: torch.dtype
+    options: dict[str, Any]
+
+    def state_after(self, tokens: int) -> DynamicMaskState | None:
+        """The state after the first tokens of the pass."""
+        if tokens == 0:
+            return self.state
+        key, value, gates = self.key[:, :, :tokens], self.value[:, :, :tokens], self.gates[:, :, :tokens]
+        masks = {name: self.options[name] for name in ("key_padding_mask", "document_ids")}
+        masks = {name: None if mask is None else mask[:, :tokens] for name, mask in masks.items()}
+        # The output is not used, so one query is enough.
+        _, after = dynamic_mask_attention(
+            key[:, :, -1:].to(self.dtype), key.to(self.dtype), value.to(self.dtype), gates,
+            state=self.state, return_state=True, **(self.options | masks),
+        )  # fmt: skip
+        if forgets(self.gate):
+            _, forgotten = gated(self.gate, value, self.state, masks["key_padding_mask"])
+            after = replace(after, forgotten=forgotten)
+        return after
+
+
+def forgets(gate: Callable[..., Any]) -> bool:
+    """Whether these gates are a running sum, which a state keeps."""
+    return getattr(gate, "recency", None) == "forget"
+
+
+def gated(
+    gate: Callable[..., Any], value: Tensor, state: DynamicMaskState | None, key_padding_mask: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """The gates of values that follow a state, and the sum after them of gates that forget, else None."""
+    before: dict[str, Any] = {"key_padding_mask": key_padding_mask}
+    if state is not None:
+        before |= {"first_position": state.real_length, "forgotten": state.forgotten}
+    return gate(value, **before, return_forgotten=True) if forgets(gate) else (gate(value, **before), None)
