@@ -117,6 +117,16 @@ def test_decoding_compiles_to_one_graph_that_serves_every_length(backend):
     assert counter.frame_count <= 2  # once for this length, once for any
 
 
+@torch.no_grad()
+def test_a_growing_cache_made_in_a_compiled_pass_goes_on():
+    model, ids = use_flexdma(doge()), distinct_tokens(2, 24)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    first = compiled(ids[:, :16])
+    assert isinstance(first[CACHE], transformers.DynamicCache)
+    later = compiled(ids[:, 16:], **{CACHE: first[CACHE]}).logits
+    assert_close(torch.cat([first.logits, later], 1), model(ids).logits)
+
+
 @pytest.mark.parametrize(
     ("make", "error", "message"),
     [

@@ -66,8 +66,13 @@ def test_a_second_cache_under_another_name(model):
         model(distinct_tokens(1, 8), **{CACHE: DynamicCache(), "other": DynamicMaskCache()})
 
 
+@pytest.mark.parametrize(
+    "make",
+    [lambda: use_flexdma(doge(), lowering="flex"), lambda: convert_to_dma(causal_lm("Llama"), 6, lowering="flex")],
+)
 @torch.no_grad()
-def test_a_growing_cache_made_while_compiling(model):
+def test_a_growing_cache_around_a_compiled_flexattention(make):
+    model = make()
     with pytest.raises(Exception, match=r"use_cache: expected False, or a DynamicMaskCache"):
         torch.compile(model, fullgraph=True, backend="eager")(distinct_tokens(1, 8))
 
