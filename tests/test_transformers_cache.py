@@ -129,6 +129,16 @@ def test_another_batch_size_is_refused(make):
         model(ids[:, :1], **{CACHE: cache})
 
 
+@pytest.mark.parametrize("count", [1, 3])
+@torch.no_grad()
+def test_a_cache_without_rows_goes_on(count):
+    model, ids, cache = use_flexdma(doge()), distinct_tokens(2, 12), DynamicMaskCache()
+    model(ids[:, :8], **{CACHE: cache})
+    cache.batch_select_indices(torch.tensor([False, False]))
+    assert model(ids[:0, :count], **{CACHE: cache}).logits.shape == (0, count, 64)
+    assert cache.get_seq_length() == 8 + count
+
+
 @pytest.mark.parametrize("removed", [1, 5, 8])  # a whole forward pass, a part of the one before, all of them
 @torch.no_grad()
 def test_it_can_be_rolled_back_exactly_if_it_recorded_the_past(removed):
