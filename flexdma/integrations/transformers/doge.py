@@ -60,9 +60,10 @@ class DogeDynamicMaskAttention(DogeAttention):
             value = value.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
         joined = value.transpose(1, 2).flatten(2)
         with without_autocast(value.device):
-            step = self.dt_proj(joined.to(self.A.dtype))
+            # Contiguous: on a view aten::softplus_backward has other strides than torch.compile expects (torch 2.13).
+            step = self.dt_proj(joined.to(self.A.dtype)).mT.contiguous()
             wide = torch.promote_types(step.dtype, torch.float32)
-            return torch.exp(self.A.to(wide) * softplus(step.to(wide))).mT
+            return torch.exp(self.A.to(wide)[:, None] * softplus(step.to(wide)))
 
 
 def use_flexdma(model: Model, *, lowering: str | None = None) -> Model:
