@@ -10,6 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
+from flexdma.mixed_precision import autocast
 from flexdma.state import DynamicMaskState
 
 
@@ -50,7 +51,7 @@ class DynamicMaskLayer(CacheLayerMixin):
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """The new keys and values as they are.  RuntimeError where no `attend` followed the last ones, or in a backward.
 
-        ValueError for another number of sequences than the cache has.
+        ValueError or TypeError for another number of sequences or another dtype than the cache has.
         """
         # Activation checkpointing runs the layer again in the backward: the cache would count its tokens twice.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
@@ -62,11 +63,8 @@ class DynamicMaskLayer(CacheLayerMixin):
                 "cache: expected a model of use_flexdma or convert_to_dma for DynamicMaskCache, and forward passes that end, "
                 "got an update after which no attention took the keys; reset() empties the cache"
             )
-        if self.state is not None and len(self.state.length) != len(key_states):
-            raise ValueError(
-                f"cache: expected one of batch size {len(key_states)}, as the tokens have, got one of batch size "
-                f"{len(self.state.length)}"
-            )
+        if self.state is not None:
+            _refuse_other_tokens(self.state, *autocast(key_states, value_states))
         self._pending = key_states.shape[2]
         return key_states, value_states
 
@@ -150,3 +148,17 @@ class DynamicMaskLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Refused: what could be offloaded is small."""
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
+
+
+def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) -> None:
+    """Raise unless these keys and values, as the operator takes them, can follow the state's."""
+    if len(state.length) != len(key):
+        raise ValueError(
+            f"cache: expected one of batch size {len(key)}, as the tokens have, got one of batch size {len(state.length)}"
+        )
+    for name, new, kept in (("keys", key, state.key), ("values", value, state.value)):
+        if new.dtype != kept.dtype:
+            raise TypeError(
+                f"cache: expected {name} of {new.dtype}, as the layer has, got {kept.dtype}; a cache serves passes under "
+                "torch.autocast, or passes outside of it"
+            )
