@@ -8,8 +8,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexdma import DynamicMaskAttention, DynamicMaskState, dynamic_mask_attention
 from flexdma.block_masks import dynamic_block_mask
-from flexdma.integrations.transformers import convert_to_dma
-from tests.hf_models import causal_lm
+from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma
+from tests.hf_models import CACHE, causal_lm
 
 OPTIONS = [
     {"window_size": 3},
@@ -84,4 +84,11 @@ def test_a_converted_model_of_fake_tensors():
     """Of meta tensors transformers itself asks whether position_ids restart."""
     with FakeTensorMode():
         model = convert_to_dma(causal_lm("Llama"), window_size=4)
-        assert model(torch.ones(2, 9, dtype=torch.int64), use_cache=False).logits.shape == (2, 9, 64)
+        tokens = torch.ones(2, 9, dtype=torch.int64)
+        assert model(tokens, use_cache=False).logits.shape == (2, 9, 64)
+        cache = DynamicMaskCache()
+        for count in (9, 1):
+            assert model(tokens[:, :count], **{CACHE: cache}).logits.shape == (2, count, 64)
+        assert cache.layers[0].keys.shape == (2, 2, 4, 8)
+        ends = torch.tensor([0, 4, 9], dtype=torch.int32)
+        assert model(tokens[:1], cu_seq_lens_q=ends, cu_seq_lens_k=ends).logits.shape == (1, 9, 64)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks
+from flexdma.transforms import is_recorded
 
 
 def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tensor | None:
@@ -39,9 +40,9 @@ def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tenso
 def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None:
     """Raise ValueError where other arguments than those of `packed_documents` [B, K] divide the sequences otherwise.
 
-    Reads values, so one layer of a model does it, and none while compiling.
+    Reads values, so one layer of a model does it, and none while compiling, or of meta and fake tensors.
     """
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or is_recorded(documents):
         return
     keys, inside = documents.shape[1], documents.diff(dim=-1) == 0
     ends, other = arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k")

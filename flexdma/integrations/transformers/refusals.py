@@ -9,6 +9,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flexdma.integrations.transformers.cache import DynamicMaskCache
 from flexdma.lowerings.choice import choose_lowering
+from flexdma.transforms import is_recorded
 
 # Argument of an attention layer -> why it is refused.  None and False are no request.
 REFUSED = {
@@ -73,7 +74,9 @@ def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> N
 
 def refuse_unmarked_packing(position_ids: Tensor | None, mask: Tensor | None, cache: object) -> None:
     """Raise ValueError where positions restart and no mask says so: transformers looks for packing without a cache only."""
-    if position_ids is None or mask is not None or cache is None or torch.compiler.is_compiling():
+    if position_ids is None or mask is not None or cache is None:
+        return
+    if torch.compiler.is_compiling() or is_recorded(position_ids):
         return
     if position_ids.dim() == 2 and position_ids.shape[1] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
         raise ValueError(
