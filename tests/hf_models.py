@@ -20,8 +20,9 @@ FAMILIES = {
     "Qwen3": {"head_dim": 16},
     "Mistral": {"sliding_window": 6},
     "Phi3": {},
+    "GPTNeoX": {},
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
-}
+}  # fmt: skip
 
 
 def causal_lm(family: str, **config) -> transformers.PreTrainedModel:
@@ -44,6 +45,18 @@ def distinct_tokens(batch: int, length: int) -> torch.Tensor:
     """No token twice in a row: equal tokens have equal gates, of which the shipped Doge chooses any."""
     generator = torch.Generator().manual_seed(1)
     return torch.stack([torch.randperm(60, generator=generator)[:length] + 4 for _ in range(batch)])
+
+
+def in_a_window(model: transformers.PreTrainedModel, ids: torch.Tensor, window: int) -> torch.Tensor:
+    """The logits of an original model with a sliding window: its own eager attention with a mask of queries by keys."""
+    position = torch.arange(ids.shape[1])
+    age = position[:, None] - position
+    mask = torch.where((age >= 0) & (age < window), 0.0, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
+    if getattr(model.config, "layer_types", None):
+        mask = {"full_attention": mask, "sliding_attention": mask}
+    # OPT would count positions in the mask.
+    positions = {"position_ids": position.expand_as(ids)} if model.config.model_type == "opt" else {}
+    return model(ids, attention_mask=mask, **positions).logits
 
 
 def padding(side: str, like: torch.Tensor) -> torch.Tensor:

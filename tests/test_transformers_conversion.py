@@ -5,22 +5,14 @@ import copy
 import pytest
 import torch
 
-from tests.hf_models import FAMILIES, assert_close, causal_lm, distinct_tokens, doge, padding
+from tests.hf_models import FAMILIES, assert_close, causal_lm, distinct_tokens, doge, in_a_window, padding
 
+import accelerate  # isort: skip
 import peft  # isort: skip  # after hf_models, which keeps transformers offline
 import transformers  # isort: skip
 from flexdma.integrations.transformers import convert_to_dma, from_pretrained
 
 W = 6
-
-
-def in_a_window(model, ids):
-    """The logits of the original model with a sliding window of W."""
-    age = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
-    mask = torch.where((age >= 0) & (age < W), 0.0, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
-    if getattr(model.config, "layer_types", None):
-        mask = {"full_attention": mask, "sliding_attention": mask}
-    return model(ids, attention_mask=mask).logits
 
 
 def gates(model):
@@ -31,7 +23,7 @@ def gates(model):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_the_start_is_the_original_in_a_sliding_window(family, recency):
     original, ids = causal_lm(family), distinct_tokens(2, 24)
-    want = in_a_window(original, ids)
+    want = in_a_window(original, ids, W)
     model = convert_to_dma(copy.deepcopy(original), W, recency=recency)
     assert_close(model(ids).logits, want)
     # Where the context is not longer, it is the original.
@@ -39,7 +31,7 @@ def test_the_start_is_the_original_in_a_sliding_window(family, recency):
     if family != "Mistral":  # whose own window this is
         assert (original(ids).logits - want).abs().max() > 0.1
     padded = model(ids, attention_mask=padding("left", ids)).logits[0, 5:]
-    assert_close(padded, in_a_window(original, ids[:1, 5:])[0])
+    assert_close(padded, in_a_window(original, ids[:1, 5:], W)[0])
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -79,6 +71,45 @@ def test_a_saved_model_loads_with_its_gates(family, dtype, tmp_path):
         assert torch.equal(tensor, want[name])
     if dtype == torch.float32:
         assert torch.equal(again(ids).logits, model(ids).logits)
+
+
+def test_a_config_without_the_sizes_of_values_loads_as_well(tmp_path):
+    model, ids = convert_to_dma(causal_lm("Qwen3Moe"), W), distinct_tokens(1, 24)
+    del model.config.flexdma["value_heads"]
+    model.save_pretrained(tmp_path)
+    assert torch.equal(from_pretrained(tmp_path)(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_on_meta_gets_the_same_gates(family):
+    with torch.device("meta"):
+        model = convert_to_dma(causal_lm(family), W)
+    want = convert_to_dma(causal_lm(family), W)
+    assert model.config.flexdma == want.config.flexdma
+    assert {name: p.shape for name, p in gates(model).items()} == {name: p.shape for name, p in gates(want).items()}
+    assert all(p.is_meta for p in gates(model).values())
+
+
+def test_an_offloaded_model_is_converted_too():
+    model, ids = causal_lm("Llama"), distinct_tokens(1, 24)
+    want = convert_to_dma(copy.deepcopy(model), W)(ids).logits
+    accelerate.cpu_offload(model, execution_device="cpu")
+    got = convert_to_dma(model, W)(ids).logits
+    assert torch.equal(got, want)
+    assert not any(p.is_meta for p in gates(model).values())
+
+
+def test_looking_at_a_model_leaves_it_as_it_was():
+    model = causal_lm("DiffLlama").train()
+    model.model.norm.eval()
+    modes, hooks = [m.training for m in model.modules()], [len(m._forward_pre_hooks) for m in model.modules()]
+    with pytest.raises(
+        TypeError, match="call the attention interface once, got DiffLlamaAttention, which calls it twice"
+    ):
+        convert_to_dma(model, W)
+    assert [m.training for m in model.modules()] == modes
+    assert [len(m._forward_pre_hooks) for m in model.modules()] == hooks
+    assert model.config._attn_implementation == "eager"
 
 
 def test_loading_refuses_what_has_no_gates(tmp_path):
@@ -145,12 +176,17 @@ def test_an_adapter_on_the_gate_itself_is_not_ignored(tmp_path):
             ValueError,
             "at most the model's own sliding window of 6, got 7",
         ),
-        (lambda: causal_lm("Gemma2"), {}, ValueError, "config.attn_logit_softcapping: expected None, got 50.0"),
         (
             lambda: causal_lm("DiffLlama"),
             {},
             TypeError,
             "expected layers that call the attention interface once, got DiffLlamaAttention, which calls it twice",
+        ),
+        (
+            lambda: causal_lm("GPTNeo", attention_types=[[["global", "local"], 1]]),
+            {},
+            TypeError,
+            "attention layers that call the attention interface, got GPTNeoForCausalLM",
         ),
         (lambda: causal_lm("Llama"), {"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
         (lambda: causal_lm("Llama"), {"recency": "last"}, ValueError, "recency: expected one of"),

@@ -5,6 +5,7 @@ import torch
 
 from tests.hf_models import CACHE, causal_lm, distinct_tokens, doge
 
+import transformers  # isort: skip
 from transformers import DynamicCache  # isort: skip  # after hf_models, which keeps it offline
 from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma, use_flexdma  # isort: skip
 
@@ -36,6 +37,13 @@ def test_attention_dropout_in_training_only(make):
         model.train()(ids)
 
 
+def test_attention_dropout_by_the_name_of_the_family():
+    config = transformers.GPT2Config(n_layer=1, n_embd=8, n_head=2, vocab_size=64, bos_token_id=1, eos_token_id=2)
+    model = convert_to_dma(transformers.GPT2LMHeadModel(config), 6).train()
+    with pytest.raises(ValueError, match=r"attn_pdrop: expected 0 in training, got 0\.1"):
+        model(distinct_tokens(1, 8))
+
+
 def test_a_mask_of_queries_by_keys(model):
     with pytest.raises(ValueError, match=r"attention_mask: expected \[B, tokens\].*got \[1, 1, 8, 8\] of torch.bool"):
         model(distinct_tokens(1, 8), attention_mask=torch.ones(1, 1, 8, 8, dtype=torch.bool))
@@ -55,7 +63,7 @@ def test_packed_positions_that_a_cache_hides(model):
 
 
 def test_bidirectional_attention(model):
-    with pytest.raises(ValueError, match="attention_mask: expected causal attention, got a bidirectional mask"):
+    with pytest.raises(ValueError, match="is_causal: expected True, got False"):
         model(distinct_tokens(1, 8), is_causal=False)
 
 

@@ -1,4 +1,4 @@
-"""Any decoder with grouped-query attention, given the gates of Dynamic Mask Attention (arXiv 2508.02124) to train on.
+"""Any decoder whose layers call the attention interface, given the gates of Dynamic Mask Attention (arXiv 2508.02124).
 
 A new gate is constant (A = 0), and of equal gates the newest win: the converted model starts as the old one with a sliding
 window of w, which is the old one itself while the context is not longer than w.
@@ -14,15 +14,11 @@ from transformers import PreTrainedModel
 from flexdma import checks
 from flexdma.gates import FORMS, RECENCIES, ValueGate
 from flexdma.integrations.transformers.cache import given_cache
+from flexdma.integrations.transformers.eligibility import attention_calls
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
 
 Model = TypeVar("Model", bound=PreTrainedModel)
-# What an attention layer that calls the attention interface has.
-LAYER_ATTRIBUTES = ("layer_idx", "scaling", "head_dim", "num_key_value_groups")
-LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Layers that call the attention interface twice per forward pass, with parts of the values: a key would have two gates.
-TWICE = {"DiffLlamaAttention"}
 
 
 def convert_to_dma(
@@ -38,37 +34,55 @@ def convert_to_dma(
 ) -> Model:
     """Give every attention layer a `value_gate` (a `ValueGate`) and compute it with flexdma; in place, and returned.
 
-    model: a decoder of transformers (Llama, Qwen, Mistral, ...); its weights and their names stay as they are.
+    model: a decoder of transformers (docs/transformers.md lists families); its weights and their names stay as they are.
+        Two forward passes of two tokens show which layers attend and how; a model on meta will do, a sharded one will not.
     window_size: w.  Where the model has sliding windows, at most as long as they are: w takes their place.
     form, recency: the gate's.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
     sinks, recent, lowering: the operator's.
 
     The start is exactly a sliding window of w, with `sinks` more keys if any, for recency None and "slope".  With "forget"
     that window starts with a decay of 0.05 logits per token in it, the same for all tokens.
-    The choice is written to `model.config.flexdma`, from which `flexdma.integrations.transformers.from_pretrained` rebuilds
-    it; a converted model is left as it is, with the same arguments.
+    The choice and the sizes are written to `model.config.flexdma`, from which
+    `flexdma.integrations.transformers.from_pretrained` rebuilds the model.
     Gates are float32 whatever the model's dtype: small steps of A would vanish in bfloat16.
     Raises TypeError or ValueError naming what the model has that is not supported.
     """
     choice = {"window_size": window_size, "form": form, "recency": recency, "sinks": sinks, "recent": recent}
     _check_choice(choice, lowering)
-    layers = _attention_layers(model)
-    config = model.config.get_text_config(decoder=True)
-    _check_model(model, config, window_size)
-    for layer in layers:
-        heads = config.num_key_value_heads
-        start = [0.0] * heads if recency == "slope" and slopes is None else slopes
-        weight = next(layer.parameters())
-        with torch.device(weight.device):
-            layer.value_gate = ValueGate(heads, layer.head_dim, form, recency, slopes=start)
-        if recency == "forget":
-            nn.init.zeros_(layer.value_gate.forget_proj.weight)  # one decay for all tokens, until trained
-        layer.value_gate.train(layer.training)
-        layer.dynamic_mask_options = {
-            "window_size": window_size, "sinks": sinks, "recent": recent, "lowering": lowering
-        }  # fmt: skip
-        layer.register_forward_pre_hook(_show_the_cache, with_kwargs=True)
-    config._attn_implementation = NAME
+    _check_unconverted(model)
+    calls = attention_calls(model, window_size)
+    gates = []
+    for call in calls:
+        with torch.device(call.value.device):
+            gates.append(new_gate(call.value.shape[1], call.value.shape[3], choice, slopes))
+    for call, gate in zip(calls, gates, strict=True):
+        attach(call.layer, gate, choice, lowering)
+    names = {module: name for name, module in model.named_modules()}
+    sizes = {names[call.layer]: [gate.num_kv_heads, gate.head_dim] for call, gate in zip(calls, gates, strict=True)}
+    return finish(model, {**choice, "value_heads": sizes})
+
+
+def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[float] | None = None) -> ValueGate:
+    """A gate for values [B, heads, K, size] that begins as a constant."""
+    recency = choice["recency"]
+    start = [0.0] * heads if recency == "slope" and slopes is None else slopes
+    gate = ValueGate(heads, size, choice["form"], recency, slopes=start)
+    if recency == "forget":
+        nn.init.zeros_(gate.forget_proj.weight)  # one decay for all tokens, until trained
+    return gate
+
+
+def attach(layer: Any, gate: ValueGate, choice: dict[str, Any], lowering: str | None) -> None:
+    """Give an attention layer what the attention interface asks it for."""
+    layer.value_gate = gate.train(layer.training)
+    options = {name: choice[name] for name in ("window_size", "sinks", "recent")}
+    layer.dynamic_mask_options = {**options, "lowering": lowering}
+    layer.register_forward_pre_hook(_show_the_cache, with_kwargs=True)
+
+
+def finish(model: Model, choice: dict[str, Any]) -> Model:
+    """Let a model whose layers have gates compute, generate and be saved with them."""
+    model.config._attn_implementation = NAME
     model.config.flexdma = choice
     bound_the_cache(model)
     return model
@@ -93,37 +107,8 @@ def _check_choice(choice: dict[str, Any], lowering: str | None) -> None:
     checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
 
 
-def _attention_layers(model: PreTrainedModel) -> list[Any]:
+def _check_unconverted(model: Any) -> None:
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
-    layers = [m for m in model.modules() if all(hasattr(m, name) for name in LAYER_ATTRIBUTES)]
-    if any(hasattr(layer, "keep_window_size") for layer in layers):
-        raise TypeError(f"model: expected a model without gates, got {type(model).__name__}; use_flexdma is for Doge")
-    if any(hasattr(layer, "value_gate") for layer in layers):
+    if any(hasattr(module, "value_gate") for module in model.modules()):
         raise ValueError(f"model: expected one not yet converted, got {getattr(model.config, 'flexdma', None)}")
-    if not layers or not model._supports_attention_backend:
-        raise TypeError(
-            f"model: expected attention layers that call the attention interface, got {type(model).__name__}"
-        )
-    for name in TWICE.intersection(parent.__name__ for layer in layers for parent in type(layer).__mro__):
-        raise TypeError(
-            f"model: expected layers that call the attention interface once, got {name}, which calls it twice"
-        )
-    return layers
-
-
-def _check_model(model: PreTrainedModel, config: Any, window_size: int) -> None:
-    if config.is_encoder_decoder:
-        raise TypeError(f"model: expected a decoder, got the encoder-decoder {type(model).__name__}")
-    if config is not model.config:
-        raise TypeError(f"model: expected a text decoder, got {type(model).__name__} with a text model inside")
-    types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if not types <= LAYER_TYPES:
-        raise ValueError(f"config.layer_types: expected {sorted(LAYER_TYPES)}, got {sorted(types - LAYER_TYPES)}")
-    for name in ("attn_logit_softcapping", "attention_chunk_size", "kv_sharing_modes"):
-        if getattr(config, name, None) is not None:
-            raise ValueError(f"config.{name}: expected None, got {getattr(config, name)}")
-    window = getattr(config, "sliding_window", None)
-    slides = "sliding_attention" in types or getattr(config, "layer_types", None) is None
-    if slides and window is not None and window_size > window:
-        raise ValueError(f"window_size: expected at most the model's own sliding window of {window}, got {window_size}")

@@ -5,7 +5,7 @@ from typing import Any
 import transformers
 from transformers import AutoConfig, PreTrainedModel
 
-from flexdma.integrations.transformers.conversion import convert_to_dma
+from flexdma.integrations.transformers.conversion import attach, convert_to_dma, finish, new_gate
 from flexdma.integrations.transformers.doge import use_flexdma
 
 # Arguments of transformers' from_pretrained that say where the files are, the config among them.
@@ -49,7 +49,15 @@ def _with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> An
 
     def initialise(self: Any, config: Any, *arguments: Any, **named: Any) -> None:
         plain.__init__(self, config, *arguments, **named)  # type: ignore[misc]
-        convert_to_dma(self, **choice, lowering=lowering)
+        if "value_heads" not in choice:
+            convert_to_dma(self, **choice, lowering=lowering)
+            return
+        layers = dict(self.named_modules())
+        for name, (heads, size) in choice["value_heads"].items():
+            attach(layers[name], new_gate(heads, size, choice), choice, lowering)
+        finish(self, choice)
 
     float32 = {*(plain._keep_in_fp32_modules_strict or ()), "value_gate"}  # type: ignore[attr-defined]
-    return type(plain.__name__, (plain,), {"__init__": initialise, "_keep_in_fp32_modules_strict": float32})
+    # Its own name and module: by them transformers knows which weights have other names in files.
+    members = {"__init__": initialise, "__module__": plain.__module__, "_keep_in_fp32_modules_strict": float32}
+    return type(plain.__name__, (plain,), members)

@@ -15,6 +15,8 @@ from transformers.masking_utils import causal_mask_function
 from flexdma.transforms import is_recorded
 
 NAME = "flexdma"
+# The dtype of a mask that is not causal.
+BIDIRECTIONAL = torch.int8
 
 
 def light_mask(
@@ -29,13 +31,15 @@ def light_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface: None, or [B, 1, 1, K]: bool, True = real, or int64, the number of the key's document.
+    """Transformers' mask interface: None, or [B, 1, 1, K]: bool, True = real, or int64, the number of the key's document; or
+    int8 for a bidirectional mask, which `read_light_mask` refuses.
 
     A sliding window in `mask_function` is not looked at: `convert_to_dma` accepts models whose windows are not shorter than
-    its own, which takes their place.  Raises ValueError for masks that are not causal, or not as long as the tokens.
+    its own, which takes their place.  Raises ValueError for masks of the model's own, or not as long as the tokens.
     """
     if "allow_is_bidirectional_skip" in others:
-        raise ValueError("attention_mask: expected causal attention, got a bidirectional mask")
+        # Refused where it is used: decoders of encoder-decoders make one for cross-attention, whether they have it or not.
+        return torch.zeros(batch_size, 1, 1, kv_length, dtype=BIDIRECTIONAL, device=device)
     if use_vmap:
         raise ValueError("attention_mask: expected a causal mask with padding, got a model with its own mask function")
     if attention_mask is not None:
@@ -72,6 +76,8 @@ def read_light_mask(mask: object, batch: int, keys: int) -> dict[str, Tensor | N
     """The operator's key_padding_mask and document_ids.  Raises ValueError for any other mask that was given."""
     if mask is None:
         return {"key_padding_mask": None, "document_ids": None}
+    if isinstance(mask, Tensor) and mask.dtype == BIDIRECTIONAL:
+        raise ValueError("attention_mask: expected causal attention, got a bidirectional mask")
     if not isinstance(mask, Tensor) or mask.shape != (batch, 1, 1, keys) or mask.dtype not in (torch.bool, torch.int64):
         got = f"{list(mask.shape)} of {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
         raise ValueError(

@@ -24,7 +24,9 @@ REFUSED = {
 def refuse_arguments(module: nn.Module, dropout: float, arguments: dict[str, Any]) -> None:
     """Raise ValueError for an argument of the layer that would need attention weights, or another attention."""
     if dropout:
-        raise ValueError(f"attention_dropout: expected 0 in training, got {dropout}")
+        names = (name for name, value in vars(module.config).items() if value == dropout)
+        name = next((name for name in names if "att" in name and "drop" in name), "attention_dropout")
+        raise ValueError(f"{name}: expected 0 in training, got {dropout}")
     for name, why in REFUSED.items():
         asked = arguments.get(name)
         if asked is not None and asked is not False:

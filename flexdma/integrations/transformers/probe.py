@@ -1,0 +1,166 @@
+"""What the attention layers of a model do, observed in a forward pass of two tokens.
+
+Attribute names differ between model families; the call of the attention interface does not.  It shows which modules attend,
+with which heads and arguments, under which mask and on which cache.
+"""
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
+
+from flexdma.integrations.transformers.cache import given_cache
+
+NAME = "flexdma_probe"
+TOKENS = 2
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of the attention interface.
+
+    layer: the module that called.  query, key, value: as they came, [1, heads, TOKENS, size].
+    mask_function: transformers' mask function (b, h, q, kv) -> bool; None where the layer got a mask from elsewhere, or none.
+    own_mask: whether the model changed that function by one of its own.
+    arguments: by name, those that are not None.
+    cache: what the layer was given, after the forward pass; None for no cache.
+    """
+
+    layer: Any
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    mask_function: Callable | None
+    own_mask: bool
+    arguments: dict[str, Any]
+    cache: Cache | None
+
+
+def observe(model: PreTrainedModel) -> tuple[list[AttentionCall], Exception | None]:
+    """All calls of one forward pass, in order, and what ended it early, if anything did.
+
+    A second pass gives the layers found in the first one an argument `dynamic_mask_cache`, as converted layers get it: it
+    is among the arguments of those that pass it on.  Weights, modes and configs are left as they were.
+    """
+    calls, error = _forward(model, [])
+    layers = {call.layer: None for call in calls}
+    if error is None and layers:
+        calls, error = _forward(model, layers)
+    return calls, error
+
+
+def _forward(model: PreTrainedModel, layers: Iterable[nn.Module]) -> tuple[list[AttentionCall], Exception | None]:
+    record, device = _Record(), _device(model)
+    tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+    # The first token is padding, so that the model cannot do without a mask.
+    padding = (torch.arange(TOKENS, device=device) > 0).long()[None]
+    with _set_up(model, record, layers, tokens.is_meta):
+        try:
+            model(input_ids=tokens, attention_mask=padding, use_cache=True)
+        except Exception as error:
+            return record.calls, error
+    return record.calls, None
+
+
+class _Record:
+    """What is seen of one forward pass."""
+
+    def __init__(self) -> None:
+        self.calls: list[AttentionCall] = []
+        self.masks: list[tuple[Tensor, Callable, bool]] = []
+        self.caches: dict[nn.Module, Cache | None] = {}
+
+    def note_the_cache(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
+        """A pre-hook of every module."""
+        self.caches[module] = given_cache((*arguments, *named.values()))
+
+    def pass_the_cache_on(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
+        """A pre-hook of attention layers, as in converted models."""
+        return arguments, {**named, "dynamic_mask_cache": self.caches.get(module)}
+
+    def mask_of(self, given: object) -> tuple[Callable | None, bool]:
+        """The mask function behind a mask that a layer got, and whether it is the model's own."""
+        for number, (made, function, own) in enumerate(self.masks):
+            # A copy on another device, or a slice, has the same numbers in it; on meta there are none.
+            copied = isinstance(given, Tensor) and given.dtype == made.dtype and given.shape[:3] == made.shape[:3]
+            if given is made or (copied and not given.is_meta and bool((given == number).all())):  # type: ignore[attr-defined]
+                return function, own
+        return None, False
+
+
+_record: ContextVar[_Record] = ContextVar("record")
+
+
+def _attend(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object = None, **arguments: Any
+) -> tuple[Tensor, None]:
+    """The attention interface of the probe: writes the call down, and gives zeros."""
+    record = _record.get()
+    asked = {name: value for name, value in arguments.items() if value is not None}
+    function, own = record.mask_of(attention_mask)
+    record.calls.append(AttentionCall(module, query, key, value, function, own, asked, record.caches.get(module)))
+    return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
+
+
+def _mask(
+    *,
+    batch_size: int,
+    kv_length: int,
+    mask_function: Callable,
+    use_vmap: bool = False,
+    device: Any = None,
+    **others: Any,
+) -> Tensor:
+    """The mask interface of the probe: [B, 1, 1, K], int64, full of the mask's number."""
+    masks = _record.get().masks
+    made = torch.full((batch_size, 1, 1, kv_length), len(masks), dtype=torch.int64, device=device)
+    masks.append((made, mask_function, use_vmap))
+    return made
+
+
+AttentionInterface.register(NAME, _attend)
+AttentionMaskInterface.register(NAME, _mask)
+
+
+@contextmanager
+def _set_up(model: PreTrainedModel, record: _Record, layers: Iterable[nn.Module], meta: bool) -> Iterator[None]:
+    """In eval mode, without gradients, with the probe's interface and hooks; then everything as it was."""
+    modules = list(model.modules())
+    modes = [module.training for module in modules]
+    configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}.values()
+    attention = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
+    # The other implementations of experts ask for numbers, which a model without weights has not.
+    experts = [(c, c._experts_implementation) for c, _ in attention if meta and hasattr(c, "_experts_implementation")]
+    with ExitStack() as stack:
+        stack.enter_context(torch.no_grad())
+        stack.callback(_record.reset, _record.set(record))
+        for module in modules:
+            stack.callback(module.register_forward_pre_hook(record.note_the_cache, with_kwargs=True).remove)
+        for layer in layers:
+            stack.callback(layer.register_forward_pre_hook(record.pass_the_cache_on, with_kwargs=True).remove)
+        try:
+            model.eval()
+            for config, _ in attention:
+                config._attn_implementation = NAME
+            for config, _ in experts:
+                config._experts_implementation = "batched_mm"
+            yield
+        finally:
+            for config, implementation in attention:
+                config._attn_implementation = implementation
+            for config, implementation in experts:
+                config._experts_implementation = implementation
+            for module, mode in zip(modules, modes, strict=True):
+                module.training = mode
+
+
+def _device(model: PreTrainedModel) -> torch.device:
+    """Where its inputs go: to the first weight that is somewhere, or to meta if all are there and none is offloaded."""
+    devices = [parameter.device for parameter in model.parameters()]
+    offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu" if offloaded else "meta"))
