@@ -21,6 +21,10 @@ FAMILIES = {
     "Mistral": {"sliding_window": 6},
     "Phi3": {},
     "GPTNeoX": {},
+    "Gemma2": {
+        "head_dim": 8, "attn_logit_softcapping": 1.0, "sliding_window": 6,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }  # fmt: skip
 

@@ -43,6 +43,20 @@ def test_the_gates_learn(family):
     assert learning == {name for name in gates(model) if name.endswith((".A", ".slope"))}
 
 
+def test_a_softcap_is_computed_in_one_graph_too():
+    model, ids = convert_to_dma(causal_lm("Gemma2"), W), distinct_tokens(2, 24)
+    want = model(ids, labels=ids)
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
+    got = compiled(ids, labels=ids, use_cache=False)
+    assert_close(got.loss, want.loss)
+    got.loss.backward()
+    assert all(p.grad.abs().max() > 0 for name, p in gates(model).items() if name.endswith(".A"))
+    with torch.no_grad():
+        assert_close(compiled(ids, use_cache=False).logits, want.logits)
+    uncapped = causal_lm("Gemma2", attn_logit_softcapping=None)
+    assert (in_a_window(uncapped, ids, W) - want.logits).abs().max() > 0.1
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_weights_keep_their_names_and_values(family):
     original = causal_lm(family)

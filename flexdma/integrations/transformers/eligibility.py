@@ -16,7 +16,7 @@ from flexdma.integrations.transformers.probe import TOKENS, AttentionCall, obser
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments of the attention interface that flexdma computes, or that change nothing here.
 ARGUMENTS = {
-    "scaling", "dropout", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
+    "scaling", "dropout", "softcap", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
     "dynamic_mask_cache",
 }  # fmt: skip
 
