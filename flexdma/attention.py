@@ -43,6 +43,7 @@ def dynamic_mask_attention(
     lowering: str | None = None,
     block_size: int | tuple[int, int] | None = None,
     kernel_options: dict | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Any:
     """Attention in which each query sees the `window_size` best-gated keys before it, and gates add to the logits.
 
@@ -65,9 +66,12 @@ def dynamic_mask_attention(
     lowering: "flex", "gather", "dense", or None for that of `choose_lowering`.  All compute the same.
     block_size: of the mask, one int or (rows, keys); None takes the lowering's own.  "gather" has query blocks only.
     kernel_options: FlexAttention's, for lowering="flex".
+    sink_logits: [Hq], any float dtype: learned sinks, as in GPT-OSS.  The softmax has one more term exp(sink_logits[h]), with
+        value 0, against scores that count gates relative to the best one the query sees.  -inf = none.  Not with recent
+        tokens, unless selection="causal"; not by "flex" on a CPU.
 
     Returns [B, Hq, Q, Dv], in query's dtype, or (that, DynamicMaskState).  A query that sees no key gives 0, and gradient 0.
-    Differentiable in query, key, value, gate, and what score_mod captures.
+    Differentiable in query, key, value, gate, sink_logits, and what score_mod captures.
     Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
     Inside transformations of `torch.func` and forward-mode AD lowering=None is "gather", and "flex" is refused; of meta and
     fake tensors every lowering gives the shapes and dtypes.  `torch.jit.trace` raises NotImplementedError.
@@ -80,6 +84,7 @@ def dynamic_mask_attention(
     if lowering is not None:
         checks.one_of("lowering", lowering, checks.LOWERINGS)
     _check_scores(scale, score_mod)
+    checks.sink_logits(sink_logits, query, selection, recent)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     choice: dict[str, Any] = {"sinks": sinks, "recent": recent}
@@ -96,7 +101,9 @@ def dynamic_mask_attention(
             and block_size is None
             and kernel_options is None
         ):
-            output, after = decode(query, key, value, gate, before, scale=scale, score_mod=score_mod, **masks)
+            output, after = decode(
+                query, key, value, gate, before, scale=scale, score_mod=score_mod, sink_logits=sink_logits, **masks
+            )
             return (output, after) if return_state else output
         keys = first_keys(key, value, gate, **masks) if state is None else extended(state, key, value, gate, **masks)
         key, value, gate = keys.key, keys.value, keys.gate
@@ -104,7 +111,9 @@ def dynamic_mask_attention(
         if state is not None and score_mod is not None:
             score_mod = at_positions(score_mod, keys, state.length, query.shape[1] // key.shape[1])
 
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, value, gate, sink_logits)
+    )
     # What a score_mod captures may need gradients too, and cannot be asked while tracing.
     may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
     chosen = lowering or choose_lowering(query.device.type, query.dtype)
@@ -122,16 +131,21 @@ def dynamic_mask_attention(
     if chosen == "dense":
         output = dense_dynamic_mask_attention(
             query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,
-            **choice, **masks,
+            sink_logits=sink_logits, **choice, **masks,
         )  # fmt: skip
     elif chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
         # FlexAttention takes no empty batch, and torch.compile no tensors that hold no numbers.
         block = None if block_size is None else checks.block_sizes(block_size)[0]
         output = gather_attend(
-            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block
-        )
+            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block,
+            sink_logits=sink_logits,
+        )  # fmt: skip
     else:
         if query.device.type == "cpu":
+            if sink_logits is not None:
+                raise ValueError(
+                    "lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather' or 'dense' with sink_logits"
+                )
             if needs_gradient or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
                 raise ValueError(
                     "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
@@ -142,7 +156,7 @@ def dynamic_mask_attention(
         output = attend(
             query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod,
             block_size=default if block_size is None else checks.block_sizes(block_size),
-            kernel_options=kernel_options, needs_gradient=may_need_gradient,
+            kernel_options=kernel_options, needs_gradient=may_need_gradient, sink_logits=sink_logits,
         )  # fmt: skip
     if not return_state:
         return output

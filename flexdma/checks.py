@@ -146,3 +146,15 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor, gate: Tensor)
         tensor("gate", gate, (batch, 1, keys), query)
     else:
         tensor("gate", gate, (batch, heads, keys), query)
+
+
+def sink_logits(sink_logits: Tensor | None, query: Tensor, selection: str, recent: int) -> None:
+    """Check learned sinks, and that the best gate a query sees is the best so far."""
+    if sink_logits is None:
+        return
+    floating("sink_logits", tensor("sink_logits", sink_logits, (query.shape[1],), query))
+    if recent and selection != "causal":
+        raise ValueError(
+            f"recent: expected 0 with sink_logits and selection={selection!r}, as the best gate may be a recent one, "
+            f"got {recent}"
+        )

@@ -14,6 +14,7 @@ from flexdma.lowerings.gather import HIDDEN
 from flexdma.mixed_precision import without_autocast
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
+from flexdma.sink_logits import share_of_keys, sink_scores
 from flexdma.state import DynamicMaskState
 from flexdma.survival import NEVER, per_head_windows
 
@@ -29,6 +30,7 @@ def decode(
     score_mod: ScoreMod | None,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
+    sink_logits: Tensor | None,
 ) -> tuple[Tensor, DynamicMaskState]:
     """Query [B, Hq, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1] -> [B, Hq, 1, Dv] and the new state.
 
@@ -37,7 +39,7 @@ def decode(
     if document_ids is not None:
         state = _in_document(state, document_ids[:, 0].long())
     new = inserted(state, key, value, gate, key_padding_mask)
-    return _attend(query, state.length, new, scale, score_mod), new
+    return _attend(query, state.length, new, scale, score_mod, sink_logits), new
 
 
 def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
@@ -142,7 +144,14 @@ def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
 
 
-def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, score_mod: ScoreMod | None) -> Tensor:
+def _attend(
+    query: Tensor,
+    now: Tensor,
+    state: DynamicMaskState,
+    scale: float,
+    score_mod: ScoreMod | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
     """Attention of query [B, Hq, 1, D] at positions now [B] to the keys of the state."""
     batch, query_heads, _one, _size = query.shape
     heads = state.position.shape[1]
@@ -167,4 +176,15 @@ def _attend(query: Tensor, now: Tensor, state: DynamicMaskState, scale: float, s
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
         weights = scores.masked_fill(nothing, 0.0).softmax(-1)
         output = torch.where(nothing, 0.0, weights @ state.value.to(computed))
+        if sink_logits is not None:
+            sink = sink_scores(sink_logits, _best_gate(state)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
+            output = output * share_of_keys(scores.logsumexp(-1, keepdim=True), sink.to(computed))
     return output.flatten(1, 2).unsqueeze(2).to(query.dtype)
+
+
+def _best_gate(state: DynamicMaskState) -> Tensor:
+    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 for none."""
+    level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
+    best = level.amax(-1, keepdim=True)
+    newest = torch.where(level == best, state.position, -1).argmax(-1, keepdim=True)
+    return torch.where(best == float("-inf"), 0.0, state.gate.gather(-1, newest))

@@ -14,22 +14,25 @@ from flexdma.lifespans import Lifespans
 from flexdma.opaque import opaque_on_cpu
 
 
-def reference_gate(gate: Tensor, lifespans: Lifespans) -> Tensor:
+def reference_gate(gate: Tensor, lifespans: Lifespans, *, exact: bool = False) -> Tensor:
     """The largest finite gate among the keys that live up to each position, in its own document; 0 before the first.
 
-    gate, birth, death: [B, H, K] -> [B, H, K], no gradient.  Under a running top-w, and for keys above a threshold, that is
-    the largest gate the query sees: the first in rank leaves only with its document.  Of
-    gates that float32 rounds to the same number it may be any.  Three cumulative passes.
+    gate, birth, death: [B, H, K] -> [B, H, K]; of equal gates the newer one's, which matters for the gradient alone.  Under a
+    running top-w, and for keys above a threshold, that is the largest gate the query sees: the first in rank leaves only with
+    its document.  Of gates that float32 rounds to the same number it may be any, unless exact.
+    Three cumulative passes; five for exact ones in float64.
     """
-    return _largest_so_far(gate.detach(), *(bound.expand(gate.shape) for bound in lifespans))[0]
+    birth, death = (bound.expand(gate.shape) for bound in lifespans)
+    best = _best_so_far(gate.detach(), birth, death, exact and gate.dtype == torch.float64)[0]
+    return torch.where(best < 0, 0.0, gate.gather(-1, best.clamp(min=0)))
 
 
-def _empty_gate(gate: Tensor, birth: Tensor, death: Tensor) -> list[Tensor]:
-    return [torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)]
+def _empty_index(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> list[Tensor]:
+    return [torch.empty(gate.shape, dtype=torch.int64, device=gate.device)]
 
 
-@opaque_on_cpu("largest_so_far", _empty_gate)
-def _largest_so_far(gate: Tensor, birth: Tensor, death: Tensor) -> list[Tensor]:
+@opaque_on_cpu("best_so_far", _empty_index)
+def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> list[Tensor]:
     positions = torch.arange(gate.shape[-1], device=gate.device)
     lives = death > birth
     # No earlier key lives on at s: a document, or a row without keys, begins.
@@ -37,12 +40,21 @@ def _largest_so_far(gate: Tensor, birth: Tensor, death: Tensor) -> list[Tensor]:
     document = (pad(latest[..., :-1], (1, 0)) <= positions).cumsum(-1)
 
     # One maximum for all documents: an int64 of the document's number and 32 bits that order as the float32 gate does.
-    # Gates that only float64 tells apart may stand in for each other: any reference near the largest serves.
     seen = torch.where(gate.isfinite() & lives, gate, float("-inf"))
-    bits = seen.float().view(torch.int32)
-    place = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long() + document * 2**32
-    largest = seen.gather(-1, place.cummax(-1).indices)
-    return [torch.where(largest == float("-inf"), 0.0, largest)]
+    place = _ordered(seen) + document * 2**32
+    largest, best = place.cummax(-1)
+    if twice:
+        # Among those that float32 cannot tell apart, the same once more with what it leaves over.
+        run = (pad(largest[..., :-1], (1, 0)) != largest).cumsum(-1)
+        rest = torch.where((place == largest) & seen.isfinite(), seen - seen.float().double(), float("-inf"))
+        best = (_ordered(rest) + run * 2**32).cummax(-1).indices
+    return [torch.where(seen.gather(-1, best) == float("-inf"), -1, best)]
+
+
+def _ordered(number: Tensor) -> Tensor:
+    """An int64 within 32 bits that orders as the number does in float32."""
+    bits = number.float().view(torch.int32)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 
 def split(gate: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -42,8 +42,10 @@ def dense_visibility(
     return allowed & (chosen | is_sink[..., None, :] | (i - j < recent))
 
 
-def dense_dynamic_mask_attention(query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None,
-                                 sinks=0, recent=0, key_padding_mask=None, document_ids=None) -> Tensor:  # fmt: skip
+def dense_dynamic_mask_attention(
+    query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, sinks=0, recent=0,
+    key_padding_mask=None, document_ids=None, sink_logits=None,
+) -> Tensor:  # fmt: skip
     """`flexdma.dynamic_mask_attention`, as a formula.  Same arguments, shapes and result; any floating dtype."""
     checks.attention_arguments(query, key, value, gate)
     checks.one_of("selection", selection, checks.SELECTIONS)
@@ -61,8 +63,21 @@ def dense_dynamic_mask_attention(query, key, value, gate, *, window_size, select
         index = [torch.arange(n, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
                  for dim, n in enumerate((batch, query_heads, queries, keys))]  # fmt: skip
         scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3])
-    scores = (scores + gate[:, :, None, :]).masked_fill(~visible[:, :, keys - queries :], -torch.inf)
+    visible = visible[:, :, keys - queries :]
+    scores = (scores + gate[:, :, None, :]).masked_fill(~visible, -torch.inf)
+    if sink_logits is not None:
+        checks.sink_logits(sink_logits, query, selection, recent)
+        sink = sink_logits.view(-1, 1, 1).expand(batch, query_heads, queries, 1)
+        scores = torch.cat([scores - _best_gate(gate[:, :, None, :], visible), sink.to(scores.dtype)], -1)
     # A query that sees no key gives 0, and gradient 0.
-    nothing = (scores == -torch.inf).all(-1, keepdim=True)
+    nothing = (scores[..., :keys] == -torch.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    return weights.to(value.dtype) @ value
+    return weights[..., :keys].to(value.dtype) @ value
+
+
+def _best_gate(gate: Tensor, visible: Tensor) -> Tensor:
+    """[B, H, Q, 1]: the largest finite gate that each query sees, of equal ones the newer; 0 for none."""
+    seen = torch.where(visible & gate.isfinite(), gate, -torch.inf)
+    best = seen.detach().amax(-1, keepdim=True)
+    newest = torch.where(seen == best, torch.arange(seen.shape[-1], device=seen.device), -1).argmax(-1, keepdim=True)
+    return torch.where(best == -torch.inf, 0.0, seen.gather(-1, newest))

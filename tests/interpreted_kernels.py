@@ -22,7 +22,7 @@ from flexdma.schedule import schedule
 
 # float32 tiles are 16 wide by default, which takes the interpreter minutes.
 WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
-NAMES = ("out", "dq", "dk", "dv", "dgate")
+NAMES = ("out", "dq", "dk", "dv", "dgate", "dsink")
 
 
 def squashed(score, b, h, q_idx, kv_idx):
@@ -42,13 +42,13 @@ CASES = {
         "shape": (1, 4, 2, 201, 201, 32), "dtype": "bfloat16", "window_size": 180, "selection": "global",
         "gates": ("random",),
     },
-    "causal, batch, few queries, the gate's gradient by transposed attention, bfloat16": {
+    "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16": {
         "shape": (2, 2, 2, 31, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
-        "route": "transposed",
+        "route": "transposed", "sink_logits": True,
     },
-    "causal, small blocks, many periods, float32": {
+    "causal, small blocks, many periods, learned sinks, float32": {
         "shape": (1, 2, 2, 330, 330, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
-        "kernel_options": dict.fromkeys(WIDE, 16),
+        "sink_logits": True, "kernel_options": dict.fromkeys(WIDE, 16),
     },
     "inference, one gate for all heads, bfloat16": {
         "shape": (1, 4, 2, 200, 200, 32), "dtype": "bfloat16", "window_size": 50, "gate_heads": 1, "training": False,
@@ -57,8 +57,8 @@ CASES = {
 }  # fmt: skip
 
 
-def inputs(shape, dtype, gate_dtype, gate_heads, documents, gates, generator):
-    """Query, key, value, gate and document ids of one run."""
+def inputs(shape, dtype, gate_dtype, gate_heads, documents, sink_logits, gates, generator):
+    """Query, key, value, gate, and document ids or learned sinks, of one run."""
     batch, query_heads, heads, queries, keys, size = shape
     query, key, value = (
         torch.randn(batch, n, length, size, generator=generator).to(dtype)
@@ -67,6 +67,8 @@ def inputs(shape, dtype, gate_dtype, gate_heads, documents, gates, generator):
     gate = torch.randn(batch, gate_heads, keys, generator=generator, dtype=gate_dtype)
     if gates != "random":
         gate = gate.sort(-1, descending=gates == "falling").values
+    if sink_logits:
+        return [query, key, value, gate, torch.randn(query_heads, generator=generator)]
     if not documents:
         return [query, key, value, gate]
     return [
@@ -95,19 +97,22 @@ def relative(got, want):
 
 def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_heads=None, documents=False,
         selection="causal", score_mod=None, training=True, route="atomics", deterministic=False, kernel_options=None,
-        block_size=None, controls=False):  # fmt: skip
+        block_size=None, controls=False, sink_logits=False):  # fmt: skip
     """Print one line per input."""
     dtype, gate_dtype = getattr(torch, dtype), getattr(torch, gate_dtype)
     generator = torch.Generator().manual_seed(0)
     options = {"window_size": window_size, "selection": selection, "score_mod": score_mod}
 
-    def attend(query, key, value, gate, document_ids=None):
+    def named(others):
+        return {} if not others else {"sink_logits" if sink_logits else "document_ids": others[0]}
+
+    def attend(query, key, value, gate, *others):
         return dynamic_mask_attention(
             query,
             key,
             value,
             gate,
-            document_ids=document_ids,
+            **named(others),
             lowering="flex",
             kernel_options=kernel_options,
             block_size=block_size,
@@ -115,17 +120,18 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
         )
 
     def reference(tensors, gradient):
-        leaves = [t.detach().double().requires_grad_(training) for t in tensors[:4]]
-        output = dense_dynamic_mask_attention(*leaves, document_ids=tensors[4] if documents else None, **options)
+        leaves = [t.detach().double().requires_grad_(training) for t in tensors if t.is_floating_point()]
+        others = leaves[4:] if sink_logits else tensors[4:]
+        output = dense_dynamic_mask_attention(*leaves[:4], **named(others), **options)
         gradients = torch.autograd.grad(output, leaves, gradient.double()) if training else ()
         return [output.detach(), *gradients]
 
     def compare(kind, control=None):
-        tensors = inputs(shape, dtype, gate_dtype, gate_heads or shape[2], documents, kind, generator)
+        tensors = inputs(shape, dtype, gate_dtype, gate_heads or shape[2], documents, sink_logits, kind, generator)
         gradient = torch.randn(tensors[0].shape, generator=generator).to(dtype)
         got = call.run(tensors, gradient if training else None)
         want = reference(tensors, gradient)
-        partial, full = visited(tensors[3], window_size, selection, shape, *tensors[4:])
+        partial, full = visited(tensors[3], window_size, selection, shape, tensors[4] if documents else None)
         result = {"case": name, "gates": kind, "control": control, "partial_blocks": partial, "full_blocks": full}
         result["errors"] = {n: relative(a, b) for n, a, b in zip(NAMES, got, want, strict=False)}
         result["atomics"] = sum(len(kernel.atomic_lines) for kernel in call.seen.kernels)
@@ -133,7 +139,7 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
         result["epsilon"] = torch.finfo(dtype).eps
         print(json.dumps(result), flush=True)
 
-    example = inputs(shape, dtype, gate_dtype, gate_heads or shape[2], documents, "random", generator)
+    example = inputs(shape, dtype, gate_dtype, gate_heads or shape[2], documents, sink_logits, "random", generator)
     torch.use_deterministic_algorithms(deterministic)
     with gate_gradient_route(route):
         call = InterpretedCall(attend, [t.requires_grad_(training and t.is_floating_point()) for t in example])

@@ -48,6 +48,7 @@ VARIANTS = {
     "scale": {"scale": 0.7},
     "softcap": {"score_mod": softcap_score_mod(2.0)},
     "windows per head": {"window_size": [4, 60]},
+    "learned sinks": {"sink_logits": torch.linspace(-1, 2, 4, dtype=torch.float64)},
 }
 
 

@@ -12,7 +12,7 @@ from flexdma.lowerings import flex
 
 
 def flex_with_gradients(
-    query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, **choice
+    query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, sink_logits=None, **choice
 ):
     """The operator by the flex lowering, uncompiled, in small blocks."""
     lifespans = select(selection, gate, window_size, choice)
@@ -24,6 +24,7 @@ def flex_with_gradients(
         return flex.flex_attend(
             query, key, value, gate, lifespans, capacity=capacity, scale=query.shape[-1] ** -0.5 if scale is None else scale,
             score_mod=score_mod, block_size=(32, 16), kernel_options=None, needs_gradient=True,
+            sink_logits=sink_logits,
         )  # fmt: skip
 
 

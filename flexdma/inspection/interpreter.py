@@ -35,7 +35,7 @@ class InterpretedCall:
             )
         install(known_target(target))
         _multiply_bfloat16_as_float32()
-        _exponentiate_without_libdevice()
+        _do_without_libdevice()
         # Fake tensors have no address, and would be copied as misaligned.
         aligned = config.patch(assume_aligned_inputs=True)
         with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
@@ -111,10 +111,12 @@ def _multiply_bfloat16_as_float32() -> None:
     builder.create_dot = lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest)
 
 
-def _exponentiate_without_libdevice() -> None:
-    """Inductor takes exp outside of attention from CUDA's library, of which the interpreter knows nothing."""
+def _do_without_libdevice() -> None:
+    """Inductor takes exp, isnan and isinf from CUDA's library, which the interpreter does not have."""
     from torch._inductor.runtime import triton_helpers
     from triton import language
 
     # Looked up when called: the interpreter replaces it while a kernel runs.
     triton_helpers.libdevice.exp = lambda x: language.exp(x)
+    triton_helpers.libdevice.isnan = lambda x: x != x
+    triton_helpers.libdevice.isinf = lambda x: language.abs(x) == float("inf")

@@ -18,6 +18,7 @@ from flexdma.offsets import reference_gate, split
 from flexdma.opaque import realize
 from flexdma.schedule import schedule
 from flexdma.signatures import ScoreMod
+from flexdma.sink_logits import share_of_keys, sink_scores
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
 BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
@@ -43,6 +44,7 @@ def flex_attend(
     block_size: tuple[int, int],
     kernel_options: dict | None,
     needs_gradient: bool,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
@@ -74,7 +76,8 @@ def flex_attend(
     rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
 
     gate = gate.expand(batch, heads, keys)
-    reference_high, reference_low = split(reference_gate(gate, lifespans)[..., first_query:])
+    reference = reference_gate(gate, lifespans, exact=sink_logits is not None)[..., first_query:]
+    reference_high, reference_low = split(reference.detach())
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(gate)
     high, low = packed(high), None if low is None else realize(packed(low))
@@ -106,10 +109,15 @@ def flex_attend(
     else:
         # Fewer than 128 rows would take the kernel for decoding, which spills and, in float32, compiles for minutes.
         kernel_options = {"FORCE_USE_FLEX_ATTENTION": True} | (kernel_options or {})
-    output = gate_gradient.attend(
-        route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options
-    )
-    return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
+    output, lse = gate_gradient.attend(
+        route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
+        return_lse=sink_logits is not None,
+    )  # fmt: skip
+    output = output.unflatten(2, (queries, group))
+    if sink_logits is not None and lse is not None:
+        share = share_of_keys(lse.unflatten(2, (queries, group)), sink_scores(sink_logits, reference).float())
+        output = (output * share[..., None]).to(query.dtype)
+    return output.transpose(2, 3).flatten(1, 2)
 
 
 # One compiled function for eager callers.  fullgraph: past the limit it raises, and is never eager FlexAttention instead.

@@ -20,6 +20,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.offsets import reference_gate
 from flexdma.rounding import ceil_div
+from flexdma.sink_logits import share_of_keys
 from flexdma.transforms import is_recorded, is_transformed
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
@@ -30,9 +31,11 @@ FEW_BIRTHS = 1 / 4
 SCORES_PER_THREAD = 2**20
 
 
-def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
+def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sink_logits: Tensor | None) -> bool:
     """Whether `fused_attend` can serve this call: on a CPU, without derivatives, with the kernel's equal head sizes."""
-    needs_gradient = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, gate))
+    needs_gradient = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (query, key, value, gate, sink_logits)
+    )
     needs_derivative = needs_gradient or is_transformed()
     return query.device.type == "cpu" and not needs_derivative and query.shape[-1] == value.shape[-1]
 
@@ -55,13 +58,14 @@ def fused_attend(
     capacity: int,
     scale: float,
     block_size: int | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     """`gather_attend` without a score_mod, where `is_fusible`.  For tracers and fake tensors it is one opaque operator.
 
     Its lists are ragged, so that nothing of it could be traced; nor is anything left to fuse.
     """
     attend = _operator if torch.compiler.is_compiling() or is_recorded(query) else _fused_attend
-    return attend(query, key, value, gate, lifespans.birth, lifespans.death, capacity, scale, block_size)
+    return attend(query, key, value, gate, lifespans.birth, lifespans.death, capacity, scale, block_size, sink_logits)
 
 
 def _fused_attend(
@@ -74,6 +78,7 @@ def _fused_attend(
     capacity: int,
     scale: float,
     block_size: int | None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
     lifespans = Lifespans(birth, death)
     batch, query_heads, queries, size = query.shape
@@ -84,7 +89,9 @@ def _fused_attend(
     capacity = min(capacity, keys)
 
     gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
-    reference = pad(reference_gate(gate, lifespans)[..., keys - queries :], (0, beyond)).view(-1, blocks, block)
+    reference = pad(
+        reference_gate(gate, lifespans, exact=sink_logits is not None)[..., keys - queries :], (0, beyond)
+    ).view(-1, blocks, block)
     birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
     lists = living_lists(birth, death, queries, capacity, block)
     # From here on the keys of all heads stand in one row, [B Hkv K].
@@ -101,6 +108,7 @@ def _fused_attend(
         query = pad(query, (0, 0, 0, beyond))
     rows = query.unflatten(2, (blocks, block)).unflatten(1, (heads, group)).flatten(0, 1)  # [B Hkv, G, R, M, D]
     output = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    sinks = None if sink_logits is None else sink_logits.view(heads, 1, group).repeat(batch, blocks, 1)  # [B Hkv, R, G]
 
     most = max(1, torch.get_num_threads() * SCORES_PER_THREAD // (group * block * (capacity + block)))
     step = max(1, most // blocks)  # heads at a time, where all their blocks are few
@@ -116,6 +124,7 @@ def _fused_attend(
                 some_lists,
                 every_key,
                 scale,
+                None if sinks is None else sinks[some].flatten(0, 1),
             )
             output.transpose(1, 2)[some] = attended.view_as(some_rows)
     return output.view(batch, query_heads, blocks * block, size)[:, :, :queries].contiguous()
@@ -141,6 +150,7 @@ def _attend(
     lists: Sequence[LivingList],  # n
     keys: _Keys,
     scale: float,
+    sink: Tensor | None,  # [n, G]
 ) -> Tensor:
     """Each of n blocks of M queries to the keys of its list -> [n, G, M, D].  A row that sees nothing gives 0."""
     index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
@@ -162,7 +172,16 @@ def _attend(
     group = rows.shape[1]
     key, value = (t.to(computed).unsqueeze(1).expand(-1, group, -1, -1) for t in (key, value))
     with torch.autocast("cpu", enabled=False):
-        output = scaled_dot_product_attention(rows.to(computed), key, value, attn_mask=mask.unsqueeze(1), scale=scale)
+        if sink is None:
+            output = scaled_dot_product_attention(
+                rows.to(computed), key, value, attn_mask=mask.unsqueeze(1), scale=scale
+            )
+        else:
+            # The same kernel, by the name under which it returns the log-sum-exp; 0 for a row that sees nothing.
+            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+                rows.to(computed), key, value, attn_mask=mask.unsqueeze(1), scale=scale
+            )
+            output = output * share_of_keys(log_sum, sink.to(computed)[..., None])[..., None]
     return output if absent is None else output.masked_fill(absent[:, 0, None, None, None], 0.0)
 
 

@@ -76,25 +76,32 @@ def attend(
     block_mask: BlockMask,
     scale: float,
     kernel_options: Any,
-) -> Tensor:
+    return_lse: bool = False,
+) -> tuple[Tensor, Tensor | None]:
     """`flex_attention` with a score_mod that adds `gate`, whose gradient is taken by `route`.
 
     query: [B, H, R, D]; key, value: [B, H, K, D]; gate: [B, H, K] float32.
     score_mod: reads `gate`, with "atomics" itself, else its values without a gradient.
     block_mask: with its transposed half, unless the route is "atomics".
+    Returns the output and, with return_lse, the log-sum-exp of the scores [B, H, R], which has gradients as well.
     """
     if route == "column":
         query, key = _with_gate_column(query, key, gate, scale)
-    if route != "transposed":
-        return flex_attention(
+    if route != "transposed" and not return_lse:
+        output = flex_attention(
             query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=kernel_options
         )
+        return output, None
 
-    value = _FromValue.apply(value, gate)
+    if route == "transposed":
+        value = _FromValue.apply(value, gate)
     output, aux = flex_attention(
         query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=kernel_options,
         return_aux=AuxRequest(lse=True),
     )  # fmt: skip
+    returned = [cast(Tensor, aux.lse)] if return_lse else []
+    if route != "transposed":
+        return output, returned[0]
     lse = cast(Tensor, aux.lse).detach()
     lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # of a row that sees nothing
     rows, keys, transposed = query.detach(), key.detach(), transposed_block_mask(block_mask)
@@ -112,7 +119,8 @@ def attend(
         )  # fmt: skip
         return wide(mean[..., :2]).sum(-1) * cast(Tensor, total.lse).exp() * unit
 
-    return _FromOutput.apply(output, gate, weighted_sum)
+    output, *returned = _FromOutput.apply(gate, weighted_sum, output, *returned)
+    return output, returned[0] if returned else None
 
 
 def transposed_block_mask(block_mask: BlockMask) -> BlockMask:
@@ -181,18 +189,21 @@ class _FromValue(torch.autograd.Function):
 
 
 class _FromOutput(torch.autograd.Function):
-    """The output as it is; its gradient gives the gates - sum_i P_ij D_i."""
+    """The output as it is, and the log-sum-exp if given; their gradients give the gates - sum_i P_ij (D_i - dL_i)."""
 
     @staticmethod
-    def forward(ctx, output: Tensor, gate: Tensor, weighted_sum: Callable[[Tensor], Tensor]) -> Tensor:
+    def forward(ctx, gate: Tensor, weighted_sum: Callable[[Tensor], Tensor], output: Tensor, *lse: Tensor) -> Any:
         ctx.save_for_backward(output)
         ctx.weighted_sum = weighted_sum
-        return output.view_as(output)
+        return tuple(tensor.view_as(tensor) for tensor in (output, *lse))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx, gradient: Tensor, *lse_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
-        return gradient, -ctx.weighted_sum((wide(gradient) * wide(output)).sum(-1)), None
+        numbers = (wide(gradient) * wide(output)).sum(-1)
+        for each in lse_gradient:
+            numbers = numbers - each
+        return -ctx.weighted_sum(numbers), None, gradient, *lse_gradient
 
 
 class _Zero(torch.autograd.Function):

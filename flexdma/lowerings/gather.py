@@ -22,6 +22,7 @@ from flexdma.mixed_precision import without_autocast
 from flexdma.offsets import reference_gate
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
+from flexdma.sink_logits import share_of_keys, sink_scores
 from flexdma.transforms import is_transformed
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
@@ -45,6 +46,7 @@ def gather_attend(
     scale: float,
     score_mod: ScoreMod | None,
     block_size: int | None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
 
@@ -52,9 +54,10 @@ def gather_attend(
     block_size: of queries; None takes the best.
     """
     capacity = key.shape[2] if capacity is None else min(capacity, key.shape[2])
-    if score_mod is None and fused.is_fusible(query, key, value, gate):
+    if score_mod is None and fused.is_fusible(query, key, value, gate, sink_logits):
         return fused.fused_attend(
-            query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size
+            query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size,
+            sink_logits=sink_logits,
         )  # fmt: skip
     block_size = block_size or BLOCK_SIZE
     batch, query_heads, queries, _size = query.shape
@@ -74,7 +77,15 @@ def gather_attend(
 
     gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
     beyond = (0, blocks * block_size - queries)
-    reference = pad(reference_gate(gate, lifespans)[..., first_query:], beyond).unflatten(-1, (blocks, block_size))
+    reference = pad(
+        reference_gate(gate, lifespans, exact=sink_logits is not None)[..., first_query:], beyond
+    ).unflatten(-1, (blocks, block_size))
+    sinks = (
+        ()
+        if sink_logits is None
+        else (sink_scores(sink_logits, reference.flatten(2)).unflatten(2, (blocks, block_size)),)
+    )
+    reference = reference.detach()
     # A NaN in a padded key would reach all queries that gather it, by being added to.
     never = (lifespans.death <= lifespans.birth)[..., None]
     key, value = key.masked_fill(never, 0.0), value.masked_fill(never, 0.0)
@@ -82,11 +93,11 @@ def gather_attend(
     rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
     # Rows beyond the last query repeat its position, so that a score_mod never sees one out of range; they are dropped.
     positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device).clamp(max=keys - 1)
-    inputs = (rows, _take(gate, slots), reference, slots, death, positions.view(1, 1, blocks, block_size))
+    inputs = (rows, _take(gate, slots), reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
 
     elements = batch * query_heads * blocks * block_size * slots.shape[-1]
     if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:
-        output = _attend(_take(key, slots), _take(value, slots), *inputs, scale, score_mod)
+        output = _attend(_take(key, slots), _take(value, slots), *inputs, scale=scale, score_mod=score_mod)
     else:
         output = torch.cat(_in_chunks(key, value, inputs, elements, scale, score_mod), 2)
     # Heads are joined before the rows beyond the last query go: their order costs no guard on symbolic lengths.
@@ -99,16 +110,16 @@ def _in_chunks(
     """`_attend` on CHUNK_ELEMENTS scores at a time, of `elements` in all."""
     slots = inputs[3]
     step = max(1, CHUNK_ELEMENTS * slots.shape[2] // elements)
-    attend: Callable[..., Tensor] = _attend
+    attend: Callable[..., Tensor] = partial(_attend, scale=scale, score_mod=score_mod)
     if not torch.is_grad_enabled():
         chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
-        return [attend(_take(key, chunk[3]), _take(value, chunk[3]), *chunk, scale, score_mod) for chunk in chunks]
+        return [attend(_take(key, chunk[3]), _take(value, chunk[3]), *chunk) for chunk in chunks]
     if elements > KEPT_ELEMENTS and not is_transformed():  # torch.func takes no checkpoints
-        attend = partial(checkpoint, _attend, use_reentrant=False, preserve_rng_state=False)
+        attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
     # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
     taken = (_take(key, slots), _take(value, slots), *inputs)
     chunks = zip(*(tensor.split(step, 2) for tensor in taken), strict=True)
-    return [attend(*chunk, scale, score_mod) for chunk in chunks]
+    return [attend(*chunk) for chunk in chunks]
 
 
 def _take(tensor: Tensor, slots: Tensor) -> Tensor:
@@ -128,6 +139,8 @@ def _attend(
     slots: Tensor,  # [B, Hkv, R, C]: positions of the keys, the block's own M last
     death: Tensor,  # [B, Hkv, R, C]
     positions: Tensor,  # [1, 1, R, M]: of the queries
+    sink: Tensor | None = None,  # [B, Hkv, R, M, G]
+    *,
     scale: float,
     score_mod: ScoreMod | None,
 ) -> Tensor:
@@ -155,6 +168,8 @@ def _attend(
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
             scores = scores.masked_fill(nothing, 0.0)
         output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
+        if sink is not None:
+            output = output * share_of_keys(scores.logsumexp(-1), sink.mT.to(computed))[..., None]
     return torch.where(nothing, 0.0, output).to(rows.dtype)
 
 
