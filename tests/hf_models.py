@@ -25,6 +25,10 @@ FAMILIES = {
         "head_dim": 8, "attn_logit_softcapping": 1.0, "sliding_window": 6,
         "layer_types": ["sliding_attention", "full_attention"],
     },
+    "GptOss": {
+        "head_dim": 8, "sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 4, "num_experts_per_tok": 2,
+    },
     "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "head_dim": 8},
 }  # fmt: skip
 

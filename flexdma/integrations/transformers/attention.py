@@ -37,8 +37,8 @@ def attend(
 
     query [B, Hq, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, Dv]: K of all tokens, or with DynamicMaskCache of the new ones.
     mask: see `light_mask`.  gate(value, key_padding_mask=..., **before): the gates of values, as of `ValueGate`.
-    options: window_size, sinks, recent, lowering.  arguments: the others of the layer's call: `softcap` is computed, others
-    are ignored or refused.
+    options: window_size, sinks, recent, lowering.  arguments: the others of the layer's call: `softcap` and
+    `s_aux`, learned sinks, are computed, others are ignored or refused.
     """
     refuse_arguments(module, dropout, arguments)
     refuse_cache(cache, module.layer_idx, key.shape[2])
@@ -57,6 +57,8 @@ def attend(
             refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
     if arguments.get("softcap") is not None:
         options = options | {"score_mod": softcap_score_mod(arguments["softcap"])}
+    if arguments.get("s_aux") is not None:
+        options = options | {"sink_logits": arguments["s_aux"]}
     if isinstance(cache, DynamicMaskCache):
         output = cache.attend(module.layer_idx, query, key, value, gate, scale=scaling, **options)
     else:

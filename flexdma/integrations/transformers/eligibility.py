@@ -16,7 +16,7 @@ from flexdma.integrations.transformers.probe import TOKENS, AttentionCall, obser
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments of the attention interface that flexdma computes, or that change nothing here.
 ARGUMENTS = {
-    "scaling", "dropout", "softcap", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
+    "scaling", "dropout", "softcap", "s_aux", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
     "dynamic_mask_cache",
 }  # fmt: skip
 
@@ -95,6 +95,9 @@ def _check_arguments(call: AttentionCall) -> None:
             )
     if not isinstance(arguments.get("scaling", 1.0), int | float):
         raise TypeError(f"scaling: expected a number, got {type(arguments['scaling']).__name__} from {kind}")
+    sinks, heads = arguments.get("s_aux"), call.query.shape[1]
+    if sinks is not None and sinks.shape != (heads,):
+        raise ValueError(f"s_aux: expected [Hq] = [{heads}], got {list(sinks.shape)} from {kind}")
     if arguments.get("is_causal") is False:
         raise ValueError(f"is_causal: expected True, got False from {kind}")
 

@@ -15,7 +15,6 @@ from flexdma.transforms import is_recorded
 REFUSED = {
     "output_attentions": "attention weights are never formed",
     "head_mask": "heads are not masked",
-    "s_aux": "there are no learned sinks",
     "position_bias": "there is no position bias",
 }
 
