@@ -46,7 +46,9 @@ def loss_and_gradients(model, ids):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("family", ["Doge", *sorted({*FAMILIES} - {"Qwen3Moe"})])  # rounded values choose other experts
+@pytest.mark.parametrize(
+    "family", ["Doge", *sorted({*FAMILIES} - {"Qwen3Moe", "GptOss"})]
+)  # rounded values choose other experts
 def test_training_is_as_exact_as_that_of_the_original(family):
     original, model = wide(family)
     ids = distinct_tokens(2, LENGTH)

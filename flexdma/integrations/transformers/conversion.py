@@ -35,7 +35,7 @@ def convert_to_dma(
     """Give every attention layer a `value_gate` (a `ValueGate`) and compute it with flexdma; in place, and returned.
 
     model: a decoder of transformers (docs/transformers.md lists families); its weights and their names stay as they are.
-        Two forward passes of two tokens show which layers attend and how; a model on meta will do, a sharded one will not.
+        Two forward passes of three tokens show which layers attend and how; a model on meta will do, a sharded one will not.
     window_size: w.  Where the model has sliding windows, at most as long as they are: w takes their place.
     form, recency: the gate's.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
     sinks, recent, lowering: the operator's.

@@ -27,8 +27,8 @@ def attention_calls(model: PreTrainedModel, window_size: int) -> list[AttentionC
     Raises TypeError or ValueError naming what the model does that flexdma does not compute.
     """
     _check_model(model)
-    calls, error = observe(model)
-    kind = type(model).__name__
+    observed = observe(model)
+    calls, error, kind = observed.calls, observed.error, type(model).__name__
     if not calls:
         ended = "" if error is None else f"; its forward pass ended with {type(error).__name__}: {error}"
         raise TypeError(
@@ -50,6 +50,8 @@ def attention_calls(model: PreTrainedModel, window_size: int) -> list[AttentionC
             f"model: expected one that computes plain attention, got {kind}, in which both _supports_attention_backend and "
             "_supports_sdpa are False"
         )
+    if observed.mixes:
+        raise TypeError(f"model: expected attention as the only way between tokens, got {kind}, which has another")
     for call in calls:
         _check_layer(model, call)
         _check_arguments(call)

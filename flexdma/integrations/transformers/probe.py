@@ -1,4 +1,4 @@
-"""What the attention layers of a model do, observed in a forward pass of two tokens.
+"""What the attention layers of a model do, observed in two forward passes of three tokens.
 
 Attribute names differ between model families; the call of the attention interface does not.  It shows which modules attend,
 with which heads and arguments, under which mask and on which cache.
@@ -15,9 +15,10 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, Cache, PreTrainedModel
 
 from flexdma.integrations.transformers.cache import given_cache
+from flexdma.transforms import is_recorded
 
 NAME = "flexdma_probe"
-TOKENS = 2
+TOKENS = 3
 
 
 @dataclass(frozen=True)
@@ -41,30 +42,51 @@ class AttentionCall:
     cache: Cache | None
 
 
-def observe(model: PreTrainedModel) -> tuple[list[AttentionCall], Exception | None]:
-    """All calls of one forward pass, in order, and what ended it early, if anything did.
+@dataclass(frozen=True)
+class Observation:
+    """calls: all of one forward pass, in order.  error: what ended the pass early, if anything did.
 
-    A second pass gives the layers found in the first one an argument `dynamic_mask_cache`, as converted layers get it: it
-    is among the arguments of those that pass it on.  Weights, modes and configs are left as they were.
+    mixes: whether the last token's output depends on another token although all attention gave 0; False on meta
+    and for fake tensors.
     """
-    calls, error = _forward(model, [])
-    layers = {call.layer: None for call in calls}
-    if error is None and layers:
-        calls, error = _forward(model, layers)
-    return calls, error
+
+    calls: list[AttentionCall]
+    error: Exception | None = None
+    mixes: bool = False
 
 
-def _forward(model: PreTrainedModel, layers: Iterable[nn.Module]) -> tuple[list[AttentionCall], Exception | None]:
-    record, device = _Record(), _device(model)
-    tokens = torch.zeros(1, TOKENS, dtype=torch.int64, device=device)
+def observe(model: PreTrainedModel) -> Observation:
+    """What the model does in a forward pass.
+
+    A second pass, with another second token, gives the layers found in the first one an argument `dynamic_mask_cache`, as
+    converted layers get it: it is among the arguments of those that pass it on.  Weights, modes and configs are left as they
+    were.
+    """
+    first, second = _Record(), _Record()
+    try:
+        output = _forward(model, first, [], 0)
+        if not first.calls:
+            return Observation([])
+        other = _forward(model, second, {call.layer: None for call in first.calls}, 1)
+    except Exception as error:
+        return Observation(first.calls, error)
+    calls = second.calls
+    if is_recorded(output):
+        return Observation(calls)
+    tolerance = torch.finfo(output.dtype).eps ** 0.5 * output.abs().max()
+    return Observation(calls, mixes=bool((output - other).abs().max() > tolerance))
+
+
+def _forward(model: PreTrainedModel, record: "_Record", layers: Iterable[nn.Module], change: int) -> Tensor:
+    """The output of the last token, where the one before it is another by `change`."""
+    device = _device(model)
+    # From the middle of the vocabulary, away from special tokens.
+    tokens = torch.full((1, TOKENS), model.config.get_text_config(decoder=True).vocab_size // 2, device=device)
+    tokens[:, 1] += change
     # The first token is padding, so that the model cannot do without a mask.
     padding = (torch.arange(TOKENS, device=device) > 0).long()[None]
     with _set_up(model, record, layers, tokens.is_meta):
-        try:
-            model(input_ids=tokens, attention_mask=padding, use_cache=True)
-        except Exception as error:
-            return record.calls, error
-    return record.calls, None
+        return model(input_ids=tokens, attention_mask=padding, use_cache=True)[0][:, -1]
 
 
 class _Record:
@@ -86,11 +108,16 @@ class _Record:
     def mask_of(self, given: object) -> tuple[Callable | None, bool]:
         """The mask function behind a mask that a layer got, and whether it is the model's own."""
         for number, (made, function, own) in enumerate(self.masks):
-            # A copy on another device, or a slice, has the same numbers in it; on meta there are none.
-            copied = isinstance(given, Tensor) and given.dtype == made.dtype and given.shape[:3] == made.shape[:3]
-            if given is made or (copied and not given.is_meta and bool((given == number).all())):  # type: ignore[attr-defined]
+            if given is made or _is_copy(given, made, number):
                 return function, own
         return None, False
+
+
+def _is_copy(given: object, made: Tensor, number: int) -> bool:
+    """Whether `given` is a slice of this mask, or a copy on another device: the number in it says so, where there is one."""
+    if not isinstance(given, Tensor) or given.dtype != made.dtype or given.shape[:3] != made.shape[:3]:
+        return False
+    return not is_recorded(given) and bool((given == number).all())
 
 
 _record: ContextVar[_Record] = ContextVar("record")
