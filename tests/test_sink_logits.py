@@ -56,8 +56,8 @@ def test_flex_equals_the_specification_by_every_route(route, name):
 
 @pytest.mark.parametrize("attend", [gather, dense_dynamic_mask_attention])
 def test_gradients_by_finite_differences(attend):
-    tensors = [t.requires_grad_() for t in [*inputs(1, 2, 1, 5, 7, 3, 2), torch.randn(2).double()]]
-    tensors[3].data += 1e-3 * torch.arange(7)  # no ties: there the best gate has no gradient
+    tensors = [t.requires_grad_() for t in [*inputs(1, 2, 1, 4, 5, 2, 1), torch.randn(2).double()]]
+    tensors[3].data += 1e-3 * torch.arange(5)  # no ties: there the best gate has no gradient
 
     def function(*tensors):
         return attend(*tensors[:4], sink_logits=tensors[4], window_size=3)
@@ -115,6 +115,16 @@ def test_inference_in_lower_precision(dtype):
     got = gather(*tensors, window_size=W, sink_logits=sink_logits().to(dtype))
     assert got.dtype == dtype
     assert (got.double() - want).abs().max() <= 4 * torch.finfo(dtype).eps * want.abs().max()
+
+
+def test_no_rows_and_no_numbers():
+    for device, batch in (("cpu", 0), ("meta", 2)):
+        tensors = [t.expand(batch, *t.shape[1:]) for t in inputs(1, 4, 2, 7, 9, 8, dtype=torch.bfloat16)]
+        tensors = [t.to(device).requires_grad_() for t in [*tensors, torch.zeros(4)]]
+        output = dynamic_mask_attention(*tensors[:4], window_size=3, sink_logits=tensors[4])
+        output.sum().backward()
+        assert output.shape == (batch, 4, 7, 8)
+        assert all(t.grad.shape == t.shape for t in tensors)
 
 
 def test_compiled_calls_are_one_graph():

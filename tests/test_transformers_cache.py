@@ -8,8 +8,9 @@ from torch.utils.checkpoint import checkpoint
 
 from tests.hf_models import CACHE, assert_close, causal_lm, distinct_tokens, doge, padding
 
-from transformers import DynamicCache, StaticCache  # isort: skip  # after hf_models, which keeps it offline
-from flexdma.integrations.transformers import DynamicMaskCache, conversion, convert_to_dma, use_flexdma
+import transformers  # isort: skip  # after hf_models, which keeps it offline
+from transformers import DynamicCache, StaticCache  # isort: skip
+from flexdma.integrations.transformers import DynamicMaskCache, attention, convert_to_dma, use_flexdma
 
 # No token twice: their gates are equal in the first layer but for rounding, which differs with the number of tokens at once.
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "no_repeat_ngram_size": 1}
@@ -184,8 +185,15 @@ def test_a_model_without_flexdma_cannot_use_it():
 
 
 def test_a_layer_that_attends_twice_is_noticed(monkeypatch):
-    monkeypatch.setattr(conversion, "TWICE", set())  # a layer of the user's own is in no list
-    model, ids = convert_to_dma(causal_lm("DiffLlama"), 6), distinct_tokens(1, 24)
+    model, ids = convert_to_dma(causal_lm("Llama"), 6), distinct_tokens(1, 24)
+    # One that did not when it was converted.
+    attend = attention.attention_interface
+
+    def twice(*arguments, **named):
+        attend(*arguments, **named)
+        return attend(*arguments, **named)
+
+    monkeypatch.setitem(transformers.AttentionInterface._global_mapping, "flexdma", twice)
     with pytest.raises(RuntimeError, match="expected one attention after each update of a layer, got one without"):
         tokens(model, ids)
 

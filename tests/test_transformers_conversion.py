@@ -179,6 +179,14 @@ def test_an_adapter_on_the_gate_itself_is_not_ignored(tmp_path):
     assert all(gradient.abs().max() > 0 for gradient in adapters.values())
 
 
+def with_a_recurrence():
+    """A Llama whose layer keeps a running sum, which no cache holds."""
+    model = causal_lm("Llama")
+    mlp = model.model.layers[1].mlp
+    mlp.forward = lambda hidden, plain=mlp.forward: plain(hidden.cumsum(1))
+    return model
+
+
 @pytest.mark.parametrize(
     ("make", "options", "error", "message"),
     [
@@ -202,6 +210,7 @@ def test_an_adapter_on_the_gate_itself_is_not_ignored(tmp_path):
             TypeError,
             "attention layers that call the attention interface, got GPTNeoForCausalLM",
         ),
+        (with_a_recurrence, {}, TypeError, "expected attention as the only way between tokens, got LlamaForCausalLM"),
         (lambda: causal_lm("Llama"), {"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
         (lambda: causal_lm("Llama"), {"recency": "last"}, ValueError, "recency: expected one of"),
         (lambda: torch.nn.Linear(1, 1), {}, TypeError, "expected a transformers PreTrainedModel, got Linear"),

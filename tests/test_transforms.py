@@ -16,12 +16,13 @@ from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
 
 PADDING = torch.arange(20) >= torch.tensor([[0], [4]])
+SINKS = {"sink_logits": torch.linspace(-1, 2, 4, dtype=torch.float64)}
 OPTIONS = [
     {"window_size": 5},
     {"window_size": [5, 3], "sinks": 1, "recent": 2, "selection": "threshold", "key_padding_mask": PADDING},
-    {"window_size": 5, "selection": "global", "score_mod": alibi_score_mod(torch.rand(4))},
+    {"window_size": 5, "selection": "global", "score_mod": alibi_score_mod(torch.rand(4)), **SINKS},
 ]
-WITH_STATE = {"window_size": 4, "sinks": 1, "recent": 1}
+WITH_STATE = {"window_size": 4, "sinks": 1, "recent": 1, **SINKS}
 
 
 def in_chunks(*tensors):
