@@ -53,6 +53,9 @@ def dense_dynamic_mask_attention(
     heads, keys = key.shape[1:3]
     visible = dense_visibility(gate, window_size=window_size, selection=selection, sinks=sinks, recent=recent,
                                key_padding_mask=key_padding_mask, document_ids=document_ids)  # fmt: skip
+    # NaN and infinity in a key that no query sees would reach the output, multiplied by a weight of 0.
+    unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
+    key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
 
     def per_query_head(t: Tensor) -> Tensor:
         return t.expand(batch, heads, *t.shape[2:]).repeat_interleave(query_heads // heads, 1)

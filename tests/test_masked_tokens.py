@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch import nn
 
-from flexdma import DynamicMaskAttention, ValueGate
+from flexdma import DynamicMaskAttention, ValueGate, dynamic_mask_attention
+from tests.comparison import inputs, with_gradients
 from tests.test_modules import rotary
 
 # Tokens that are masked at the beginning, between real ones and at the end; as many real ones in each row.
@@ -83,6 +84,22 @@ def test_what_a_masked_token_holds_reaches_no_gate_and_no_gradient_of_one(recenc
         gates = gates.masked_fill(~MASK[:, None], 0.0)
         gates.square().sum().backward()
         results.append([gates, *(p.grad.clone() for p in gate.parameters())])
+    for a, b in zip(*results, strict=True):
+        assert a.isfinite().all()
+        assert torch.equal(a, b)
+
+
+@pytest.mark.parametrize("lowering", ["gather", "dense"])
+@pytest.mark.parametrize("rubbish", [torch.inf, torch.nan])
+def test_what_a_masked_key_holds_reaches_nothing(lowering, rubbish):
+    query, *keys = inputs(2, 4, 2, 14, 14, 4)
+    results = []
+    for held in (0.0, rubbish):
+        tensors = [t.clone() for t in keys]
+        for tensor in tensors:
+            tensor.transpose(1, 2)[~MASK] = held
+        options = {"window_size": 3, "lowering": lowering, "key_padding_mask": MASK}
+        results.append(with_gradients(dynamic_mask_attention, [query, *tensors], **options))
     for a, b in zip(*results, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)
