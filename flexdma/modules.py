@@ -118,7 +118,8 @@ class DynamicMaskAttention(nn.Module):
     ) -> DynamicMaskState:
         """The state of this layer before the first token.
 
-        dtype: of keys and values; default autocast's where it is on, else that of `gate.A`.
+        dtype: of keys and values; default autocast's where it is on, else that of v_proj's parameters, or of `gate.A` where
+            v_proj has none in floating point (quantised weights).
         device: default that of `gate.A`.  ValueError where that is meta, as offloaded weights are between calls; give "meta"
             for a state without numbers.
         """
@@ -128,7 +129,9 @@ class DynamicMaskAttention(nn.Module):
             )
         device = torch.device(self.gate.A.device if device is None else device)
         if dtype is None:
-            dtype = autocast(torch.empty(0, dtype=self.gate.A.dtype, device=device))[0].dtype
+            # Not always that of the gate, which may be float32 in a layer of lower precision.
+            dtypes = (p.dtype for p in self.v_proj.parameters() if p.is_floating_point())
+            dtype = autocast(torch.empty(0, dtype=next(dtypes, self.gate.A.dtype), device=device))[0].dtype
         return DynamicMaskState.empty(
             batch_size, self.num_kv_heads, self.head_dim, dtype=dtype, device=device,
             gate_dtype=self._gate_dtype, **self._state_options(),

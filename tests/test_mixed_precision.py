@@ -155,3 +155,17 @@ def test_the_layer_trains_and_decodes_under_autocast(recency):
     # Values in bfloat16 make other gates, which may select other keys: alike on the whole, not everywhere.
     assert (got - exact).abs().mean() < 0.02 * exact.abs().mean() + 0.02
     torch.testing.assert_close(torch.cat(pieces, 1), got, atol=2**-6, rtol=2**-6)
+
+
+@pytest.mark.parametrize("enabled", [False, True])
+def test_a_layer_in_bfloat16_with_gates_in_float32_decodes_from_an_empty_state(enabled):
+    layer = DynamicMaskAttention(32, 4, 2, 8, 9, recency="forget").to(BF16)
+    layer.gate.float()
+    hidden = torch.randn(2, 12, 32, dtype=BF16)
+    with torch.autocast("cpu", BF16, enabled=enabled), torch.no_grad():
+        state, pieces = layer.empty_state(2), []
+        for piece in hidden.split([10, 1, 1], 1):
+            output, state = layer(piece, state=state, return_state=True)
+            pieces.append(output)
+        torch.testing.assert_close(torch.cat(pieces, 1), layer(hidden), atol=2**-6, rtol=2**-6)
+    assert state.key.dtype == BF16
