@@ -69,6 +69,14 @@ def test_the_last_document_goes_on(model):
     assert_close(got, model(torch.cat([last, later], 1)).logits[:, -2:])
 
 
+def test_a_growing_cache_does_not_go_on(model):
+    """It keeps no documents: later tokens would see all sequences."""
+    cache = transformers.DynamicCache()
+    model(**collated(distinct_tokens(1, 24), return_seq_idx=True, return_position_ids=False), **{CACHE: cache})
+    with pytest.raises(ValueError, match="cache: expected DynamicMaskCache to continue packed sequences"):
+        model(torch.tensor([[1]]), **{CACHE: cache})
+
+
 def test_trainer_takes_what_the_collator_makes(tmp_path):
     def trained(use_cache, **options):
         model = convert_to_dma(causal_lm("Llama", use_cache=use_cache), 6)
@@ -91,6 +99,10 @@ def test_documents_compile(model):
     batch = collated(distinct_tokens(1, 24), return_flash_attn_kwargs=True)
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
     assert_close(compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
+    cache = transformers.DynamicCache()
+    assert_close(compiled(**batch, **{CACHE: cache}).logits, model(**batch, use_cache=False).logits)
+    with pytest.raises(ValueError, match="cache: expected DynamicMaskCache to continue packed sequences"):
+        model(torch.tensor([[1]]), **{CACHE: cache})
 
 
 @pytest.mark.parametrize(

@@ -4,11 +4,15 @@ from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor
-from transformers import AttentionInterface
+from transformers import AttentionInterface, DynamicCache
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.cache import DynamicMaskCache
-from flexdma.integrations.transformers.documents import packed_documents, refuse_other_documents
+from flexdma.integrations.transformers.documents import (
+    packed_documents,
+    refuse_growing_cache_after_documents,
+    refuse_other_documents,
+)
 from flexdma.integrations.transformers.masks import NAME, read_light_mask
 from flexdma.integrations.transformers.refusals import (
     refuse_arguments,
@@ -50,6 +54,8 @@ def attend(
     documents = packed_documents(arguments, key, past)
     if documents is not None:
         options["document_ids"] = documents
+    if isinstance(cache, DynamicCache):
+        refuse_growing_cache_after_documents(cache.layers[module.layer_idx], past, documents)
     if module.layer_idx == 0:
         if documents is not None:
             refuse_other_documents(arguments, documents)

@@ -59,6 +59,19 @@ def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None
         raise ValueError("position_ids: expected consecutive positions in each document, got some that restart in one")
 
 
+def refuse_growing_cache_after_documents(layer: Any, past: int, documents: Tensor | None) -> None:
+    """Raise ValueError for a pass that follows packed sequences: a DynamicCache keeps no document numbers.
+
+    layer: of a DynamicCache; the first pass writes to it whether its tokens were packed.
+    """
+    if not past:
+        layer.is_packed = documents is not None
+    elif getattr(layer, "is_packed", False):
+        raise ValueError(
+            "cache: expected DynamicMaskCache to continue packed sequences, got DynamicCache, which keeps no documents"
+        )
+
+
 def _integers(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> Tensor:
     tensor = checks.tensor(name, value, shape, like)
     if tensor.dtype not in (torch.int32, torch.int64):
