@@ -37,7 +37,8 @@ def decode(
     key_padding_mask, document_ids: [B, 1].
     """
     if document_ids is not None:
-        state = _in_document(state, document_ids[:, 0].long())
+        # A copy: the caller may overwrite the ids.
+        state = _in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
     new = inserted(state, key, value, gate, key_padding_mask)
     return _attend(query, state.length, new, scale, score_mod, sink_logits), new
 

@@ -124,7 +124,10 @@ class ValueGate(nn.Module):
             elif self.recency == "forget":
                 total = self._forgotten(value, key_padding_mask, forgotten)
                 gate = gate.double() + total
-        return (gate, total[..., -1]) if return_forgotten else gate
+        if not return_forgotten:
+            return gate
+        # A copy: a view would keep all of `total`, and torch.compile would guard its strides.
+        return gate, total[..., -1].clone(memory_format=torch.contiguous_format)
 
     def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The values with zeros for masked tokens, so that whatever those hold reaches neither gates nor gradients."""

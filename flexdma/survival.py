@@ -108,7 +108,8 @@ def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "Dyn
     last_loss = _last_loss(state, lifespans, total, keys.new)
     document = state.document
     if keys.document_ids is not None:
-        document = keys.document_ids[:, -1]
+        # A copy: the caller may overwrite the ids, and torch.compile would guard the strides of a view.
+        document = keys.document_ids[:, -1].clone(memory_format=torch.contiguous_format)
         changed = keys.document_ids[:, 1:] != keys.document_ids[:, :-1]
         start = pad(torch.where(changed, torch.arange(1, total, device=real.device), 0), (1, 0)).amax(-1)
         real = real & (torch.arange(total, device=real.device) >= start[:, None, None])

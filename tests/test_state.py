@@ -241,6 +241,31 @@ def test_damaged_files_are_refused(tmp_path):
         load_states(tmp_path / "absent.safetensors")
 
 
+@pytest.mark.parametrize("sizes", [[1] * 6, [2, 1, 1, 2]])
+def test_ids_of_documents_may_be_overwritten_after_a_call(sizes):
+    query, key, value, gate = inputs(1, 2, 1, 6, 6, 4)
+    documents = torch.tensor([[0, 0, 0, 1, 1, 1]])
+    outputs, state, buffers = [], None, {n: torch.zeros(1, n, dtype=torch.int64) for n in sizes}
+    chunks = (t.split(sizes, 2) for t in (query, key, value, gate))
+    for *tensors, ids in zip(*chunks, documents.split(sizes, 1), strict=True):
+        options = {"document_ids": buffers[ids.shape[1]].copy_(ids), "state": state, "return_state": True}
+        output, state = dynamic_mask_attention(*tensors, window_size=3, **options)
+        buffers[ids.shape[1]].fill_(7)
+        outputs.append(output)
+    want = dynamic_mask_attention(query, key, value, gate, window_size=3, document_ids=documents, lowering="dense")
+    torch.testing.assert_close(torch.cat(outputs, 2), want)
+
+
+def test_a_state_holds_no_memory_of_its_chunk():
+    layer = DynamicMaskAttention(8, 2, 1, 4, 3, recency="forget", sinks=1, recent=1)
+    state = None
+    for length in (100, 7, 1, 50):
+        documents = torch.zeros(2, length, dtype=torch.int64)
+        _, state = layer(torch.randn(2, length, 8), state=state, return_state=True, document_ids=documents)
+        for name, tensor in state.tensors().items():
+            assert tensor.untyped_storage().nbytes() == tensor.nbytes, name
+
+
 def test_foreign_states_are_refused():
     state, _ = after(4)
     cases = [
