@@ -114,7 +114,7 @@ def dynamic_mask_attention(
     needs_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (query, key, value, gate, sink_logits)
     )
-    # What a score_mod captures may need gradients too, and cannot be asked while tracing.
+    # Tensors captured by score_mod may need gradients too; a tracer cannot tell.
     may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
     chosen = lowering or choose_lowering(query.device.type, query.dtype)
     if chosen == "flex" and is_transformed():

@@ -169,7 +169,7 @@ def _attend(
         if score_mod is not None:
             head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
             row = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
-            # A slot without a key is told a position that exists.
+            # Empty slots get position 0, so score_mod never sees -1.
             position = state.position.clamp(min=0)[:, :, None]
             scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
         scores = scores + bias

@@ -34,7 +34,7 @@ class Lifespans(NamedTuple):
     death: Tensor
 
 
-torch.serialization.add_safe_globals([Lifespans])  # `torch.load` takes them
+torch.serialization.add_safe_globals([Lifespans])  # torch.load(weights_only=True) takes no other classes
 
 
 def causal_top_w(

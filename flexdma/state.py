@@ -204,7 +204,7 @@ OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type i
 # "global" chooses among all keys, later ones too: no prefix has a state.
 STATEFUL_SELECTIONS = ("causal", "threshold")
 
-# `torch.load` builds no class that it is not given (weights_only=True, its default).
+# torch.load(weights_only=True), its default, takes no other classes.
 torch.serialization.add_safe_globals([DynamicMaskState])
 
 pytree.register_pytree_node(

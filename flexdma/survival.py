@@ -212,12 +212,13 @@ def per_head_windows(state: "DynamicMaskState") -> Tensor:
 
 
 def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
-    """`score_mod`, called with places among `keys`, told positions instead.  length [B]: of the state before them."""
+    """A score_mod that maps places among `keys` to positions and calls `score_mod`.  length [B]: of the state before them."""
     held = keys.position.shape[-1] - keys.new
-    # Buffers: the C++ lowering captures no views and no expressions.  A place without a key is told a position that exists.
+    # Buffers: the C++ lowering captures no views and no expressions.  Empty places get position 0, so score_mod
+    # never sees -1.
     key_position, shift = realize(keys.position.clamp(min=0)), realize(length - held)
 
-    def told(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+    def at_position(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score_mod(score, b, h, shift[b] + i, key_position[b, h // group, j])
 
-    return told
+    return at_position

@@ -3,7 +3,7 @@
 O(N (w + block)) time, differentiable in every argument, on every device and dtype; traced by torch.compile as one batched
 expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache; in training it recomputes
 them where there are many, and holds the gathered keys and values, (w + block) / block times K.  What needs no gradient, on a
-CPU, is left to fused.py.  Which keys are alive for a block is told by living_keys.py.
+CPU, is left to fused.py.  living_keys.py finds the keys that are alive for a block.
 """
 
 from collections.abc import Callable

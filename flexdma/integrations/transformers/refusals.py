@@ -62,7 +62,7 @@ def refuse_cache(cache: Any, layer: int, keys: int) -> None:
 def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> None:
     """Raise ValueError for a DynamicCache around a traced FlexAttention, made by the forward pass itself as a rule.
 
-    torch 2.13 forgets what an object made in the graph is told after a higher-order operator, so its keys would be stale.
+    torch 2.13 loses writes to an object made in the graph that follow a higher-order operator, so its keys would be stale.
     """
     if not torch.compiler.is_compiling() or not isinstance(cache, DynamicCache):
         return
