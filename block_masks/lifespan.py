@@ -9,9 +9,9 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask
 
 from flexdma import checks
-from flexdma.block_metadata import block_mask_from, block_metadata
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import realize
+from flexdma.packing.block_metadata import block_mask_from, block_metadata
 from flexdma.signatures import MaskMod
 
 

@@ -24,13 +24,12 @@ from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_t
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.modules import DynamicMaskAttention
 from flexdma.packing import pack, packed_layout
-from flexdma.state import DynamicMaskState
+from flexdma.state import DynamicMaskState, load_states, save_states
 
 if TYPE_CHECKING:
-    from flexdma.diagnosis import doctor
-    from flexdma.explanation import explain
-    from flexdma.inspection import inspect_kernels
-    from flexdma.state_files import load_states, save_states
+    from flexdma.tools.doctor import doctor
+    from flexdma.tools.explain import explain
+    from flexdma.tools.inspect import inspect_kernels
 
 __all__ = [
     "DynamicMaskAttention",
@@ -54,17 +53,18 @@ __all__ = [
 ]
 
 
-# Name -> where it is.  Imported when first used: they need what takes a second to import, or an extra.
+# Name -> (module, what to take from it; None: itself).  Tools are above the core and are imported when first used.
 _TOOLS = {
-    "doctor": "flexdma.diagnosis",
-    "explain": "flexdma.explanation",
-    "inspect_kernels": "flexdma.inspection",
-    "load_states": "flexdma.state_files",
-    "save_states": "flexdma.state_files",
+    "cost": ("flexdma.tools.cost", None),
+    "doctor": ("flexdma.tools.doctor", "doctor"),
+    "explain": ("flexdma.tools.explain", "explain"),
+    "inspect_kernels": ("flexdma.tools.inspect", "inspect_kernels"),
 }
 
 
 def __getattr__(name: str) -> Any:
-    if name in _TOOLS:
-        return getattr(importlib.import_module(_TOOLS[name]), name)
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name not in _TOOLS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    module, attribute = _TOOLS[name]
+    found = importlib.import_module(module)
+    return found if attribute is None else getattr(found, attribute)

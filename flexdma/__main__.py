@@ -10,18 +10,21 @@ import sys
 from collections.abc import Sequence
 
 from flexdma._version import __version__
-from flexdma.refusal import RefusedError
+from flexdma.tools.refusal import RefusedError
 
 # name: (module, what it does)
 COMMANDS = {
-    "explain": ("flexdma.explanation.command", "say what gates select, what that costs, and whether it pays"),
-    "doctor": ("flexdma.diagnosis.command", "find graph breaks, recompilations and fallbacks of a model call"),
-    "inspect": ("flexdma.inspection.command", "show the kernels that the compiler generates"),
-    "cost": ("flexdma.cost.command", "say what a size would cost on a device, or on many, from its data sheet"),
-    "bench": ("flexdma.bench.command", "measure the operator against attention to everything"),
-    "demo": ("flexdma.demo.command", "train four small language models on real text and compare their attention"),
-    "longrun": ("flexdma.longrun.command", "read a million tokens in constant memory, then decode at constant cost"),
-    "view": ("flexdma.view.command", "write a page that shows which tokens of a text each query keeps"),
+    "explain": ("flexdma.tools.explain.command", "say what gates select, what that costs, and whether it pays"),
+    "doctor": ("flexdma.tools.doctor.command", "find graph breaks, recompilations and fallbacks of a model call"),
+    "inspect": ("flexdma.tools.inspect.command", "show the kernels that the compiler generates"),
+    "cost": ("flexdma.tools.cost.command", "say what a size would cost on a device, or on many, from its data sheet"),
+    "bench": ("flexdma.tools.bench.command", "measure the operator against attention to everything"),
+    "demo": ("flexdma.tools.demo.command", "train four small language models on real text and compare their attention"),
+    "longrun": (
+        "flexdma.tools.longrun.command",
+        "read a million tokens in constant memory, then decode at constant cost",
+    ),
+    "view": ("flexdma.tools.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 CANNOT = 2
 # What a shell reports for a process that Ctrl-C ended, and for one whose reader went away.

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from flexdma import checks, lifespans
-from flexdma.decoding import decode
 from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
 from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
 from flexdma.lowerings.gather import gather_attend
@@ -20,7 +19,8 @@ from flexdma.mixed_precision import autocast
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
 from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign, widest_window
-from flexdma.survival import at_positions, extended, first_keys, settled
+from flexdma.state.carry import at_positions, extended, first_keys, settled
+from flexdma.state.decoding import decode
 from flexdma.transforms import is_recorded, is_transformed, refuse_jit_trace
 
 

@@ -19,10 +19,10 @@ from torch._inductor.scheduler import BaseSchedulerNode
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from flexdma import DynamicMaskState, dynamic_mask_attention
-from flexdma.inspection.call import run_once
-from flexdma.inspection.capture import watching
-from flexdma.inspection.standins import install
-from flexdma.inspection.targets import known_target
+from flexdma.tools.inspect.call import run_once
+from flexdma.tools.inspect.capture import watching
+from flexdma.tools.inspect.standins import install
+from flexdma.tools.inspect.targets import known_target
 
 
 def main() -> None:

@@ -2,7 +2,7 @@
 
 from math import inf
 
-from flexdma.bench.limits import Clock, TimeIsUpError
+from flexdma.tools.bench.limits import Clock, TimeIsUpError
 
 
 class HandMovedClock(Clock):

@@ -13,12 +13,12 @@ import warnings
 import torch
 
 from flexdma import dynamic_mask_attention
-from flexdma.inspection.interpreter import InterpretedCall
-from flexdma.inspection.kernel import Kernel
 from flexdma.lifespans import causal_top_w, global_top_w
 from flexdma.lowerings.gate_gradient import gate_gradient_route
+from flexdma.packing.schedule import schedule
 from flexdma.reference import dense_dynamic_mask_attention
-from flexdma.schedule import schedule
+from flexdma.tools.inspect.kernel import Kernel
+from tests.triton_interpreter import InterpretedCall
 
 # float32 tiles are 16 wide by default, which takes the interpreter minutes.
 WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}

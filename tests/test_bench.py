@@ -10,18 +10,18 @@ import torch.nn.attention.flex_attention as torch_flex
 
 import flexdma
 from flexdma.__main__ import CANNOT, INTERRUPTED, main
-from flexdma.bench import contenders as contenders_module
-from flexdma.bench import limits, masks, measure, report, timing
-from flexdma.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
-from flexdma.bench.dense_mask import check_fits, dense_mask_attention
-from flexdma.bench.families import _autoregressive, gate_families
-from flexdma.bench.gradients import WITHOUT
-from flexdma.bench.limits import Budget
-from flexdma.bench.shapes import Shape, inputs
-from flexdma.bench.stages import BEFORE_ATTENTION, Ledger, profile
-from flexdma.bench.suites import FORWARD, SUITES, TRAINING
-from flexdma.bench.timing import Prepared, UnavailableError, interleaved, peak_bytes
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
+from flexdma.tools.bench import contenders as contenders_module
+from flexdma.tools.bench import limits, masks, measure, report, timing
+from flexdma.tools.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
+from flexdma.tools.bench.dense_mask import check_fits, dense_mask_attention
+from flexdma.tools.bench.families import _autoregressive, gate_families
+from flexdma.tools.bench.gradients import WITHOUT
+from flexdma.tools.bench.limits import Budget
+from flexdma.tools.bench.shapes import Shape, inputs
+from flexdma.tools.bench.stages import BEFORE_ATTENTION, Ledger, profile
+from flexdma.tools.bench.suites import FORWARD, SUITES, TRAINING
+from flexdma.tools.bench.timing import Prepared, UnavailableError, interleaved, peak_bytes
 from tests.hand_moved_clock import HandMovedClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -177,7 +177,7 @@ def test_living_pairs_are_the_keys_that_a_block_sees():
 
 def test_a_ledger_counts_what_runs_inside_a_stage_once(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 10.0])
-    monkeypatch.setattr("flexdma.bench.stages.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("flexdma.tools.bench.stages.time.perf_counter", lambda: next(clock))
     ledger = Ledger(runs=[{}])
     with ledger.stage("outer"), ledger.stage("inner"):
         pass

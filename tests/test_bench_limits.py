@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from flexdma.__main__ import main
-from flexdma.bench import command, limits, measure, timing, worker
-from flexdma.bench.contenders import COMPILED, EAGER
-from flexdma.bench.limits import Budget, TimeIsUpError, within
-from flexdma.bench.shapes import Shape
-from flexdma.bench.suites import Suite
-from flexdma.bench.timing import LostDeviceError, interleaved, timed
+from flexdma.tools.bench import command, limits, measure, timing, worker
+from flexdma.tools.bench.contenders import COMPILED, EAGER
+from flexdma.tools.bench.limits import Budget, TimeIsUpError, within
+from flexdma.tools.bench.shapes import Shape
+from flexdma.tools.bench.suites import Suite
+from flexdma.tools.bench.timing import LostDeviceError, interleaved, timed
 from tests.hand_moved_clock import HandMovedClock
 
 OPTIONS = {"rounds": 1, "dtype": torch.float32, "device": "cpu"}

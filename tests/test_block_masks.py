@@ -15,9 +15,9 @@ from flexdma.block_masks import (
     sink_mask_mod,
     sliding_window_mask_mod,
 )
-from flexdma.block_metadata import block_metadata
+from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.schedule import schedule
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
-from flexdma.schedule import schedule
 from flexdma.score_mods import alibi_score_mod, gate_score_mod, softcap_score_mod
 from tests.comparison import inputs
 from tests.gate_strategies import gates, selections

@@ -16,12 +16,12 @@ from torch.utils.flop_counter import FlopCounterMode
 import flexdma
 from flexdma import cost
 from flexdma.__main__ import main
-from flexdma.bench.timing import peak_bytes
-from flexdma.block_metadata import block_metadata
-from flexdma.explanation import counts
 from flexdma.lifespans import Lifespans
 from flexdma.packing import pack, packed_layout
-from flexdma.schedule import schedule
+from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.schedule import schedule
+from flexdma.tools.bench.timing import peak_bytes
+from flexdma.tools.explain import counts
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"B": 2, "Hq": 8, "Hkv": 2, "D": 64, "Dv": 64, "rows": 128, "columns": 128, "element": 2, "rho": 1.3}

@@ -14,18 +14,18 @@ pytest.importorskip("rich")
 
 from flexdma import Lifespans
 from flexdma.__main__ import main
-from flexdma.demo import command, comparison
-from flexdma.demo.attentions import KINDS, make_attention
-from flexdma.demo.checkpoint import load_checkpoint
-from flexdma.demo.masks import layer_lifespans, visible_keys_per_query
-from flexdma.demo.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
-from flexdma.demo.sampling import sample
-from flexdma.demo.text import TextError, load_text, training_windows, validation_windows
-from flexdma.demo.training import Budget, train
+from flexdma.atomic_write import write_whole
 from flexdma.plots import tile_maps
 from flexdma.plots.blocks import FULL, PARTIAL, SKIPPED
 from flexdma.reference import dense_visibility
-from flexdma.whole_files import write_whole
+from flexdma.tools.demo import command, comparison
+from flexdma.tools.demo.attentions import KINDS, make_attention
+from flexdma.tools.demo.checkpoint import load_checkpoint
+from flexdma.tools.demo.masks import layer_lifespans, visible_keys_per_query
+from flexdma.tools.demo.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
+from flexdma.tools.demo.sampling import sample
+from flexdma.tools.demo.text import TextError, load_text, training_windows, validation_windows
+from flexdma.tools.demo.training import Budget, train
 
 TINY = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=4)
 PICTURES = ("masks", "blocks", "lifespans", "lifetimes", "gates", "sparsity", "losses")

@@ -9,7 +9,7 @@ import torch
 
 import flexdma
 from flexdma.__main__ import main
-from flexdma.diagnosis.environment import Environment, shortcomings
+from flexdma.tools.doctor.environment import Environment, shortcomings
 from tests import patients
 
 X = torch.randn(4)
@@ -116,7 +116,7 @@ def test_float64_everywhere_is_a_problem_and_in_the_gate_a_note():
 
 
 def test_the_doctor_leaves_torch_as_it_was():
-    module = __import__("flexdma.diagnosis.watch", fromlist=["flex_operator"]).flex_operator
+    module = __import__("flexdma.tools.doctor.watch", fromlist=["flex_operator"]).flex_operator
     before = module.math_attention
     examined(patients.scales, (X, 1))
     assert module.math_attention is before

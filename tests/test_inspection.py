@@ -10,8 +10,8 @@ import torch
 
 import flexdma
 from flexdma.__main__ import CANNOT, main
-from flexdma.inspection import Compiled, Kernel, KernelReport, command
-from flexdma.inspection.targets import TARGETS, occupancy
+from flexdma.tools.inspect import Compiled, Kernel, KernelReport, command
+from flexdma.tools.inspect.targets import TARGETS, occupancy
 
 TRITON = """\
 BLOCK_M : tl.constexpr = 128
@@ -122,9 +122,7 @@ def test_a_function_without_attention_is_named():
 
 
 def test_importing_flexdma_does_not_import_the_compiler():
-    code = (
-        "import flexdma, sys; sys.exit('torch._inductor.graph' in sys.modules or 'flexdma.inspection' in sys.modules)"
-    )
+    code = "import flexdma, sys; sys.exit('torch._inductor.graph' in sys.modules or 'flexdma.tools.inspect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from flexdma import inspect_kernels
-from flexdma.inspection.device_guard import TESTED
+from flexdma.tools.inspect.device_guard import TESTED
 from tests.interpreted_kernels import CASES
 from tests.recorded_kernels import RECORD, SETTINGS, figures
 

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from flexdma.__main__ import main
-from flexdma.longrun import report
-from flexdma.longrun.course import Course, chunk_sizes
+from flexdma.tools.longrun import report
+from flexdma.tools.longrun.course import Course, chunk_sizes
 
 
 def test_chunks_stop_where_something_is_measured():

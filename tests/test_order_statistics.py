@@ -5,7 +5,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexdma.order_statistics import kth_smallest_by_bit, kth_smallest_by_digit, scattered
+from flexdma.lifespans.order_statistics import kth_smallest_by_bit, kth_smallest_by_digit, scattered
 
 WAYS = pytest.mark.parametrize("kth_smallest", [kth_smallest_by_bit, kth_smallest_by_digit])
 

@@ -45,12 +45,14 @@ def installed(wheel, tmp_path):
 def test_the_wheel_holds_the_parts_of_the_page(installed, tmp_path):
     program = (
         f"import sys; sys.path.insert(0, {str(installed)!r})\n"
-        "from flexdma.view.page import view_page\n"
+        "from flexdma.tools.view.page import view_page\n"
         "print(view_page({'file': '</script>'}))\n"
     )
     done = run(sys.executable, "-W", "ignore", "-c", program, cwd=tmp_path)
     assert done.returncode == 0, done.stderr[-2000:]
-    parts = [(ROOT / "flexdma" / "view" / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")]
+    parts = [
+        (ROOT / "flexdma" / "tools" / "view" / name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
+    ]
     assert all(part in done.stdout for part in parts)
     assert r'{"file":"\u003c/script\u003e"}' in done.stdout
 

@@ -6,9 +6,9 @@ from hypothesis import given, settings, target
 from hypothesis import strategies as st
 
 from flexdma import Lifespans, above_threshold, causal_top_w, global_top_w, pack, packed_layout
-from flexdma.block_metadata import block_metadata
 from flexdma.packing import Layout
-from flexdma.schedule import schedule
+from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.schedule import schedule
 from tests.gate_strategies import gates
 
 

@@ -6,8 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from flexdma.lifespans import _document_bounds, by_rank
-from flexdma.order_statistics import kth_smallest
-from flexdma.prefix_statistics import kth_smallest_of_prefix
+from flexdma.lifespans.order_statistics import kth_smallest
+from flexdma.lifespans.prefix_statistics import kth_smallest_of_prefix
 
 
 @given(st.integers(1, 70).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.randoms(use_true_random=False))))

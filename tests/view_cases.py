@@ -5,10 +5,10 @@ from pathlib import Path
 import torch
 
 from flexdma.__main__ import main
-from flexdma.demo.attentions import KINDS
-from flexdma.demo.checkpoint import load_checkpoint, save_checkpoint
-from flexdma.demo.model import ByteModel, ModelSizes, recorded_gates
 from flexdma.reference import dense_visibility
+from flexdma.tools.demo.attentions import KINDS
+from flexdma.tools.demo.checkpoint import load_checkpoint, save_checkpoint
+from flexdma.tools.demo.model import ByteModel, ModelSizes, recorded_gates
 
 SIZES = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=6)
 HOSTILE = (

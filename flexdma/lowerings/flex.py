@@ -10,15 +10,15 @@ from operator import index
 import torch
 from torch import Tensor
 
-from flexdma.block_metadata import block_mask_from
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import gate_gradient
 from flexdma.lowerings.packed_keys import at_places
-from flexdma.offsets import reference_gate, split
+from flexdma.lowerings.reference_gate import reference_gate, split
+from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.opaque import realize
-from flexdma.schedule import schedule
+from flexdma.packing.block_metadata import block_mask_from
+from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
-from flexdma.sink_logits import share_of_keys, sink_scores
 
 # (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
 BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}

@@ -18,9 +18,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.living_keys import LivingList, living_lists
-from flexdma.offsets import reference_gate
+from flexdma.lowerings.reference_gate import reference_gate
+from flexdma.lowerings.sink_logits import share_of_keys
 from flexdma.rounding import ceil_div
-from flexdma.sink_logits import share_of_keys
 from flexdma.transforms import is_recorded, is_transformed
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.

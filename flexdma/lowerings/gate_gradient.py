@@ -23,8 +23,8 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from flexdma import checks
-from flexdma.block_metadata import block_mask_from
 from flexdma.opaque import realize
+from flexdma.packing.block_metadata import block_mask_from
 from flexdma.signatures import MaskMod, ScoreMod
 
 ROUTES = ("atomics", "transposed", "column")

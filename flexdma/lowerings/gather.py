@@ -18,11 +18,11 @@ from torch.utils.checkpoint import checkpoint
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import fused
 from flexdma.lowerings.living_keys import living_keys
+from flexdma.lowerings.reference_gate import reference_gate
+from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.mixed_precision import without_autocast
-from flexdma.offsets import reference_gate
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
-from flexdma.sink_logits import share_of_keys, sink_scores
 from flexdma.transforms import is_transformed
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).

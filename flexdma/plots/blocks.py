@@ -10,11 +10,11 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from flexdma import Lifespans
-from flexdma.block_metadata import block_metadata
+from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.schedule import schedule
 from flexdma.plots.arguments import one_head
 from flexdma.plots.colours import TILES
 from flexdma.rounding import ceil_div
-from flexdma.schedule import schedule
 
 SKIPPED, PARTIAL, FULL = 0, 1, 2  # values of a tile map
 

@@ -1,0 +1,224 @@
+"""Survival: a state before new keys, and the state that they leave.
+
+Both are lifespans (arXiv 2508.02124, flexdma/lifespans) at the edge of what has been seen: `extended` lays the keys of a
+state out before the new ones, so that everything that holds for one sequence of keys holds for these, and `settled` keeps
+those that the next query could see.
+"""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexdma.lifespans import Lifespans, by_rank, per_head
+from flexdma.opaque import realize
+from flexdma.packing import along_keys
+from flexdma.signatures import ScoreMod
+
+if TYPE_CHECKING:
+    from flexdma.state.dynamic_mask_state import DynamicMaskState
+
+# Above every position.
+NEVER = 2**62
+
+
+class Keys(NamedTuple):
+    """Keys in order of position: C places of a state, then the n new ones; M = C + n.
+
+    key [B, Hkv, M, D], value [B, Hkv, M, Dv], gate [B, Hkv, M], position [B, Hkv, M] int64.  Places of the state without a
+    key have gate -inf and position -1.
+    key_padding_mask, document_ids: [B, M], or None as for the new keys alone.
+    """
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    position: Tensor
+    key_padding_mask: Tensor | None
+    document_ids: Tensor | None
+    new: int
+
+
+def first_keys(
+    key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None
+) -> Keys:
+    """All keys of a sequence from its beginning."""
+    position = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
+    document_ids = None if document_ids is None else document_ids.long()
+    return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2])
+
+
+def extended(
+    state: "DynamicMaskState",
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> Keys:
+    """The keys of the state, then key [B, Hkv, n, D], value, gate [B, Hkv, n].  O(C log C + n) time."""
+    place = _places(state)
+    held = place >= 0
+    slot = place.clamp(min=0)
+    arrivals = state.length[:, None, None] + torch.arange(key.shape[2], device=key.device)
+    batch, heads, capacity = place.shape
+    if key_padding_mask is not None:
+        key_padding_mask = pad(key_padding_mask, (capacity, 0), value=True)
+    if document_ids is not None:
+        document_ids = torch.cat([state.document[:, None].expand(-1, capacity), document_ids.long()], 1)
+    return Keys(
+        torch.cat([along_keys(state.key, slot), key], 2),
+        torch.cat([along_keys(state.value, slot), value], 2),
+        torch.cat([along_keys(state.gate, slot).masked_fill(~held, float("-inf")), gate], 2),
+        torch.cat([along_keys(state.position, slot).masked_fill(~held, -1), arrivals.expand(batch, heads, -1)], 2),
+        key_padding_mask,
+        document_ids,
+        key.shape[2],
+    )
+
+
+def _places(state: "DynamicMaskState") -> Tensor:
+    """[B, Hkv, C]: the slot of the key that comes at each place before the new keys; -1 for none.
+
+    In order of position.  The last `recent` places are those of the last `recent` positions, with or without a key, so that
+    "the last n keys" counted in places is the same counted in positions.
+    """
+    position, capacity = state.position, state.position.shape[-1]
+    back = state.length[:, None, None] - position  # 1: the last token
+    old = (position >= 0) & (back > state.recent)
+    by_age = torch.where(old, position, NEVER).argsort(-1)
+    ordinal = torch.arange(capacity, device=position.device)
+    rank = torch.zeros_like(by_age).scatter(-1, by_age, ordinal.expand_as(by_age))
+    place = torch.where(old, rank, torch.where(position >= 0, capacity - back, capacity))
+    slots = torch.full((*position.shape[:-1], capacity + 1), -1, device=position.device)
+    return slots.scatter(-1, place, ordinal.expand_as(place))[..., :capacity]
+
+
+def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
+    """The state after these keys.
+
+    state: the one before, for its options and length.  lifespans: of `keys`.  O(M log M) time.
+    """
+    total = keys.gate.shape[-1]
+    real = keys.gate != float("-inf")
+    if keys.key_padding_mask is not None:
+        real = real & keys.key_padding_mask[:, None]
+    last_loss = _last_loss(state, lifespans, total, keys.new)
+    document = state.document
+    if keys.document_ids is not None:
+        # A copy: the caller may overwrite the ids, and torch.compile would guard the strides of a view.
+        document = keys.document_ids[:, -1].clone(memory_format=torch.contiguous_format)
+        changed = keys.document_ids[:, 1:] != keys.document_ids[:, :-1]
+        start = pad(torch.where(changed, torch.arange(1, total, device=real.device), 0), (1, 0)).amax(-1)
+        real = real & (torch.arange(total, device=real.device) >= start[:, None, None])
+    is_sink = real & (real.cumsum(-1) <= state.sinks)
+    last_sink = torch.where(is_sink, keys.position, -1).amax(-1)
+    real_length, last_padding = state.real_length + keys.new, state.last_padding
+    if keys.key_padding_mask is not None:
+        seen = keys.key_padding_mask[:, total - keys.new :]
+        real_length, last_padding = state.real_length + seen.sum(-1), _last_padding(state, seen)
+    return _kept(
+        replace(
+            state,
+            length=state.length + keys.new,
+            real_length=real_length,
+            last_padding=last_padding,
+            document=document,
+            last_sink=last_sink,
+            last_loss=last_loss,
+        ),
+        keys,
+        real,
+        is_sink,
+    )
+
+
+def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
+    """The state at this length [B], of which none of its keys has been lost since."""
+    no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
+    keys = extended(state, *no_keys, None, None)
+    real = (keys.position >= 0) & (keys.position < length[:, None, None])
+    is_sink = real & (keys.position <= state.last_sink[..., None])
+    begins = length == 0
+    return _kept(
+        replace(
+            state,
+            length=length,
+            real_length=torch.where(begins, 0, state.real_length - state.length + length),
+            last_padding=state.last_padding.masked_fill(begins, -1),
+            document=state.document.masked_fill(begins, 0),
+            last_sink=torch.where(is_sink, keys.position, -1).amax(-1),
+            last_loss=state.last_loss.masked_fill(begins[:, None], -1),
+            forgotten=state.forgotten.masked_fill(begins[:, None], 0.0),
+        ),
+        keys,
+        real,
+        is_sink,
+    )
+
+
+def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
+    """`state`, whose length is already the new one, with the keys among the `real` ones that the last query saw."""
+    total = real.shape[-1]
+    eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
+    gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
+    best = by_rank(gate, None)[..., : state.widest]
+    number = torch.arange(best.shape[-1], device=real.device)
+    chosen = eligible.gather(-1, best) & (number < per_head_windows(state))
+    slots = _first(torch.where(chosen, best, -1), state.widest)  # -1 for none
+    if state.sinks + state.recent:
+        in_top = torch.zeros_like(real).scatter(-1, best, chosen)
+        recent = keys.position >= state.length[:, None, None] - state.recent
+        others = torch.where(real & ~in_top & (is_sink | recent), torch.arange(total, device=real.device), -1)
+        others = others.sort(dim=-1, descending=True).values
+        slots = torch.cat([slots, _first(others, state.sinks + state.recent)], -1)
+    held, slot = slots >= 0, slots.clamp(min=0)
+    empty = ~held[..., None]
+    return replace(
+        state,
+        key=along_keys(keys.key, slot).masked_fill(empty, 0.0),
+        value=along_keys(keys.value, slot).masked_fill(empty, 0.0),
+        gate=along_keys(keys.gate, slot).masked_fill(~held, float("-inf")),
+        position=along_keys(keys.position, slot).masked_fill(~held, -1),
+    )
+
+
+def _last_padding(state: "DynamicMaskState", key_padding_mask: Tensor) -> Tensor:
+    """[B]: the latest position that is not real, of the state's tokens and those of this mask [B, n]."""
+    position = state.length[:, None] + torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
+    return torch.where(key_padding_mask, state.last_padding[:, None], position).amax(-1)
+
+
+def _first(numbers: Tensor, count: int) -> Tensor:
+    """The first `count` of [..., n], with -1 for those that are missing."""
+    numbers = numbers[..., :count]
+    return pad(numbers, (0, count - numbers.shape[-1]), value=-1)
+
+
+def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new: int) -> Tensor:
+    """[B, Hkv]: the latest position whose arrival ended a visible key, in the state or since."""
+    held = total - new
+    ended = (lifespans.birth < lifespans.death) & (lifespans.death < total) & (lifespans.death >= held)
+    latest = torch.where(ended, lifespans.death.long() - held, -1).amax(-1)
+    return torch.where(latest >= 0, state.length[:, None] + latest, state.last_loss)
+
+
+def per_head_windows(state: "DynamicMaskState") -> Tensor:
+    """[1 or Hkv, 1] int64, filled on the device."""
+    windows = state.window_size if isinstance(state.window_size, tuple) else (state.window_size,)
+    return per_head(windows, state.position)
+
+
+def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
+    """A score_mod that maps places among `keys` to positions and calls `score_mod`.  length [B]: of the state before them."""
+    held = keys.position.shape[-1] - keys.new
+    # Buffers: the C++ lowering captures no views and no expressions.  Empty places get position 0, so score_mod
+    # never sees -1.
+    key_position, shift = realize(keys.position.clamp(min=0)), realize(length - held)
+
+    def at_position(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return score_mod(score, b, h, shift[b] + i, key_position[b, h // group, j])
+
+    return at_position

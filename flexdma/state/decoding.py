@@ -1,0 +1,191 @@
+"""Decoding: one new token against a state, in O(w) time and memory whatever the context.
+
+The newest of w + 1 keys outranks the weakest or does not ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124): one
+slot changes hands, or two with sinks and recent tokens.  Everything is elementwise or a reduction over slots of static
+shape, so it compiles once, and the attention is a plain one over C slots.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from flexdma.lowerings.gather import HIDDEN
+from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
+from flexdma.mixed_precision import without_autocast
+from flexdma.packing import along_keys
+from flexdma.signatures import ScoreMod
+from flexdma.state.carry import NEVER, per_head_windows
+from flexdma.state.dynamic_mask_state import DynamicMaskState
+
+
+def decode(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    state: DynamicMaskState,
+    *,
+    scale: float,
+    score_mod: ScoreMod | None,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+    sink_logits: Tensor | None,
+) -> tuple[Tensor, DynamicMaskState]:
+    """Query [B, Hq, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1] -> [B, Hq, 1, Dv] and the new state.
+
+    key_padding_mask, document_ids: [B, 1].
+    """
+    if document_ids is not None:
+        # A copy: the caller may overwrite the ids.
+        state = _in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
+    new = inserted(state, key, value, gate, key_padding_mask)
+    return _attend(query, state.length, new, scale, score_mod, sink_logits), new
+
+
+def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
+    """The state as the next token of this document [B] finds it: without keys where it is another than the last."""
+    ended = (document != state.document)[:, None]
+    lost = ended & (state.position >= 0).any(-1)
+    slots = ended[..., None]
+    return replace(
+        state,
+        key=state.key.masked_fill(slots[..., None], 0.0),
+        value=state.value.masked_fill(slots[..., None], 0.0),
+        gate=state.gate.masked_fill(slots, float("-inf")),
+        position=state.position.masked_fill(slots, -1),
+        document=document,
+        last_sink=state.last_sink.masked_fill(ended, -1),
+        last_loss=torch.where(lost, state.length[:, None], state.last_loss),
+    )
+
+
+def inserted(
+    state: DynamicMaskState, key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None
+) -> DynamicMaskState:
+    """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time."""
+    now = state.length[:, None, None]  # [B, 1, 1]: position of the new token
+    real = gate != float("-inf")  # [B, Hkv, 1]
+    seen = torch.ones_like(state.length)
+    if key_padding_mask is not None:
+        real = real & key_padding_mask[:, None]
+        seen = key_padding_mask[:, 0].long()
+    # A NaN in a key that nobody may see would reach the output by being multiplied with 0.
+    key, value = key.masked_fill(~real[..., None], 0.0), value.masked_fill(~real[..., None], 0.0)
+    gate = gate.masked_fill(~real, float("-inf"))
+    position = torch.where(real, now, -1)
+
+    weakest = _weakest(state)
+    rival = state.gate.gather(-1, weakest)
+    outranked = (rival > gate) | (rival.isnan() & ~gate.isnan())  # of equal gates the newer wins
+    enters = real & ~outranked
+    if state.selection == "threshold":
+        enters = enters & ~(gate <= 0)
+    slots, writes = weakest, enters
+    arriving: tuple[Tensor, ...] = (key, value, gate, position)
+    leaving = tuple(along_keys(tensor, weakest) for tensor in (state.key, state.value, state.gate, state.position))
+    lost = enters & (leaving[3] >= 0)
+    last_sink = state.last_sink[..., None]
+
+    if state.sinks + state.recent:
+        sinks = ((state.position >= 0) & (state.position <= last_sink)).sum(-1, keepdim=True)
+        last_sink = torch.where(real & (sinks < state.sinks), now, last_sink)
+        # Whoever of the two is not in the top-w may stay as a sink or as recent.
+        loser = tuple(_choose(enters, old, fresh) for old, fresh in zip(leaving, arriving, strict=True))
+        stays = _protected(loser[3], last_sink, now, state.recent)
+        loser = tuple(
+            _choose(stays, tensor, tensor.new_full((), blank))
+            for tensor, blank in zip(loser, (0.0, 0.0, float("-inf"), -1), strict=True)
+        )
+        others = state.position[..., state.widest :]
+        safe = _protected(others, last_sink, now, state.recent)
+        expired = (others >= 0) & ~safe  # at most one: the key that has just ceased to be recent
+        expires = expired.any(-1, keepdim=True)
+        lost = (lost & ~stays) | expires
+        free = state.widest + torch.where(expired, 0, torch.where(safe, 2, 1)).argmin(-1, keepdim=True)
+        slots, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
+        arriving = tuple(torch.cat([fresh, old], 2) for fresh, old in zip(arriving, loser, strict=True))
+
+    def written(tensor: Tensor, fresh: Tensor) -> Tensor:
+        index = slots if tensor.dim() == 3 else slots[..., None].expand_as(fresh)
+        return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
+
+    return replace(
+        state,
+        key=written(state.key, arriving[0]),
+        value=written(state.value, arriving[1]),
+        gate=written(state.gate, arriving[2]),
+        position=written(state.position, arriving[3]),
+        length=state.length + 1,
+        real_length=state.real_length + seen,
+        last_padding=torch.where(seen > 0, state.last_padding, state.length),
+        last_sink=last_sink.squeeze(-1),
+        last_loss=torch.where(lost.squeeze(-1), state.length[:, None], state.last_loss),
+    )
+
+
+def _weakest(state: DynamicMaskState) -> Tensor:
+    """[B, Hkv, 1]: the slot of the top-w to give away first: one without a key, else that of the last in rank."""
+    gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
+    unordered = gate.isnan()  # above infinity
+    level = torch.where(unordered, float("inf"), gate.detach())
+    age = torch.where(unordered, position + NEVER // 2, position)
+    if isinstance(state.window_size, tuple):
+        beyond = torch.arange(state.widest, device=gate.device) >= per_head_windows(state)
+        level, age = level.masked_fill(beyond, float("inf")), age.masked_fill(beyond, NEVER)
+    return torch.where(level == level.amin(-1, keepdim=True), age, NEVER).argmin(-1, keepdim=True)
+
+
+def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) -> Tensor:
+    return (position >= 0) & ((position <= last_sink) | (position > now - recent))
+
+
+def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
+    """Where condition [B, Hkv, n] the first, else the second: [B, Hkv, n, ...]."""
+    return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
+
+
+def _attend(
+    query: Tensor,
+    now: Tensor,
+    state: DynamicMaskState,
+    scale: float,
+    score_mod: ScoreMod | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Attention of query [B, Hq, 1, D] at positions now [B] to the keys of the state."""
+    batch, query_heads, _one, _size = query.shape
+    heads = state.position.shape[1]
+    computed = torch.float64 if query.dtype == torch.float64 else torch.float32
+    visible = (state.position >= 0)[:, :, None]  # [B, Hkv, 1, C]
+    gate = state.gate[:, :, None]
+    reference = torch.where(gate.detach().isfinite(), gate.detach(), float("-inf")).amax(-1, keepdim=True)
+    difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
+    bias = torch.where(visible, difference.to(computed), HIDDEN)
+    nothing = ~visible.any(-1, keepdim=True)
+    with without_autocast(query.device):
+        rows = query.squeeze(2).unflatten(1, (heads, query_heads // heads)).to(computed) * scale
+        scores = rows @ state.key.to(computed).mT  # [B, Hkv, G, C]
+        if score_mod is not None:
+            head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
+            row = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
+            # Empty slots get position 0, so score_mod never sees -1.
+            position = state.position.clamp(min=0)[:, :, None]
+            scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
+        scores = scores + bias
+        if score_mod is not None:
+            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
+        weights = scores.masked_fill(nothing, 0.0).softmax(-1)
+        output = torch.where(nothing, 0.0, weights @ state.value.to(computed))
+        if sink_logits is not None:
+            sink = sink_scores(sink_logits, _best_gate(state)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
+            output = output * share_of_keys(scores.logsumexp(-1, keepdim=True), sink.to(computed))
+    return output.flatten(1, 2).unsqueeze(2).to(query.dtype)
+
+
+def _best_gate(state: DynamicMaskState) -> Tensor:
+    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 for none."""
+    level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
+    best = level.amax(-1, keepdim=True)
+    newest = torch.where(level == best, state.position, -1).argmax(-1, keepdim=True)
+    return torch.where(best == float("-inf"), 0.0, state.gate.gather(-1, newest))

@@ -1,0 +1,295 @@
+"""DynamicMaskState: the keys that can ever be seen again.
+
+After any prefix a causal running top-w ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124) can return only to the
+w keys it shows now; with sinks and recent tokens, to w + sinks + recent of them.  So
+
+    (state, new tokens) -> (output, new state)
+
+is decoding with one new token, chunked prefill with many, and both equal one pass over everything.  The bound on a cache is
+also that of SparseK (arXiv 2406.16747) and of trained evictions since; that it is exact for trained DMA, ties, sinks,
+documents and all, is what the tests here hold it to.
+
+A state is a value: nothing changes it in place, so that it can be kept, branched from and differentiated through.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+import torch.utils._pytree as pytree
+from torch import Tensor
+
+from flexdma import checks
+from flexdma.state.carry import without_last
+
+
+@dataclass(frozen=True, eq=False)
+class DynamicMaskState:
+    """What `dynamic_mask_attention(..., state=..., return_state=True)` takes and returns; make one with `empty`.
+
+    C = w + sinks + recent slots per KV head, w the widest window.  Slots 0 .. w - 1 hold the top-w in any order, the others
+    the sinks and recent keys that are not among them.  A slot without a key has position -1, gate -inf, key and value 0.
+
+    key [B, Hkv, C, D], value [B, Hkv, C, Dv], gate [B, Hkv, C] float32 or float64, position [B, Hkv, C] int64.
+    length: [B] int64, tokens so far, padding included: the position of the next one.
+    real_length: [B] int64, tokens so far without padding: the `first_position` of `ValueGate` for the next ones.
+    last_padding: [B] int64, position of the latest padded token; -1 for none.  `crop` asks it.
+    document: [B] int64, the id of the last token's document; 0 where none was given.
+    last_sink: [B, Hkv] int64, position of the latest sink of that document; -1 before the first.
+    last_loss: [B, Hkv] int64, the latest position whose arrival ended a visible key; -1 for none.  `crop` asks it.
+    forgotten: [B, Hkv] float64, for `ValueGate(recency="forget")`: the sum of -logsigmoid so far.  The operator hands it on.
+    window_size, sinks, recent, selection: of the operator.
+    """
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    position: Tensor
+    length: Tensor
+    real_length: Tensor
+    last_padding: Tensor
+    document: Tensor
+    last_sink: Tensor
+    last_loss: Tensor
+    forgotten: Tensor
+    window_size: int | tuple[int, ...]
+    sinks: int = 0
+    recent: int = 0
+    selection: str = "causal"
+
+    @classmethod
+    def empty(
+        cls,
+        batch_size: int,
+        num_kv_heads: int,
+        head_dim: int,
+        window_size: int | Sequence[int],
+        *,
+        value_dim: int | None = None,
+        sinks: int = 0,
+        recent: int = 0,
+        selection: str = "causal",
+        dtype: torch.dtype = torch.float32,
+        gate_dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ) -> "DynamicMaskState":
+        """The state before the first token.
+
+        batch_size, num_kv_heads, head_dim, value_dim: B, Hkv, D and Dv (default D).
+        window_size, sinks, recent, selection: as in `dynamic_mask_attention`; selection is "causal" or "threshold".
+        dtype: of keys and values.  gate_dtype: float64 for gates that are (those with a recency), float32 for all others.
+        Raises ValueError or TypeError naming the argument.
+        """
+        value_dim = head_dim if value_dim is None else value_dim
+        checks.positive_int("batch_size", batch_size, 0)
+        for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+            checks.positive_int(name, size)
+        checks.positive_int("sinks", sinks, 0)
+        checks.positive_int("recent", recent, 0)
+        checks.one_of("selection", selection, STATEFUL_SELECTIONS)
+        if gate_dtype not in (torch.float32, torch.float64):
+            raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
+        if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+            raise TypeError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
+        windows = checks.windows(window_size, num_kv_heads, needed=True)
+        slots = max(windows) + sinks + recent
+        layout = state_layout((batch_size, num_kv_heads, slots), head_dim, value_dim, dtype, gate_dtype)
+        tensors: dict[str, Any] = {
+            name: torch.full(shape, EMPTY.get(name, 0), dtype=of, device=device) for name, (shape, of) in layout.items()
+        }
+        return cls(**tensors, window_size=as_window(windows), sinks=sinks, recent=recent, selection=selection)
+
+    @property
+    def widest(self) -> int:
+        """w: the number of slots of the top-w, which is the largest window."""
+        return self.position.shape[-1] - self.sinks - self.recent
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all its tensors; they do not grow."""
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Its tensors by name."""
+        return {name: getattr(self, name) for name in TENSORS}
+
+    def options(self) -> dict[str, Any]:
+        """What is not a tensor, by name."""
+        return {name: getattr(self, name) for name in OPTIONS}
+
+    def _layout(self) -> "Layout":
+        return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors().items()}
+
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> "DynamicMaskState":
+        return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
+
+    def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> "DynamicMaskState":
+        """The same state on another device (None: on its own); it keeps its dtypes.  As accelerate moves arguments."""
+        if not isinstance(device, str | torch.device | None):
+            raise TypeError(f"device: expected a device, got {device!r}")
+        return self._map(lambda _, tensor: tensor.to(device=device, non_blocking=non_blocking))
+
+    def detach(self) -> "DynamicMaskState":
+        """Without the graph behind it: truncated back-propagation through chunks."""
+        return self._map(lambda _, tensor: tensor.detach())
+
+    def checkpoint(self) -> "DynamicMaskState":
+        """A copy to `restore` later, exact whatever is evicted meanwhile, even where CUDA graphs reuse this one's memory."""
+        return self._map(lambda _, tensor: tensor.clone())
+
+    def restore(self, saved: "DynamicMaskState") -> "DynamicMaskState":
+        """`saved`, a copy of it, where it is a checkpoint of this state's shapes and options; ValueError where not."""
+        refuse_difference("saved", saved, self._layout(), self.options(), self.length.device)
+        return saved.checkpoint()
+
+    def reorder(self, rows: Tensor) -> "DynamicMaskState":
+        """The batch rows of these numbers, [any] int64, repeats allowed: beam search, sequences that leave or branch."""
+        _check_rows(rows, "rows", self.length)
+        return self._map(lambda _, tensor: tensor.index_select(0, rows))
+
+    def put(self, rows: Tensor, other: "DynamicMaskState") -> "DynamicMaskState":
+        """A state with the batch rows of these numbers, [n] int64 and distinct, replaced by the n rows of `other`."""
+        refuse_difference("other", other, self._layout(), self.options(), self.length.device, batch=False)
+        _check_rows(rows, other.length.shape[0], self.length)
+        theirs = other.tensors()
+        return self._map(lambda name, tensor: tensor.index_copy(0, rows, theirs[name]))
+
+    def crop(self, tokens: int | Tensor) -> "DynamicMaskState":
+        """The state before the last `tokens` tokens, one number or one per sequence [B]; ValueError where it is gone.
+
+        Exact as long as no key that was visible has been evicted since, always while one document has had fewer tokens than
+        the narrowest window and recent=0, and as long as no padded token is among the last ones.  Otherwise take a
+        `checkpoint()` first.  Synchronises.
+        """
+        if isinstance(tokens, Tensor):
+            checks.tensor("tokens", tokens, (self.length.shape[0],), self.length)
+            if tokens.dtype != torch.int64 or (tokens < 0).any():
+                raise ValueError(f"tokens: expected int64 numbers of at least 0, got {tokens}")
+        else:
+            checks.positive_int("tokens", tokens, 0)
+        kept = self.length - tokens
+        if (kept < 0).any():
+            raise ValueError(
+                f"tokens: expected at most the {self.length.tolist()} tokens of each sequence, got {tokens}"
+            )
+        taken = (kept < self.length) & (kept > 0)
+        gone = (self.last_loss >= kept[:, None]) & taken[:, None]
+        if gone.any():
+            at = int(self.last_loss[gone].max())
+            raise ValueError(
+                f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
+                f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
+            )
+        if ((self.last_padding >= kept) & taken).any():
+            raise ValueError(
+                f"tokens: expected a rollback past no padded token (the last was at position {int(self.last_padding.max())}, "
+                f"and how many real tokens came before it is not kept), got {tokens}; take state.checkpoint() before tokens "
+                "that may be rolled back"
+            )
+        if (self.forgotten.any(-1) & taken).any():
+            raise ValueError(
+                f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
+                "before tokens that may be rolled back"
+            )
+        return without_last(self, kept)
+
+
+# Name -> (shape, dtype).
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+# What the tensors of an empty state hold where it is not 0.
+EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
+TENSORS = tuple(field.name for field in fields(DynamicMaskState) if field.type is Tensor)
+OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type is not Tensor)
+# "global" chooses among all keys, later ones too: no prefix has a state.
+STATEFUL_SELECTIONS = ("causal", "threshold")
+
+# torch.load(weights_only=True), its default, takes no other classes.
+torch.serialization.add_safe_globals([DynamicMaskState])
+
+pytree.register_pytree_node(
+    DynamicMaskState,
+    lambda state: (list(state.tensors().values()), tuple(state.options().values())),
+    lambda tensors, options: DynamicMaskState(*tensors, *options),
+    serialized_type_name="flexdma.DynamicMaskState",
+    # JSON has no tuples.
+    to_dumpable_context=list,
+    from_dumpable_context=lambda options: tuple(tuple(o) if isinstance(o, list) else o for o in options),
+    flatten_with_keys_fn=lambda state: (
+        [(pytree.GetAttrKey(name), tensor) for name, tensor in state.tensors().items()],
+        tuple(state.options().values()),
+    ),
+)
+
+
+def widest_window(window_size: int | Sequence[int]) -> int:
+    """The largest window of all heads."""
+    return window_size if isinstance(window_size, int | torch.SymInt) else max(window_size)
+
+
+def as_window(windows: Sequence[int]) -> int | tuple[int, ...]:
+    """One int where there is one, else a tuple of one per head: what a state keeps, comparable and hashable."""
+    return windows[0] if len(windows) == 1 else tuple(windows)
+
+
+def _check_rows(rows: Tensor, count: object, like: Tensor) -> None:
+    checks.tensor("rows", rows, (count,), like)
+    if rows.dtype != torch.int64:
+        raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
+
+
+def refuse_foreign(
+    state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, *, window_size: int | tuple[int, ...], sinks: int,
+    recent: int, selection: str,
+) -> None:  # fmt: skip
+    """Raise unless `state` is one that these keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and gates can go on from."""
+    batch, heads, _keys, size = key.shape
+    slots = (batch, heads, widest_window(window_size) + sinks + recent)
+    layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype)
+    options = {"window_size": window_size, "sinks": sinks, "recent": recent, "selection": selection}
+    refuse_difference("state", state, layout, options, key.device)
+
+
+def state_layout(
+    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
+) -> Layout:
+    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
+    batch, rows = slots[:1], slots[:2]
+    return {
+        "key": ((*slots, size), dtype),
+        "value": ((*slots, value_size), dtype),
+        "gate": (slots, gate_dtype),
+        "position": (slots, torch.int64),
+        "length": (batch, torch.int64),
+        "real_length": (batch, torch.int64),
+        "last_padding": (batch, torch.int64),
+        "document": (batch, torch.int64),
+        "last_sink": (rows, torch.int64),
+        "last_loss": (rows, torch.int64),
+        "forgotten": (rows, torch.float64),
+    }
+
+
+def refuse_difference(
+    name: str, state: object, layout: Layout, options: dict[str, Any], device: torch.device, *, batch: bool = True
+) -> None:
+    """Raise unless `state` has this layout, these options and this device; batch: and this number of sequences."""
+    if not isinstance(state, DynamicMaskState):
+        raise TypeError(f"{name}: expected a DynamicMaskState, got {type(state).__name__}")
+    for option, want in options.items():
+        if getattr(state, option) != want:
+            raise ValueError(
+                f"{name}: expected {option}={want!r}, got a state with {option}={getattr(state, option)!r}"
+            )
+    for field, (shape, dtype) in layout.items():
+        have = getattr(state, field)
+        if have.dim() != len(shape):
+            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
+        if have.device != device:
+            raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
+        if have.dtype != dtype:
+            raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}")
+        if tuple(have.shape[1:]) != tuple(shape[1:]):
+            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
+        if batch and have.shape[0] != shape[0]:
+            raise ValueError(f"{name}: expected batch size {shape[0]}, got {have.shape[0]}")

@@ -1,0 +1,114 @@
+"""States as safetensors files: exact, whole or absent, and refused when they are not what was written.
+
+Tensors are named NAME.FIELD.  The file's metadata holds the options of each state and the SHA-256 of all, since
+safetensors itself notices a file that is cut short, but not a bit that flipped.
+"""
+
+import ctypes
+import hashlib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdma.atomic_write import write_whole
+from flexdma.state.dynamic_mask_state import TENSORS, DynamicMaskState
+
+FORMAT = "flexdma.DynamicMaskState/2"
+
+
+def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> None:
+    """Write states, such as those of all layers, under their names to one safetensors file; an old file is replaced.
+
+    Needs safetensors (the extra flexdma[state]).
+    """
+    files = _safetensors()
+    if not isinstance(states, Mapping):
+        raise TypeError(f"states: expected a mapping of names to DynamicMaskState, got {type(states).__name__}")
+    for name, state in states.items():
+        if not isinstance(name, str) or not isinstance(state, DynamicMaskState):
+            raise TypeError(f"states: expected names to DynamicMaskState, got {name!r} to {type(state).__name__}")
+    path = Path(path)
+    if path.is_dir() or not path.resolve().parent.is_dir():
+        raise ValueError(f"path: expected a file in a folder that exists, got {path}")
+    tensors = {
+        f"{name}.{field}": tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # states may share some
+        for name, state in states.items()
+        for field, tensor in state.tensors().items()
+    }
+    options = json.dumps({name: state.options() for name, state in states.items()})
+    metadata = {"format": FORMAT, "states": options, "sha256": _digest(options, tensors)}
+    write_whole(path, lambda part: files.save_file(tensors, part, metadata=metadata))
+
+
+def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, DynamicMaskState]:
+    """The states of a file that `save_states` wrote, by name, on this device.
+
+    Raises ValueError, naming the file, where it is cut short, changed, or something else; OSError where it is not there.
+    """
+    _safetensors()
+    from safetensors import SafetensorError, safe_open
+
+    if Path(path).is_dir():
+        raise ValueError(f"path: expected a file, got the folder {path}")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"path: expected a whole safetensors file, got {path} ({error})") from None
+    if metadata.get("format") != FORMAT:
+        raise ValueError(f"path: expected the format {FORMAT}, got {metadata.get('format')!r} in {path}")
+    digest = _digest(metadata.get("states", ""), tensors)
+    if metadata.get("sha256") != digest:
+        raise ValueError(f"path: expected states of SHA-256 {metadata.get('sha256')}, got {digest} in {path}")
+    try:
+        options: dict[str, dict[str, Any]] = json.loads(metadata["states"])
+        states = {name: _assembled(name, tensors, chosen) for name, chosen in options.items()}
+        described = {f"{name}.{field}" for name in states for field in TENSORS}
+        if described != set(tensors):
+            raise ValueError(f"undescribed tensors {sorted(set(tensors) - described)}")
+    except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+        raise ValueError(f"path: expected states that their options describe, got {path} ({error})") from None
+    return {name: state.to(device) for name, state in states.items()}
+
+
+def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> DynamicMaskState:
+    window = options["window_size"]
+    options = {**options, "window_size": tuple(window) if isinstance(window, list) else window}
+    found: dict[str, Any] = {field: tensors[f"{name}.{field}"] for field in TENSORS}
+    state = DynamicMaskState(**found, **options)
+    batch, heads, _slots, size = state.key.shape
+    like = DynamicMaskState.empty(
+        batch,
+        heads,
+        size,
+        value_dim=state.value.shape[-1],
+        dtype=state.key.dtype,
+        gate_dtype=state.gate.dtype,
+        **options,
+    )
+    like.restore(state)  # shapes and dtypes
+    if (state.length < 0).any() or not ((state.position >= -1) & (state.position < state.length[:, None, None])).all():
+        raise ValueError(f"{name}: expected positions from -1 to below its length")
+    return state
+
+
+def _digest(options: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of the options and of every tensor's name, dtype, shape and bytes, by name."""
+    digest = hashlib.sha256(options.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
+        digest.update(ctypes.string_at(tensor.data_ptr(), tensor.nbytes))
+    return digest.hexdigest()
+
+
+def _safetensors() -> Any:
+    try:
+        import safetensors.torch
+    except ImportError as error:
+        raise ImportError("states as files need safetensors: pip install 'flexdma[state]'") from error
+    return safetensors.torch

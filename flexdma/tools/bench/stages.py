@@ -1,0 +1,266 @@
+"""Where a call's time goes: each stage alone, and the whole call beside their sum.
+
+gather, eager: each stage is timed where the operator itself calls it (Ledger), so the attention is timed in cache, as it
+runs.  flex, compiled: each stage is called alone, and on CUDA compiled alone, as its fused neighbours cannot be separated;
+the sum may then exceed the whole.  Backward: run on a forward that has just been made, with and without the gate's gradient.
+"""
+
+import functools
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import flex_attention
+
+from flexdma import ValueGate, attention, causal_top_w
+from flexdma.lifespans import by_rank, selections
+from flexdma.lowerings import flex, fused, gather
+from flexdma.lowerings.packed_keys import at_places
+from flexdma.lowerings.reference_gate import reference_gate
+from flexdma.opaque import realize
+from flexdma.packing import pack, packed_layout
+from flexdma.packing.block_metadata import block_mask_from, block_metadata
+from flexdma.packing.schedule import schedule
+from flexdma.tools.bench.contenders import Compile, compile_whole
+from flexdma.tools.bench.limits import Budget
+from flexdma.tools.bench.shapes import Shape
+from flexdma.tools.bench.timing import Measured, Prepared, backward_of, interleaved
+
+WHOLE, GATE, RANKING, LIFESPANS, REFERENCE = "whole", "gate", "ranking", "lifespans", "reference gates"
+PACKING, METADATA, LIVING, TAKE = "packing", "mask metadata", "living keys", "key/value gather"
+FORWARD, BACKWARD, GATE_GRADIENT, GATE_BACKWARD = (
+    "attention forward", "attention backward", "gate gradient", "gate, its own backward",
+)  # fmt: skip
+IN_STAGES = "in stages"
+SELECTION = (RANKING, LIFESPANS)
+BEFORE_ATTENTION = {
+    "gather": (RANKING, LIFESPANS, REFERENCE, LIVING),
+    "flex": (RANKING, LIFESPANS, REFERENCE, PACKING, METADATA),
+}
+# What the gather lowering calls: stage, module, and the name by which it does.
+CALLED: list[tuple[str, Any, str]] = [
+    (RANKING, selections, "by_rank"),
+    (LIFESPANS, attention, "select"),
+    (REFERENCE, gather, "reference_gate"),
+    (LIVING, gather, "living_keys"),
+    (TAKE, gather, "_take"),
+    (FORWARD, attention, "gather_attend"),
+    # Inference through PyTorch's own kernel: `_attend` gathers, writes a mask and calls that.
+    (REFERENCE, fused, "reference_gate"),
+    (LIVING, fused, "living_lists"),
+    (TAKE, fused, "_attend"),
+    (FORWARD, fused, "scaled_dot_product_attention"),
+]
+
+
+@dataclass
+class Ledger:
+    """Seconds by stage, each without the stages called inside it, of every run."""
+
+    runs: list[dict[str, float]] = field(default_factory=list)
+    _open: list[float] = field(default_factory=list)  # time spent inside, per open stage
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count what runs inside."""
+        self._open.append(0.0)
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            taken = time.perf_counter() - start
+            inside = self._open.pop()
+            if self.runs:
+                self.runs[-1][name] = self.runs[-1].get(name, 0.0) + taken - inside
+            if self._open:
+                self._open[-1] += taken
+
+    @contextmanager
+    def watching(self, functions: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
+        """While active, calls of these functions (stage, module, name) are stages."""
+        originals = [getattr(module, attribute) for _, module, attribute in functions]
+        try:
+            for (name, module, attribute), original in zip(functions, originals, strict=True):
+                setattr(module, attribute, self._watched(name, original))
+            yield
+        finally:
+            for (_, module, attribute), original in zip(functions, originals, strict=True):
+                setattr(module, attribute, original)
+
+    def _watched(self, name: str, function: Callable) -> Callable:
+        @functools.wraps(function)
+        def timed(*arguments, **options):
+            with self.stage(name):
+                return function(*arguments, **options)
+
+        return timed
+
+    def medians(self, counted: int) -> dict[str, float]:
+        """By stage, over the last `counted` runs: those before them warm up and measure memory."""
+        runs = self.runs[len(self.runs) - counted :]
+        return {name: median(run.get(name, 0.0) for run in runs) for name in (runs[0] if runs else {})}
+
+
+def profile(
+    shape: Shape,
+    tensors: list[Tensor],
+    lowering: str,
+    rounds: int,
+    tick: Callable[[str], None],
+    budget: Budget | None = None,
+    compiler: Compile = compile_whole,
+) -> dict[str, Any]:
+    """{"seconds": {stage: s}, "whole": s, "peak_bytes": ..., "failed": ...} of gate and attention, by stage.
+
+    lowering: "gather", called eagerly, or "flex", compiled.
+    """
+    query, key, value, _ = (tensor.detach().requires_grad_(shape.backward) for tensor in tensors)
+    module = ValueGate(shape.heads, shape.size).to(query.device)
+    torch.nn.init.normal_(module.A)  # at its initial 0 every gate is equal
+    compiled = lowering == "flex"
+    call = attention.dynamic_mask_attention
+    call = compiler(call) if compiled else call
+    options: dict[str, Any] = {"window_size": shape.window, "lowering": lowering}
+
+    def forward(gate: Tensor | None = None) -> Tensor:
+        return call(query, key, value, module(value) if gate is None else gate, **options)
+
+    def whole() -> None:
+        with torch.set_grad_enabled(shape.backward):
+            output = forward()
+            if shape.backward:
+                backward_of(output, (query, key, value, *module.parameters()))
+
+    ledger = Ledger()
+
+    def in_stages() -> None:
+        ledger.runs.append({})
+        with torch.set_grad_enabled(shape.backward), ledger.watching(CALLED):
+            with ledger.stage(GATE):
+                gate = module(value)
+            forward(gate)
+
+    calls: dict[str, Any] = {WHOLE: whole}
+    with torch.no_grad():
+        gate = module(value)
+    if compiled:
+        calls |= _flex_stages(shape, (query, key, value), module, gate, compiler)
+    else:
+        calls[IN_STAGES] = in_stages
+    if shape.backward:
+        calls |= _backward_stages(query, key, value, module, gate, forward)
+    measured = interleaved(calls, rounds, tick, budget)
+    return _as_entry(shape, lowering, measured, ledger)
+
+
+def _backward_stages(
+    query: Tensor, key: Tensor, value: Tensor, module: ValueGate, gate: Tensor, forward: Callable[[Tensor], Tensor]
+) -> dict[str, Prepared]:
+    without, leaf = gate.detach(), gate.detach().requires_grad_()
+
+    def attention_backward(gate: Tensor) -> Prepared:
+        return Prepared(lambda: forward(gate), lambda output: backward_of(output, (query, key, value, gate)))
+
+    return {
+        BACKWARD: attention_backward(without),
+        "with gate gradient": attention_backward(leaf),
+        GATE_BACKWARD: Prepared(
+            lambda: module(value), lambda output: backward_of(output, (value, *module.parameters()))
+        ),
+    }
+
+
+def _flex_stages(
+    shape: Shape, qkv: tuple[Tensor, ...], module: ValueGate, gate: Tensor, compiler: Compile
+) -> dict[str, Callable[[], object]]:
+    query, key, value = (tensor.detach() for tensor in qkv)
+    group = shape.query_heads // shape.heads
+    rows, columns = block_size = flex.default_block_size(query.device.type)
+    sizes: dict[str, Any] = {
+        "queries": shape.length,
+        "group": group,
+        "capacity": shape.window,
+        "block_size": block_size,
+    }
+    layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=group)
+    with torch.no_grad():
+        alive = causal_top_w(gate, shape.window)
+        reference = reference_gate(gate, alive)
+        packing, metadata = schedule(alive, **sizes, transposed=shape.backward)
+        moved = [at_places(tensor, packing, needs_gradient=False) for tensor in (key, value, gate)]
+    attend = compiler(_packed_attention)
+    alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
+    take = alone(lambda *tensors: [at_places(tensor, packing, needs_gradient=False) for tensor in tensors])
+    block = (shape.length, group, rows, columns, shape.backward, layout.periods, layout.period)
+    stages: dict[str, tuple[Callable, tuple]] = {
+        GATE: (module, (value,)),
+        RANKING: (alone(lambda gate: by_rank(gate, None)), (gate,)),
+        "selection": (alone(causal_top_w), (gate, shape.window)),
+        REFERENCE: (alone(reference_gate), (gate, alive)),
+        PACKING: (alone(lambda alive: pack(alive, layout, queries=shape.length)), (alive,)),
+        METADATA: (alone(block_metadata), (packing.birth, packing.death, *block)),
+        TAKE: (take, (key, value, gate)),
+        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, metadata, group, block_size)),
+    }
+
+    def without_gradient(function: Callable, arguments: tuple) -> object:
+        with torch.no_grad():
+            return function(*arguments)
+
+    return {name: functools.partial(without_gradient, *stage) for name, stage in stages.items()}
+
+
+def _packed_attention(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor,
+    metadata: list[Tensor], group: int, block_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """FlexAttention on keys that are packed already: the flex lowering's kernel alone, and the fold of its rows."""
+    heads, queries = key.shape[1], reference.shape[2]
+    gate, reference, birth, death = (realize(tensor) for tensor in (gate, reference, birth, death))
+
+    def score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        return score + (gate[b, h, column] - reference[b, h, row // group])
+
+    def mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
+        i = row // group
+        return (i >= birth[b, h, column]) & (i < death[b, h, column])
+
+    rows = realize(query.unflatten(1, (heads, group)).transpose(2, 3).flatten(2, 3))
+    mask = block_mask_from(metadata, (queries * group, key.shape[2]), block_size, mask_mod)
+    output = flex_attention(rows, key, value, score_mod=score_mod, block_mask=mask)
+    return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
+
+
+def _as_entry(shape: Shape, lowering: str, measured: Measured, ledger: Ledger) -> dict[str, Any]:
+    """Differences taken: lifespans = selection - ranking, gate gradient = backward with it - backward without."""
+    found = measured.seconds | ledger.medians(measured.rounds.get(IN_STAGES, 0))
+    if "selection" in found and RANKING in found:
+        found[LIFESPANS] = found["selection"] - found[RANKING]
+    if "with gate gradient" in found and BACKWARD in found:
+        found[GATE_GRADIENT] = found["with gate gradient"] - found[BACKWARD]
+    peaks = measured.peak_bytes
+    if "selection" in peaks:
+        peaks[LIFESPANS] = peaks["selection"]
+    forward_flops = replace(shape, backward=False).useful_flops()
+    names = (
+        *dict.fromkeys((GATE, *BEFORE_ATTENTION[lowering], METADATA)),
+        TAKE,
+        FORWARD,
+        BACKWARD,
+        GATE_GRADIENT,
+        GATE_BACKWARD,
+    )
+    return {
+        "shape": str(shape),
+        "lowering": lowering,
+        "whole": found.get(WHOLE),
+        "seconds": {name: found[name] for name in names if name in found},
+        "peak_bytes": {name: peaks[name] for name in (WHOLE, *names) if name in peaks},
+        "failed": measured.failed,
+        "useful_flops": {FORWARD: forward_flops, BACKWARD: shape.useful_flops() - forward_flops},
+    }

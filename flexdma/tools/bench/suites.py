@@ -1,0 +1,88 @@
+"""The suites: which cases are measured, in order of importance, as a suite stops when its budget of seconds is spent."""
+
+from dataclasses import dataclass, replace
+
+from flexdma.tools.bench.shapes import Shape
+
+
+@dataclass(frozen=True)
+class Suite:
+    """What is measured, and where."""
+
+    device: str
+    dtype: str
+    budget: float  # seconds
+    calls: tuple[Shape, ...]  # whole calls, side by side
+    gate_gradient: Shape | None = None  # its share of the backward, by route
+    lengths: tuple[Shape, ...] = ()  # time, and the share of selecting, against N
+    stages: tuple[tuple[str, Shape], ...] = ()  # (lowering, shape): time by stage
+    others: tuple[Shape, ...] = ()  # whole calls again, where the slow ways can wait
+    launches: Shape | None = None  # kernel launches, with and without CUDA graphs
+    windows: tuple[Shape, ...] = ()  # time against w
+    packing: tuple[int, int] = (32768, 1024)  # N, w of visited blocks over the families
+
+    def smaller(self, factor: int) -> "Suite":
+        """The same cases at 1 / factor of every N and w: to run through them, not to measure."""
+
+        def each(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
+            return tuple(shape.smaller(factor) for shape in shapes)
+
+        return replace(
+            self,
+            calls=each(self.calls),
+            gate_gradient=self.gate_gradient and self.gate_gradient.smaller(factor),
+            lengths=each(self.lengths),
+            stages=tuple((lowering, shape.smaller(factor)) for lowering, shape in self.stages),
+            others=each(self.others),
+            launches=self.launches and self.launches.smaller(factor),
+            windows=each(self.windows),
+            packing=(max(256, self.packing[0] // factor), max(16, self.packing[1] // factor)),
+        )
+
+
+def _gpu(length: int, window: int, backward: bool, **beside: bool) -> Shape:
+    return Shape(length, window, backward, 16, 4, 128, **beside)
+
+
+FORWARD, TRAINING = _gpu(32768, 1024, False, flex=True), _gpu(131072, 1024, True)
+SUITES = {
+    "cpu": Suite(
+        device="cpu",
+        dtype="float32",
+        budget=440,
+        calls=(
+            Shape(16384, 1024, False, every=True),
+            Shape(32768, 1024, False),
+            Shape(4096, 256, True, every=True),
+            Shape(8192, 512, True),
+        ),
+        stages=(
+            ("gather", Shape(16384, 1024, False)),
+            ("flex", Shape(16384, 1024, False)),
+            ("gather", Shape(8192, 512, True)),
+        ),
+        lengths=tuple(Shape(n, 1024, False) for n in (4096, 8192, 16384, 32768, 131072, 1048576)),
+        windows=tuple(Shape(8192, w, False) for w in (128, 256, 512, 1024, 2048)),
+    ),
+    "gpu": Suite(
+        device="cuda",
+        dtype="bfloat16",
+        budget=440,  # the rest of eight minutes begins and ends the processes
+        # First what docs/benchmarks.md sets as a target; most of the time is compilation.
+        calls=(FORWARD, TRAINING),
+        gate_gradient=_gpu(32768, 1024, True),
+        lengths=tuple(_gpu(n, 1024, False) for n in (4096, 32768, 262144, 1048576)),
+        stages=(("flex", _gpu(32768, 1024, True)),),
+        others=(_gpu(32768, 1024, False, every=True), _gpu(8192, 1024, True, every=True)),
+        launches=_gpu(32768, 1024, False),
+        windows=tuple(_gpu(32768, w, False) for w in (256, 1024, 4096)),
+    ),
+    "quick": Suite(
+        device="cpu",
+        dtype="float32",
+        budget=120,
+        calls=(Shape(4096, 256, False), Shape(2048, 128, True)),
+        stages=(("gather", Shape(4096, 256, False)), ("gather", Shape(2048, 128, True))),
+        packing=(8192, 256),
+    ),
+}

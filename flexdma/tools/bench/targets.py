@@ -1,0 +1,67 @@
+"""What a suite must reach, and what it has reached: the table that opens its page."""
+
+from collections.abc import Callable
+from typing import Any
+
+from flexdma.tools.bench.contenders import COMPILED
+from flexdma.tools.bench.gradients import DEFAULT
+from flexdma.tools.bench.suites import FORWARD, TRAINING
+from flexdma.tools.bench.tables import fastest_causal, share_of_selecting, table, useful_rate_over_flex
+
+NOT_MEASURED = "not measured"
+Results = dict[str, Any]
+
+
+def targets(suite: str, results: Results) -> list[str]:
+    """Markdown lines, none for a suite without targets.  results: {} where nothing is measured."""
+    if suite not in TARGETS:
+        return []
+    return table(
+        ["must reach", "reached"],
+        *([what, reached(results) or NOT_MEASURED] for what, reached in TARGETS[suite].items()),
+    )
+
+
+def _call(results: Results, shape: object) -> dict[str, Any] | None:
+    return next((case for case in results.get("calls", ()) if case["shape"] == str(shape)), None)
+
+
+def _faster(shape: object, times: float, results: Results) -> str:
+    case = _call(results, shape)
+    base, ours = (fastest_causal(case["seconds"]), case["seconds"].get(COMPILED)) if case else (None, None)
+    return _judged(f"{base / ours:.1f}", base / ours >= times) if base and ours else ""
+
+
+def _gate_gradient(results: Results) -> str:
+    shares: dict[str, float] = next((case["share"] for case in results.get("gate_gradient", ())), {})
+    found = ", ".join(f"{share:.1%} by {route}" for route, share in shares.items())
+    enough = any(share <= 0.20 for route, share in shares.items() if route.endswith(DEFAULT))
+    return _judged(found, enough) if found else ""
+
+
+def _selecting(results: Results) -> str:
+    shares = {case["length"]: share_of_selecting(case) for case in results.get("lengths", ())}
+    found = {length: share for length, share in shares.items() if share is not None}
+    said = ", ".join(f"{share:.1%} at N={length}" for length, share in found.items())
+    return _judged(said, max(found.values()) <= 0.10) if found else ""
+
+
+def _rate(results: Results) -> str:
+    case = _call(results, FORWARD)
+    ratio = useful_rate_over_flex(case) if case else None
+    return _judged(f"{ratio:.2f}", ratio >= 0.5) if ratio is not None else ""
+
+
+def _judged(found: str, enough: bool) -> str:
+    return found if enough else f"**missed**: {found}"
+
+
+TARGETS: dict[str, dict[str, Callable[[Results], str]]] = {
+    "gpu": {
+        f"{FORWARD}: 5 times faster than the fastest causal SDPA (ideal 16)": lambda r: _faster(FORWARD, 5, r),
+        f"{TRAINING}: 20 times (ideal 64)": lambda r: _faster(TRAINING, 20, r),
+        "gate gradient, of the backward: at most 20 %": _gate_gradient,
+        "ranking + lifespans, of the forward, N = 4k to 1M: at most 10 %": _selecting,
+        "useful rate / that of FlexAttention causal in the same run: at least 0.5": _rate,
+    },
+}

@@ -1,0 +1,209 @@
+"""FLOPs, bytes, memory and communication of each call, as expressions.
+
+Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once.  The numbers per key,
+place and tile below are taken from the kernels that Inductor generates for sm_90; tests/test_cost.py has the compiler count
+again, at other sizes, and holds the sums to 10 %.
+"""
+
+from dataclasses import dataclass, fields
+
+from sympy import And, Expr, Integer, Max, Piecewise, ceiling, log, sympify
+
+from flexdma.tools.cost import symbols
+from flexdma.tools.cost.blocks import (
+    GROUP,
+    key_blocks,
+    periods,
+    places,
+    row_blocks,
+    row_blocks_of_a_period,
+    shown_pairs,
+)
+from flexdma.tools.cost.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
+
+# Bytes per key of lifespans' rest, reference gates and packing, and per key and round of ranking: two bits a round up to
+# 2^21 keys, one above.  False, True: without and with what the backward needs.
+PER_KEY, ROUNDS_END = {False: 120, True: 132}, 2**21
+PER_ROUND_OF_TWO_BITS, PER_ROUND_OF_ONE = 40, 44
+# Bytes per place of packing and of what the mods capture; and per tile, a row block and a key block of one period, of making
+# the lists and of reading them.
+PER_PLACE, PER_TILE = {False: 178, True: 198}, {False: 72, True: 100}
+# The most that packing holds at once per place, operator by operator, as PyTorch's allocator counts it; and making the lists.
+PACKING_PEAK, LISTS_PEAK, LISTS_PEAK_PER_TILE = 103, 52, {False: 36, True: 45}
+# Bytes per row (a query of one head): forward, the logarithm of its sum; backward, that, and D_i = dO_i . o_i twice.
+PER_ROW, BACKWARD_PER_ROW = 4, 12
+BACKWARD_PER_KEY, BACKWARD_PER_PLACE, BACKWARD_PER_TILE = 94, 101, 16
+# Decoding, per number of the state's keys and values in units of its bytes, and per key besides.  Inductor counts a slot
+# that is overwritten as the whole buffer, so that this is too much by up to 4 of the 10.
+DECODE, DECODE_PER_KEY = 10, 144
+NOTHING = Integer(0)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Of one call on one device; expressions in the symbols of flexdma.tools.cost.symbols.
+
+    flops: executed, on visited blocks; at rho = 1 those of the pairs that the mask shows.
+    bytes: moved in the device's memory, if each kernel reads its inputs and writes its outputs once.
+    metadata: bytes of order, lifespans and block metadata, which live until the call, or its backward, is done.
+    peak: bytes held at once beyond inputs and outputs, metadata included.
+    received: bytes from other ranks.
+    """
+
+    flops: Expr
+    bytes: Expr
+    metadata: Expr
+    peak: Expr
+    received: Expr = NOTHING
+
+    def at(self, **sizes: float) -> dict[str, float]:
+        """Every field as a number; `sizes` by symbol: B=1, Hq=16, ...
+
+        Raises ValueError naming a size that is missing or unknown.
+        """
+        unknown = sizes.keys() - symbols.MEANING.keys()
+        if unknown:
+            raise ValueError(f"sizes: expected some of {', '.join(symbols.MEANING)}, got {', '.join(sorted(unknown))}")
+        values = {symbol: sympify(sizes[symbol.name]) for symbol in (*symbols.SYMBOLS, rho) if symbol.name in sizes}
+        numbers = {}
+        for field in fields(self):
+            value = getattr(self, field.name).xreplace(values)  # subs simplifies after each symbol: seconds
+            if value.free_symbols:
+                missing = sorted(f"{s.name} ({symbols.MEANING[s.name]})" for s in value.free_symbols)
+                raise ValueError(f"sizes: expected {', '.join(missing)} too")
+            numbers[field.name] = float(value)
+        return numbers
+
+
+def forward(*, training: bool = False) -> Cost:
+    """The flex lowering on a whole sequence, Q = K = N; `training`: with what the backward needs."""
+    query, key, value, output = _tensors()
+    folded = _if_folded(query, NOTHING)  # a copy
+    unfolded = _if_unfolded(2 * output, NOTHING)
+    attention = query + _packed() + output + PER_ROW * B * Hq * N
+    held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
+    lists = LISTS_PEAK * _places() + LISTS_PEAK_PER_TILE[training] * _tiles()
+    return Cost(
+        flops=2 * B * Hq * rho * shown_pairs() * (D + Dv),
+        bytes=2 * folded + unfolded + key + value + _packed() + attention + _bookkeeping(training),
+        metadata=metadata(training=training),
+        peak=Max(held, PACKING_PEAK * _places(), lists),
+    )
+
+
+def backward() -> Cost:
+    """The backward of `forward(training=True)`.
+
+    FlexAttention's kernel computes scores and their gradients twice, once by rows and once by columns: 4 D + 3 Dv per pair,
+    where 3 D + 2 Dv would do.  The gate's gradient is a column of sums and adds no product.  The gradients of keys and
+    values are sums over places: packed they are written and read, and then written once more.
+    """
+    query, key, value, output = _tensors()
+    rows = _if_unfolded(4 * (query + output), 2 * query + 3 * output)
+    bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * _keys()
+    bookkeeping += BACKWARD_PER_PLACE * _places() + BACKWARD_PER_TILE * _tiles()
+    return Cost(
+        flops=2 * B * Hq * rho * shown_pairs() * (4 * D + 3 * Dv),
+        bytes=rows + 3 * _packed() + key + value + bookkeeping,
+        metadata=metadata(training=True),
+        peak=metadata(training=True) + 2 * _packed() + _if_unfolded(2 * query + output, query),
+    )
+
+
+def decode() -> Cost:
+    """One new token per row of the batch against a `DynamicMaskState` of `slots` keys, whatever the context.
+
+    A state is a value: the new one is written beside the old.
+    """
+    keys = B * Hkv * slots
+    state = keys * ((D + Dv) * element + gate_element + 8)
+    return Cost(
+        flops=2 * B * Hq * slots * (D + Dv),
+        bytes=keys * (DECODE * (D + Dv) * element + DECODE_PER_KEY),
+        metadata=keys * (gate_element + 8),
+        peak=state,
+    )
+
+
+def context_parallel(*, training: bool = False) -> Cost:
+    """One rank's share of a sequence over `ranks`, by the scheme of a bounded state; flexdma does not implement it.
+
+    A rank computes N / ranks queries.  All it needs of earlier ranks are the w best of their keys per KV head, the state
+    after them; merging two states is associative, so ceil(log2 ranks) exchanges of one state each reach every rank.  In
+    training the gradients of those keys travel back the same way.
+    """
+    calls = [forward(training=training), *([backward()] if training else [])]
+    share = {N: N / ranks}
+    state = B * Hkv * w * ((D + Dv) * element + gate_element + 8)
+    returned = B * Hkv * w * ((D + Dv) * element + gate_element) if training else NOTHING
+    return Cost(
+        # Here every query sees w keys, the first ones of a share too; on the first rank they see fewer.
+        flops=sum((call.flops for call in calls), NOTHING).subs(shown_pairs(), N * w).subs(share),
+        bytes=sum((call.bytes for call in calls), NOTHING).subs(share) + 3 * state,
+        metadata=metadata(training=training).subs(share),
+        peak=Max(*(call.peak for call in calls)).subs(share) + 2 * state,
+        received=ceiling(log(ranks, 2)) * (state + returned),
+    )
+
+
+def full_attention() -> Cost:
+    """The forward of causal attention to everything, for comparison; over ranks each receives all keys of the others."""
+    query, key, value, output = _tensors()
+    return Cost(
+        flops=B * Hq * N * (N + 1) * (D + Dv) / ranks,
+        bytes=(query + output) / ranks + key + value,
+        metadata=NOTHING,
+        peak=(key + value) * (1 - 1 / ranks),
+        received=(key + value) * (1 - 1 / ranks),
+    )
+
+
+def metadata(*, training: bool) -> Expr:
+    """Bytes of the packed keys' order and lifespans, and of numbers and indices of the blocks.
+
+    In training also of where the pieces of each key are, and of the transposed numbers and indices.
+    """
+    by_row = row_blocks() * (1 + key_blocks())
+    by_key = periods() * key_blocks() * (1 + row_blocks_of_a_period())
+    if training:
+        return 16 * _places() + 4 * B * Hkv * (N + 1) + 8 * B * Hkv * (by_row + by_key)
+    return 12 * _places() + 8 * B * Hkv * by_row
+
+
+def _tensors() -> tuple[Expr, Expr, Expr, Expr]:
+    """Bytes of query, key, value and output."""
+    return B * Hq * N * D * element, B * Hkv * N * D * element, B * Hkv * N * Dv * element, B * Hq * N * Dv * element
+
+
+def _packed() -> Expr:
+    """Bytes of packed keys and values."""
+    return _places() * (D + Dv) * element
+
+
+def _bookkeeping(training: bool) -> Expr:
+    ranking = Piecewise(
+        (PER_ROUND_OF_TWO_BITS * ceiling(log(N, 4)), N < ROUNDS_END), (PER_ROUND_OF_ONE * ceiling(log(N, 2)), True)
+    )
+    return _keys() * (PER_KEY[training] + ranking) + PER_PLACE[training] * _places() + PER_TILE[training] * _tiles()
+
+
+def _keys() -> Expr:
+    return B * Hkv * N
+
+
+def _places() -> Expr:
+    return B * Hkv * places()
+
+
+def _tiles() -> Expr:
+    return B * Hkv * periods() * key_blocks() * row_blocks_of_a_period()
+
+
+def _if_folded(folded: Expr, alone: Expr) -> Expr:
+    """Folding G query heads into the rows of one moves them; one head is where it should be."""
+    return Piecewise((folded, GROUP > 1), (alone, True))
+
+
+def _if_unfolded(unfolded: Expr, alone: Expr) -> Expr:
+    """Taking rows apart again, of outputs and gradients, moves them too; those of a single KV head are a view."""
+    return Piecewise((unfolded, And(GROUP > 1, Hkv > 1)), (alone, True))

@@ -1,0 +1,122 @@
+"""`python -m flexdma cost`: what a size would cost on a device, or shared by many, at the rates of its data sheet."""
+
+import argparse
+import json
+from dataclasses import replace
+from typing import Any
+
+from flexdma.lowerings.flex import default_block_size
+from flexdma.tools.cost import DEVICES, Cost, backward, context_parallel, decode, estimate, forward, full_attention
+from flexdma.tools.refusal import refusing
+
+COLUMNS = (
+    ("TFLOP", "flops", 1e12), ("moved, GB", "bytes", 1e9), ("metadata, MB", "metadata", 1e6), ("peak, MB", "peak", 1e6),
+    ("received, MB", "received", 1e6), ("computing, ms", "computing", 1e-3), ("memory, ms", "memory", 1e-3),
+    ("link, ms", "link", 1e-3), ("at least, ms", "least", 1e-3),
+)  # fmt: skip
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    sizes = (
+        ("--batch", 1, "B"), ("--tokens", 1048576, "N"), ("--window", 1024, "w, the keys that a query sees"),
+        ("--query-heads", 16, "Hq"), ("--kv-heads", 4, "Hkv"), ("--head-dim", 128, "D and Dv"),
+        ("--ranks", 1, "devices that share the sequence"),
+        ("--element", 2, "bytes per number of query, key, value and output"),
+    )  # fmt: skip
+    for name, default, meaning in sizes:
+        parser.add_argument(name, type=int, default=default, help=meaning)
+    parser.add_argument(
+        "--block",
+        type=int,
+        nargs=2,
+        metavar=("ROWS", "KEYS"),
+        default=None,
+        help="of a mask block; default the operator's",
+    )
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="whose data sheet")
+    parser.add_argument("--flops", type=float, default=None, help="FLOP per second instead of the data sheet's")
+    parser.add_argument("--bandwidth", type=float, default=None, help="bytes per second of memory, likewise")
+    parser.add_argument("--link", type=float, default=None, help="bytes per second from other devices, likewise")
+    parser.add_argument(
+        "--achieved", type=float, default=1.0, help="the share of those rates that is reached, in (0, 1]"
+    )
+    parser.add_argument(
+        "--rho",
+        type=float,
+        default=1.2,
+        help="pairs in visited blocks over those shown; docs/benchmarks.md, by the gates",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the table."""
+    with refusing(ValueError):
+        device, rows = _costs(arguments)
+    if arguments.json:
+        print(json.dumps({"device": vars(device), "calls": rows}, indent=2))
+        return 0
+    block = " x ".join(map(str, _block(arguments)))
+    print(
+        f"{device.name}: {device.flops / 1e12:,.0f} TFLOP/s, memory {device.bandwidth / 1e12:,.2f} TB/s, link "
+        f"{device.link / 1e9:,.0f} GB/s ({device.source}), of which {arguments.achieved:.0%} are reached\n"
+        f"B={arguments.batch} N={arguments.tokens:,} w={arguments.window:,} Hq={arguments.query_heads} "
+        f"Hkv={arguments.kv_heads} D={arguments.head_dim}, blocks of {block}, rho={arguments.rho}\n"
+    )
+    width = max(map(len, rows))
+    print(" " * width, *(f"{head:>13}" for head, _, _ in COLUMNS))
+    for name, row in rows.items():
+        print(f"{name:{width}}", *(f"{row[field] / unit:13,.3f}" for _, field, unit in COLUMNS))
+    held = max(row["peak"] for row in rows.values())
+    if held > device.memory:
+        print(f"\nthe peak does not fit into {device.memory / 1e9:,.0f} GB")
+    print("\nLeast times, not predictions: every kernel at these rates, launches and waiting left out.")
+    return 0
+
+
+def _block(arguments: argparse.Namespace) -> tuple[int, int]:
+    """(rows, keys) of a mask block: those asked for, or the operator's."""
+    return default_block_size("cuda") if arguments.block is None else tuple(arguments.block)
+
+
+def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
+    """The device, and per call its cost and times."""
+    for name in ("batch", "tokens", "window", "query_heads", "kv_heads", "head_dim", "ranks", "element"):
+        if getattr(arguments, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
+    if arguments.block is not None and min(arguments.block) < 1:
+        raise ValueError(f"--block: expected at least 1, got {min(arguments.block)}")
+    for name in ("flops", "bandwidth", "link"):
+        value = getattr(arguments, name)
+        if value is not None and value <= 0:
+            raise ValueError(f"--{name}: expected more than 0, got {value}")
+    if not 0 < arguments.achieved <= 1:
+        raise ValueError(f"--achieved: expected a share in (0, 1], got {arguments.achieved}")
+    if arguments.rho < 1:
+        raise ValueError(f"--rho: expected at least 1, got {arguments.rho}")
+    if arguments.query_heads % arguments.kv_heads:
+        raise ValueError(f"--query-heads: expected a multiple of {arguments.kv_heads}, got {arguments.query_heads}")
+    if arguments.tokens % arguments.ranks:
+        raise ValueError(f"--ranks: expected a divisor of {arguments.tokens} tokens, got {arguments.ranks}")
+    given = {name: value for name in ("flops", "bandwidth", "link") if (value := getattr(arguments, name)) is not None}
+    device = DEVICES[arguments.device]
+    device = replace(device, **given, source="as given" if len(given) == 3 else device.source) if given else device
+    rows, columns = _block(arguments)
+    sizes = {
+        "B": arguments.batch, "N": arguments.tokens, "w": arguments.window, "Hq": arguments.query_heads,
+        "Hkv": arguments.kv_heads, "D": arguments.head_dim, "Dv": arguments.head_dim, "rows": rows,
+        "columns": columns, "ranks": arguments.ranks, "slots": arguments.window, "element": arguments.element,
+        "gate_element": 4, "rho": arguments.rho,
+    }  # fmt: skip
+    if arguments.ranks == 1:
+        calls: dict[str, Cost] = {"forward": forward(), "backward": backward(), "decode, one token": decode()}
+        calls["attention to everything, forward"] = full_attention()
+    else:
+        calls = {
+            f"one rank of {arguments.ranks}, forward": context_parallel(),
+            f"one rank of {arguments.ranks}, forward + backward": context_parallel(training=True),
+            f"one rank of {arguments.ranks}, attention to everything, forward": full_attention(),
+        }
+    costs = {name: call.at(**sizes) for name, call in calls.items()}
+    return device, {name: cost | estimate(device, cost, arguments.achieved) for name, cost in costs.items()}

@@ -1,0 +1,91 @@
+"""What the demonstration leaves: results.json and the table on the terminal."""
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from rich import box
+from rich.table import Table
+
+from flexdma._version import __version__
+from flexdma.atomic_write import write_whole
+from flexdma.tools.demo.training import Course
+
+
+@dataclass
+class Outcome:
+    """One trained model in numbers."""
+
+    label: str
+    parameters: int
+    course: Course
+    bits_per_byte: float  # on the validation windows
+    visible_keys: float  # per query, on the same
+
+    def numbers(self) -> dict:
+        """For results.json."""
+        course = asdict(self.course)
+        return {
+            "label": self.label,
+            "parameters": self.parameters,
+            "validation_bits_per_byte": self.bits_per_byte,
+            "visible_keys_per_query": self.visible_keys,
+            "training_bits_per_byte": course.pop("losses"),
+            **course,
+        }
+
+
+def outcome_table(outcomes: dict[str, Outcome], title: str) -> Table:
+    """All models, one row each."""
+    table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
+    table.add_column("\nattention", no_wrap=True)
+    for heading in ("bits\nper byte", "\ntokens/s", "visible\nkeys", "\nparameters", "\nseconds"):
+        table.add_column(heading, justify="right", no_wrap=True)
+    best = min(outcome.bits_per_byte for outcome in outcomes.values())
+    for outcome in outcomes.values():
+        course = outcome.course
+        table.add_row(
+            outcome.label,
+            f"{outcome.bits_per_byte:.3f}",
+            f"{course.tokens_per_second:,.0f}",
+            f"{outcome.visible_keys:.1f}",
+            f"{outcome.parameters:,}",
+            f"{course.compile_seconds:.0f} + {course.seconds - course.compile_seconds:.0f}",
+            style="bold" if outcome.bits_per_byte == best else None,
+        )
+    table.caption = (
+        "bits per byte of validation text; visible keys per query;\n"
+        "seconds of training: the first step, which compiles, + all others"
+    )
+    return table
+
+
+def machine(device: torch.device) -> dict:
+    """What the numbers were taken on."""
+    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+    return {
+        "cpu": _cpu_name(),
+        "threads": torch.get_num_threads(),
+        "system": platform.platform(),
+        "device": str(device),
+        "accelerator": accelerator,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "flexdma": __version__,
+    }
+
+
+def write_json(path: Path, content: dict) -> None:
+    """Numbers, indented."""
+    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor()

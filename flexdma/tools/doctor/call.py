@@ -1,0 +1,105 @@
+"""`doctor`: run calls of a model and say what keeps them from their compiled kernels."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
+
+from flexdma import checks
+from flexdma.tools.doctor.environment import this_environment
+from flexdma.tools.doctor.findings import environment_findings, error_finding, findings_of, float64_finding
+from flexdma.tools.doctor.report import PROBLEM, Diagnosis
+from flexdma.tools.doctor.watch import Seen, watching
+
+BACKENDS = ("inductor", "eager")
+Call = Sequence[Any] | dict[str, Any]
+
+
+def doctor(fn_or_module: Callable | nn.Module, *calls: Call, backend: str = "inductor") -> Diagnosis:
+    """Run the calls and report graph breaks, recompilations, FlexAttention that runs uncompiled, float64 and versions.
+
+    fn_or_module: what to call.  Compiled with torch.compile, unless it is the result of that already.
+    calls: for each call the tuple of its arguments, or a dict of keyword arguments.  Give several that differ as yours do
+        (lengths, numbers, masks), to see recompilations; a single one is made twice.
+    backend: "inductor" compiles and runs the real kernels; "eager" captures graphs alone, in a second or two: breaks and
+        recompilations show, errors of the code generation do not.
+
+    Where an output requires a gradient the backward runs too; no .grad is touched.  A call that raises is a finding.
+    Forgets what this process has compiled, before and after.
+
+        report = flexdma.doctor(model, (batch,), (shorter_batch,))
+        print(report); assert report.ok
+
+    Raises TypeError or ValueError naming the argument.
+    """
+    if not callable(fn_or_module):
+        raise TypeError(f"fn_or_module: expected a function or an nn.Module, got {type(fn_or_module).__name__}")
+    checks.one_of("backend", backend, BACKENDS)
+    if not calls:
+        raise ValueError("calls: expected at least one tuple of arguments, got none")
+    for call in calls:
+        if not isinstance(call, tuple | list | dict):
+            raise TypeError(
+                f"calls: expected tuples of arguments or dicts of keyword arguments, got {type(call).__name__}"
+            )
+    here = this_environment()
+    found = []
+    made = calls * 2 if len(calls) == 1 else calls
+    with watching() as seen:
+        compiled = fn_or_module if is_compiled(fn_or_module) else _compiled(fn_or_module, backend, seen)
+        for number, call in enumerate(made, 1):
+            try:
+                _run(compiled, fn_or_module, call)
+            except Exception as error:  # whatever the user's code or a compiler raises is the finding
+                seen.collect()
+                # What failed to compile is this error, not a function left uncompiled.
+                _, where = seen.skipped.pop() if seen.skipped else (None, None)
+                found.append(error_finding(error, number, where))
+                break
+            seen.collect()
+    tensors = [leaf for leaf in tree_leaves(list(calls)) if isinstance(leaf, Tensor)] + _parameters(fn_or_module)
+    found += findings_of(seen) + float64_finding(tensors) + environment_findings(here)
+    found.sort(key=lambda finding: finding.level != PROBLEM)
+    return Diagnosis(here, backend, len(made), seen.graphs, len(seen.recompiled), found)
+
+
+def is_compiled(fn_or_module: Callable) -> bool:
+    """Whether torch.compile returned it."""
+    return isinstance(fn_or_module, torch._dynamo.OptimizedModule) or hasattr(
+        fn_or_module, "_torchdynamo_orig_callable"
+    )
+
+
+def _compiled(fn_or_module: Callable, backend: str, seen: Seen) -> Callable:
+    if backend == "inductor":
+        return torch.compile(fn_or_module)
+
+    def as_it_is(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        # FlexAttention in the graph runs uncompiled here, but a real backend would compile it.
+        def run(*arguments):
+            seen.within_graph = True
+            try:
+                return graph(*arguments)
+            finally:
+                seen.within_graph = False
+
+        return run
+
+    return torch.compile(fn_or_module, backend=as_it_is)
+
+
+def _run(compiled: Callable, original: Callable, call: Call) -> None:
+    args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
+    outputs = [
+        leaf for leaf in tree_leaves(compiled(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
+    ]
+    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+    wanted = [tensor for tensor in leaves + _parameters(original) if tensor.requires_grad]
+    if outputs and wanted:
+        torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs], allow_unused=True)
+
+
+def _parameters(fn_or_module: Callable) -> list[Tensor]:
+    return list(fn_or_module.parameters()) if isinstance(fn_or_module, nn.Module) else []

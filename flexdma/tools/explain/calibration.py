@@ -1,0 +1,141 @@
+"""The cost model's rates: measured on the machine at hand, or fitted to what the benchmark wrote.
+
+`python -m flexdma explain --calibrate` does the first, `python -m flexdma explain --fit FILE` prints the second.
+"""
+
+from collections.abc import Mapping
+from dataclasses import fields
+from math import exp, log
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdma.lifespans import causal_top_w
+from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.tools.bench import report
+from flexdma.tools.bench.contenders import CAUSAL, COMPILED, EAGER, contenders
+from flexdma.tools.bench.shapes import Shape, inputs
+from flexdma.tools.bench.stages import BEFORE_ATTENTION, profile
+from flexdma.tools.bench.suites import SUITES
+from flexdma.tools.bench.tables import fastest_causal
+from flexdma.tools.bench.timing import interleaved
+from flexdma.tools.explain.costs import Problem, Rates, causal_cost, gather_cost, sorted_keys
+from flexdma.tools.explain.counts import block_counts
+
+# Long enough that attention, not launching kernels, is what takes the time.
+SHAPES = {"cpu": (4096, 256, 8, 2, 64, torch.float32), "cuda": (16384, 1024, 16, 4, 128, torch.bfloat16)}
+LOWERINGS = {"cpu": ("gather", "flex"), "cuda": ("flex",)}  # on CUDA the default is flex: gather has no contender there
+PHASES = ("inference", "training")
+
+
+def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]:
+    """(device, phase) -> Rates, as `explain(rates=...)` takes them.  A minute on a CPU, most of it compilation."""
+    length, window, query_heads, heads, size, dtype = SHAPES[device]
+    forward, both = (Shape(length, window, backward, query_heads, heads, size) for backward in (False, True))
+    measured_on = f"{_where(report.machine(device), dtype)}, N={length} w={window} D={size}"
+    profiles = [
+        profile(forward, inputs(forward, device, dtype), lowering, rounds, lambda name: None)
+        for lowering in LOWERINGS[device]
+    ]
+    selection = selection_rates({one["lowering"]: one["seconds"] for one in profiles}, forward)
+    rates = {}
+    for phase, shape in zip(PHASES, (forward, both), strict=True):
+        tensors = inputs(shape, device, dtype)
+        calls = {
+            name: call
+            for name, call in contenders(shape, tensors).items()
+            if name.startswith(CAUSAL) or name in (EAGER, COMPILED)
+        }
+        seconds = interleaved(calls, rounds, lambda name: None, memory=False).seconds
+        rates[device, phase] = rates_from(shape, seconds, selection, visited_pairs(shape, tensors[3]), measured_on)
+    return rates
+
+
+def fitted_rates(results: dict[str, Any]) -> dict[tuple[str, str], Rates]:
+    """(device, phase) -> Rates that best reproduce what `python -m flexdma bench --out FOLDER` wrote as JSON.
+
+    Each rate is the geometric mean of those of the shapes of its phase.  Raises ValueError where a part is missing.
+    """
+    suite = SUITES[results["suite"]]
+    staged = next(shape for _, shape in suite.stages)
+    profiles = {one["lowering"]: one["seconds"] for one in results["stages"] if one["shape"] == str(staged)}
+    if not profiles:
+        raise ValueError(f"results: expected the stages of {staged}, got none")
+    selection = selection_rates(profiles, staged)
+    shapes = {str(shape): shape for shape in suite.calls}
+    rates = {}
+    for phase in PHASES:
+        found = []
+        for case in results["calls"]:
+            shape = shapes[case["shape"]]
+            if shape.backward == (phase == "training"):
+                gate = inputs(shape, "cpu", torch.float32)[3].detach()
+                visited = visited_pairs(shape, gate, BLOCK_SIZE[suite.device])
+                where = f"{_where(results['machine'], results['dtype'])}, D={shape.size}"
+                found.append(rates_from(shape, case["seconds"], selection, visited, where))
+        if found:
+            rates[suite.device, phase] = _mean(found)
+    return rates
+
+
+def selection_rates(stages: Mapping[str, Mapping[str, float]], shape: Shape) -> dict[str, float]:
+    """Lowering -> nanoseconds per N log2 N key of a KV head, of everything before its attention."""
+    sorting = sorted_keys(Problem(shape.length, shape.window, 0, 1, 0.0)) * shape.heads
+    return {
+        lowering: sum(seconds[stage] for stage in BEFORE_ATTENTION[lowering]) * 1e9 / sorting
+        for lowering, seconds in stages.items()
+    }
+
+
+def rates_from(
+    shape: Shape, seconds: Mapping[str, float], selection: Mapping[str, float], visited: float, measured_on: str
+) -> Rates:
+    """The rates under which the cost model gives these seconds for this shape; `selection` as `selection_rates` gives it."""
+    problem = Problem(shape.length, shape.window, 0, shape.query_heads // shape.heads, visited)
+    sorting = sorted_keys(problem) * shape.heads
+    causal = fastest_causal(dict(seconds))
+    if causal is None:
+        raise ValueError(f"seconds: expected {CAUSAL!r} of {shape}, got {sorted(seconds)}")
+    one = Rates(measured_on, 1.0, 1.0, 0.0, 1.0, 0.0)
+    gather = flex = None
+    if EAGER in seconds:
+        attending = seconds[EAGER] * 1e9 - selection["gather"] * sorting
+        gather = attending / (gather_cost(one, problem) * shape.heads)
+    if COMPILED in seconds:
+        attending = seconds[COMPILED] * 1e9 - selection["flex"] * sorting
+        flex = attending / (shape.query_heads * shape.length * visited)
+    return Rates(
+        measured_on,
+        causal=causal * 1e9 / (causal_cost(one, problem) * shape.heads),
+        gather=gather,
+        gather_selection=selection.get("gather", 0.0),
+        flex=flex,
+        flex_selection=selection.get("flex", 0.0),
+    )
+
+
+def visited_pairs(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None = None) -> float:
+    """Pairs in the packed blocks that are visited, per query and query head; blocks of the gate's device by default."""
+    rows, columns = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
+    group = shape.query_heads // shape.heads
+    counts = block_counts(causal_top_w(gate, shape.window), group, (rows, columns), capacity=shape.window)
+    return sum(count.visited for count in counts) * rows * columns / (shape.query_heads * shape.length)
+
+
+def _where(machine: Mapping[str, Any], dtype: object) -> str:
+    threads = f", {machine['threads']} threads" if machine["threads"] else ""
+    return f"{machine['device']}{threads}, torch {machine['torch']}, {str(dtype).removeprefix('torch.')}"
+
+
+def _mean(rates: list[Rates]) -> Rates:
+    """Geometric, rate by rate; None where none has it, 0 where it was not measured."""
+
+    def mean(name: str) -> float | None:
+        values = [value for one in rates if (value := getattr(one, name)) is not None]
+        if not values or not all(values):
+            return 0.0 if values else None
+        return exp(sum(map(log, values)) / len(values))
+
+    names = [field.name for field in fields(Rates) if field.name != "measured_on"]
+    return Rates(rates[0].measured_on, **{name: mean(name) for name in names})  # type: ignore[arg-type]

@@ -1,0 +1,123 @@
+"""`explain`: from a gate to its Explanation."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from flexdma import checks, lifespans
+from flexdma.attention import select
+from flexdma.lowerings.flex import default_block_size
+from flexdma.tools.explain import counts
+from flexdma.tools.explain.advice import Situation, advise
+from flexdma.tools.explain.costs import RATES, Problem, Rates, break_even_length, break_even_window, speedup
+from flexdma.tools.explain.counts import BlockCounts, KeyCounts
+from flexdma.tools.explain.report import Explanation, Prediction
+
+Counts = TypeVar("Counts", KeyCounts, BlockCounts)
+# (lowering, phase), in the order in which they are reported: those of lowering=None in eager calls first.
+CHOICES = (("gather", "inference"), ("gather", "training"), ("flex", "inference"), ("flex", "training"))
+
+
+@torch.no_grad()
+def explain(
+    gate: Tensor,
+    window_size: int | Sequence[int] | None,
+    *,
+    num_query_heads: int | None = None,
+    selection: str = "causal",
+    sinks: int = 0,
+    recent: int = 0,
+    key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    rates: dict[tuple[str, str], Rates] | None = None,
+) -> Explanation:
+    """What these gates select, which blocks that visits, and whether it is predicted to pay.
+
+    gate: [B, Hkv, K], as given to `dynamic_mask_attention`; so are window_size, selection, sinks, recent,
+        key_padding_mask and document_ids.
+    num_query_heads: Hq, a multiple of Hkv; None: as many as gate heads.  Expand a gate [B, 1, K] that all KV heads
+        share to [B, Hkv, K] first: blocks hold the query heads of one KV head.
+    block_size: of the mask; None takes the flex lowering's own for the gate's device.
+    rates: of the cost model, (device type, phase) -> Rates; None: those that ship.  `measured_rates` in
+        flexdma.tools.explain.calibration measures them here.
+
+    Counts are exact.  Predictions are a cost model (docs/explain.md) with rates measured on one machine, which is named;
+    a device without measured rates gets counts and no prediction.
+
+        print(flexdma.explain(gate, 1024, num_query_heads=8))
+
+    Raises ValueError or TypeError naming the argument.  O(K log K) and four ints per block; synchronises.
+    """
+    checks.one_of("selection", selection, checks.SELECTIONS)
+    options: dict[str, Any] = {
+        "sinks": sinks,
+        "recent": recent,
+        "key_padding_mask": key_padding_mask,
+        "document_ids": document_ids,
+    }
+    alive = select(selection, gate, window_size, options)
+    batch, heads, length = gate.shape
+    if not batch * heads * length:
+        raise ValueError(f"gate: expected at least one key, got {list(gate.shape)}")
+    group = checks.group_size("gate", heads, num_query_heads)
+    windows = [] if window_size is None else [window_size] if isinstance(window_size, int) else list(window_size)
+    widest, always = max(windows, default=length), sinks + recent
+    device = gate.device.type
+    size = default_block_size(device) if block_size is None else checks.block_sizes(block_size)
+
+    keys_per_head = counts.key_counts(alive)
+    packed_per_head = counts.block_counts(alive, group, size, capacity=widest + always)
+    keys = _mean(keys_per_head)
+    packed = _mean(packed_per_head)
+    natural = _mean(counts.block_counts(alive, group, size))
+    problem = Problem(length, widest, always, group, packed.visited * size[0] * size[1] / (length * group))
+    predictions = _predictions(RATES if rates is None else rates, device, problem)
+
+    everything = lifespans.sliding_window(gate, length, **options)
+    sliding = lifespans.sliding_window(gate, window_size, **options) if window_size is not None else everything
+    situation = Situation(
+        selection, length, widest + always, always, _longest(everything), counts.evictions(alive, everything),
+        counts.same_mask(alive, sliding), keys, natural, packed, predictions,
+    )  # fmt: skip
+    return Explanation(
+        batch=batch, heads=heads, query_heads=heads * group, length=length, window_size=windows, selection=selection,
+        device=device, block_size=size, keys=keys, natural=natural, packed=packed,
+        causal_blocks=counts.causal_blocks(length, group, size), keys_per_head=keys_per_head,
+        packed_per_head=packed_per_head, predictions=predictions, advice=advise(situation),
+    )  # fmt: skip
+
+
+def _predictions(known: dict[tuple[str, str], Rates], device: str, problem: Problem) -> list[Prediction]:
+    predictions = []
+    for lowering, phase in CHOICES:
+        rates = known.get((device, phase))
+        if rates is None or rates.of(lowering) is None:
+            continue
+        if not problem.visited_pairs_per_query:
+            continue  # nothing is visible: there is nothing to predict from
+        predictions.append(
+            Prediction(
+                lowering,
+                phase,
+                speedup(rates, lowering, problem),
+                break_even_length(rates, lowering, problem),
+                break_even_window(rates, lowering, problem),
+                rates.measured_on,
+            )
+        )
+    return predictions
+
+
+def _longest(everything: lifespans.Lifespans) -> int:
+    """Tokens of the longest document."""
+    return int((everything.death - everything.birth).max())
+
+
+def _mean(per_head: list[Counts]) -> Counts:
+    """Field by field."""
+    names = [field.name for field in dataclasses.fields(per_head[0])]
+    return type(per_head[0])(**{name: sum(getattr(one, name) for one in per_head) / len(per_head) for name in names})

@@ -1,0 +1,14 @@
+"""Inspection: the kernels that Inductor generates for a call, on any machine.
+
+inspect_kernels     compile one call for the tensors' device, or for a GPU that is not there
+KernelReport        what it returns: prints, saves, compares
+Kernel, Compiled    one kernel, and the figures of its machine code
+TARGETS             the GPUs to choose from
+"""
+
+from flexdma.tools.inspect.call import inspect_kernels
+from flexdma.tools.inspect.kernel import Compiled, Kernel
+from flexdma.tools.inspect.report import KernelDiff, KernelReport
+from flexdma.tools.inspect.targets import TARGETS
+
+__all__ = ["TARGETS", "Compiled", "Kernel", "KernelDiff", "KernelReport", "inspect_kernels"]

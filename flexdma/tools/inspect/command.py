@@ -1,0 +1,130 @@
+"""`python -m flexdma inspect`: the kernels of the operator for given settings, or what changes between two settings."""
+
+import argparse
+import json
+from typing import Any
+
+import torch
+
+from flexdma.attention import dynamic_mask_attention
+from flexdma.checks import LOWERINGS, SELECTIONS
+from flexdma.tools.inspect.call import FIGURES, inspect_kernels
+from flexdma.tools.inspect.report import KernelReport
+from flexdma.tools.inspect.targets import TARGETS
+from flexdma.tools.refusal import refusing
+
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
+# name -> (kind, default, help): every setting is an option, and a key of --diff.
+SETTINGS: dict[str, tuple[Any, Any, str]] = {
+    "batch": (int, 1, "B"),
+    "heads": (int, 8, "query heads"),
+    "kv_heads": (int, 2, "key and value heads"),
+    "queries": (int, 0, "Q; 0 = as many as keys"),
+    "keys": (int, 4096, "K"),
+    "head_dim": (int, 64, "D"),
+    "window": (int, 512, "w, the keys that a query sees"),
+    "selection": (SELECTIONS, "causal", "how keys are selected"),
+    "dtype": (tuple(DTYPES), None, "of query, key and value; None: bfloat16 for a GPU, float32 for a CPU"),
+    "gate_dtype": (tuple(DTYPES), "float32", "of the gate"),
+    "lowering": (LOWERINGS, None, "None: the operator's choice"),
+    "block_size": (int, 0, "of the mask; 0 = the lowering's own"),
+    "training": (("yes", "no"), "yes", "forward and backward, or the forward of inference alone"),
+    "target": (tuple(TARGETS), None, "compile for this GPU, which need not be there; None: the device at hand"),
+    "figures": (FIGURES, "attention", "kernels to compile for registers, spills, occupancy"),
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare the options."""
+    for name, (kind, default, text) in SETTINGS.items():
+        choice: dict[str, Any] = {"type": kind} if kind is int else {"choices": kind}
+        parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **choice)
+    parser.add_argument(
+        "--kernel-option", action="append", default=[], metavar="NAME=INT", help="FlexAttention's, e.g. num_warps=8"
+    )
+    parser.add_argument(
+        "--diff", nargs="+", metavar="KEY=VALUE", help="compare with these settings changed, e.g. --diff window=256"
+    )
+    parser.add_argument("--save", metavar="DIR", help="write sources and report.json there")
+    parser.add_argument("--source", action="store_true", help="print the attention kernels, or their diff, too")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Print the report or the difference."""
+    settings = {name: getattr(arguments, name) for name in SETTINGS} | {"kernel_option": arguments.kernel_option}
+    with refusing(ValueError, TypeError, ImportError, RuntimeError):
+        changed = None if arguments.diff is None else settings | _parsed(arguments.diff)
+        report = _report(settings)
+        other = None if changed is None else _report(changed)
+    if arguments.save:
+        (report if other is None else other).save(arguments.save)
+    if other is None:
+        print(report.to_json() if arguments.json else report)
+        if arguments.source:
+            print("\n".join(f"\n# {kernel.name}\n{kernel.source}" for kernel in report.attention))
+        return 0
+    difference = report.diff(other)
+    print(json.dumps(difference.changes(), indent=2) if arguments.json else difference)
+    if arguments.source:
+        print(difference.source())
+    return 0
+
+
+def _parsed(pairs: list[str]) -> dict[str, Any]:
+    """["window=256", "num_warps=8"] -> settings; a name that is no setting is a kernel option."""
+    parsed: dict[str, Any] = {}
+    for pair in pairs:
+        name, equals, value = pair.partition("=")
+        name = name.replace("-", "_")
+        if not equals:
+            raise ValueError(f"--diff: expected KEY=VALUE, got {pair!r}")
+        kind = SETTINGS.get(name, (None,))[0]
+        if kind is None:
+            parsed.setdefault("kernel_option", []).append(pair)
+        elif kind is int:
+            parsed[name] = _integer(pair, value)
+        elif value in kind:
+            parsed[name] = value
+        else:
+            raise ValueError(f"--diff: expected {name} to be one of {', '.join(kind)}, got {value!r}")
+    return parsed
+
+
+def _integer(pair: str, value: str) -> int:
+    if not value.isdigit():
+        raise ValueError(f"expected NAME=INT, got {pair!r}")
+    return int(value)
+
+
+def _report(settings: dict[str, Any]) -> KernelReport:
+    target, training = settings["target"], settings["training"] == "yes"
+    device = "cuda" if target is None and torch.cuda.is_available() else "cpu"
+    default = "bfloat16" if target or device == "cuda" else "float32"
+    dtype, gate_dtype = DTYPES[settings["dtype"] or default], DTYPES[settings["gate_dtype"]]
+    batch, keys, size = settings["batch"], settings["keys"], settings["head_dim"]
+
+    def tensor(*shape: int, dtype: torch.dtype) -> torch.Tensor:
+        return torch.randn(shape, dtype=dtype, device=device, requires_grad=training)
+
+    query = tensor(batch, settings["heads"], settings["queries"] or keys, size, dtype=dtype)
+    key, value = (tensor(batch, settings["kv_heads"], keys, size, dtype=dtype) for _ in range(2))
+    gate = tensor(batch, settings["kv_heads"], keys, dtype=gate_dtype)
+    options = {
+        name: _integer(pair, text) for pair in settings["kernel_option"] for name, _, text in [pair.partition("=")]
+    }
+    with torch.set_grad_enabled(training):
+        return inspect_kernels(
+            dynamic_mask_attention,
+            query,
+            key,
+            value,
+            gate,
+            target=target,
+            figures=settings["figures"],
+            window_size=settings["window"],
+            selection=settings["selection"],
+            lowering=settings["lowering"],
+            block_size=settings["block_size"] or None,
+            kernel_options=options or None,
+        )

@@ -1,0 +1,100 @@
+"""Stand-ins for a CUDA device, so that Inductor generates and Triton compiles GPU kernels on a machine without a GPU.
+
+Everything that decides what a kernel looks like stays torch's and Triton's own; only the questions to the device ("how
+many multiprocessors have you?") are answered from `targets.TARGETS`.  They replace functions for the whole process:
+install them in a process of its own (`child.py`), never in a user's.
+"""
+
+import types
+from typing import Any
+
+import torch
+
+from flexdma.tools.inspect.device_guard import install_device_guard
+from flexdma.tools.inspect.targets import Target
+
+TESTED = "torch 2.13.0+cpu with triton 3.9.0, torch 2.11.0+cu130 with triton 3.6.0"
+
+
+def install(target: Target) -> None:
+    """Make this process believe in one CUDA device of this kind.  Tensors on it must be fake."""
+    install_device_guard()
+    # Backward in this thread: a thread per device would ask the driver for its device.
+    torch._C._set_multithreading_enabled(False)
+    _answer_for_the_device(target)
+    _answer_for_the_driver(target)
+    _leave_out_what_needs_data()
+
+
+def _answer_for_the_device(target: Target) -> None:
+    from torch._dynamo.device_interface import CudaInterface
+
+    properties = types.SimpleNamespace(
+        name=target.name,
+        major=target.capability // 10,
+        minor=target.capability % 10,
+        multi_processor_count=target.multiprocessors,
+        total_memory=target.total_memory,
+        max_threads_per_multi_processor=target.threads_per_multiprocessor,
+        max_threads_per_block=1024,
+        regs_per_multiprocessor=target.registers_per_multiprocessor,
+        warp_size=32,
+        shared_memory_per_block=49152,
+        shared_memory_per_block_optin=target.shared_memory_per_block,
+        shared_memory_per_multiprocessor=target.shared_memory_per_multiprocessor,
+        L2_cache_size=target.l2_bytes,
+        gcnArchName="",
+        uuid="none",
+    )
+    capability = (properties.major, properties.minor)
+    answers: dict[str, Any] = {
+        "is_available": lambda: True,
+        "is_initialized": lambda: True,
+        "device_count": lambda: 1,
+        "current_device": lambda: 0,
+        "get_device_properties": lambda device=None: properties,
+        "get_device_capability": lambda device=None: capability,
+        "synchronize": lambda device=None: None,
+        "set_device": lambda device: None,
+        "get_rng_state": lambda *_, **__: torch.zeros(16, dtype=torch.uint8),
+        "set_rng_state": lambda *_, **__: None,
+        "_lazy_init": lambda: None,
+        "_exchange_device": lambda device: 0,
+        # A function of its own: Dynamo looks functions up by identity and takes no two names for one.
+        "_maybe_exchange_device": lambda device: 0,
+    }
+    for name, answer in answers.items():
+        setattr(torch.cuda, name, answer)
+    for name in ("current_device", "device_count", "synchronize", "get_device_properties"):
+        setattr(CudaInterface, name, staticmethod(answers[name]))
+    # Dynamo would ask the accelerator for its current stream.
+    torch.accelerator.is_available = lambda: False
+    torch._C._cuda_getCurrentRawStream = lambda device: 0
+
+
+def _answer_for_the_driver(target: Target) -> None:
+    import triton
+    from torch._inductor.runtime import triton_helpers
+    from triton.backends.compiler import GPUTarget
+
+    limits = {"max_shared_mem": target.shared_memory_per_block}
+    driver = types.SimpleNamespace(
+        get_current_target=lambda: GPUTarget("cuda", target.capability, 32),
+        get_current_device=lambda: 0,
+        get_current_stream=lambda device=0: 0,
+        utils=types.SimpleNamespace(get_device_properties=lambda device: limits),
+    )
+    triton.runtime.driver.set_active(driver)
+    triton_helpers.set_driver_to_gpu = lambda: None
+
+
+def _leave_out_what_needs_data() -> None:
+    from torch._inductor import config
+    from torch._inductor.fx_passes import joint_graph
+    from torch._subclasses import fake_tensor
+
+    # A CUDA build opens a context with the first fake tensor.
+    setattr(fake_tensor, "init_gpu_context", lambda device: None)  # noqa: B010 (typed as a cached function)
+    # Looking for attention written out by hand traces on real CUDA tensors; folding constants computes on them.
+    joint_graph.lazy_init = lambda *_, **__: None
+    config.joint_graph_constant_folding = False

@@ -1,0 +1,136 @@
+"""The work: prefill in chunks of fixed size, then decoding from an early and from the last state in turns."""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdma import DynamicMaskAttention, DynamicMaskState
+from flexdma.tools.bench.timing import synchronise
+
+# Where peak memory is compared with that at the end, and where decoding is.
+MEMORY_FROM, DECODE_FROM = 65536, 4096
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What is run.  hidden_size is that of the layer's input; heads, kv_heads, head_dim and window are the layer's."""
+
+    tokens: int
+    chunk: int
+    decode: int
+    window: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    hidden_size: int
+    recency: str | None
+    seed: int
+
+
+@dataclass
+class Course:
+    """What was measured.  Marks are (tokens read, seconds so far, peak bytes so far)."""
+
+    marks: list[tuple[int, float, int]] = field(default_factory=list)
+    state_bytes: int = 0
+    full_cache_bytes: int = 0
+    decode_seconds: dict[str, float] = field(default_factory=dict)  # per token, by context
+
+    def numbers(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self)
+
+    @property
+    def growth(self) -> float | None:
+        """Peak memory at the end over that at MEMORY_FROM tokens; None for a shorter run."""
+        early = [peak for tokens, _seconds, peak in self.marks if tokens == MEMORY_FROM]
+        return self.marks[-1][2] / early[0] if early and self.marks[-1][0] > MEMORY_FROM else None
+
+
+def make_layer(sizes: Sizes, device: str) -> DynamicMaskAttention:
+    """A layer with random weights whose gates differ from key to key: with A = 0 it would be a sliding window."""
+    torch.manual_seed(sizes.seed)
+    layer = DynamicMaskAttention(
+        sizes.hidden_size,
+        sizes.heads,
+        sizes.kv_heads,
+        sizes.head_dim,
+        sizes.window,
+        recency=sizes.recency,
+        qk_norm=True,
+    )
+    torch.nn.init.normal_(layer.gate.A)
+    return layer.to(device).eval()
+
+
+@torch.no_grad()
+def run(layer: DynamicMaskAttention, sizes: Sizes, tick: Callable[[str, int, int], None]) -> Course:
+    """Prefill and decode; `tick(what, done, of)` after every chunk and token."""
+    device = layer.k_proj.weight.device
+    generator = torch.Generator(device).manual_seed(sizes.seed)
+
+    def tokens(count: int) -> Tensor:
+        return torch.randn(1, count, sizes.hidden_size, device=device, generator=generator)
+
+    course, state, early, read = Course(), layer.empty_state(1), None, 0
+    start = time.perf_counter()
+    for size in chunk_sizes(sizes.tokens, sizes.chunk):
+        _output, state = layer(tokens(size), state=state, return_state=True)
+        synchronise()
+        read += size
+        course.marks.append((read, time.perf_counter() - start, peak_memory(device)))
+        if read == DECODE_FROM:
+            early = state.checkpoint()
+        tick("prefill", read, sizes.tokens)
+    course.state_bytes = state.nbytes
+    course.full_cache_bytes = 2 * sizes.kv_heads * sizes.head_dim * state.key.element_size() * sizes.tokens
+
+    states = {f"{sizes.tokens:,}": state} if early is None else {f"{DECODE_FROM:,}": early, f"{sizes.tokens:,}": state}
+    course.decode_seconds = _decode(layer, states, tokens, sizes.decode, tick)
+    return course
+
+
+def chunk_sizes(tokens: int, chunk: int) -> Iterator[int]:
+    """Chunks of this size, shorter ones at the end and where something is measured."""
+    read = 0
+    while read < tokens:
+        stops = [stop for stop in (DECODE_FROM, MEMORY_FROM, tokens) if stop > read]
+        size = min(chunk, min(stops) - read)
+        yield size
+        read += size
+
+
+def _decode(
+    layer: DynamicMaskAttention,
+    states: dict[str, DynamicMaskState],
+    tokens: Callable[[int], Tensor],
+    count: int,
+    tick: Callable[[str, int, int], None],
+) -> dict[str, float]:
+    """Median seconds per token from each state, all states taking turns token by token."""
+    seconds: dict[str, list[float]] = {name: [] for name in states}
+    for number in range(count):
+        token = tokens(1)
+        for name, state in states.items():
+            start = time.perf_counter()
+            _output, states[name] = layer(token, state=state, return_state=True)
+            synchronise()
+            seconds[name].append(time.perf_counter() - start)
+        tick("decode", number + 1, count)
+    return {name: statistics.median(times) for name, times in seconds.items() if times}
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that the process has held so far, or that PyTorch has on a GPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else 1024 * peak

@@ -1,0 +1,60 @@
+"""What a long run leaves: a table, JSON, a picture."""
+
+from pathlib import Path
+from typing import Any
+
+from flexdma.atomic_write import write_whole
+from flexdma.tools.longrun.course import MEMORY_FROM, Course
+
+MIB = 2**20
+
+
+def table(course: Course) -> str:
+    """Markdown: a row per doubling of the context, then what decoding costs and what is kept."""
+    lines = ["| tokens read | seconds | tokens/s | peak memory, MiB |", "|---|---|---|---|"]
+    shown = 0
+    for number, (tokens, seconds, peak) in enumerate(course.marks):
+        if tokens >= 2 * shown or number == len(course.marks) - 1:
+            lines.append(f"| {tokens:,} | {seconds:.1f} | {tokens / seconds:,.0f} | {peak / MIB:,.0f} |")
+            shown = tokens
+    lines.append("")
+    if course.growth is not None:
+        more = course.marks[-1][2] * (1 - 1 / course.growth) / MIB
+        lines.append(f"Peak memory at the end / at {MEMORY_FROM:,} tokens: {course.growth:.3f} ({more:+.1f} MiB)")
+    lines.append(
+        f"State: {course.state_bytes / MIB:.2f} MiB; a full cache would hold {course.full_cache_bytes / MIB:,.0f} MiB"
+    )
+    for context, seconds in course.decode_seconds.items():
+        lines.append(f"Decoding after {context} tokens: {1e3 * seconds:.3f} ms per token (median)")
+    if len(course.decode_seconds) == 2:
+        early, late = course.decode_seconds.values()
+        lines.append(f"The latter / the former: {late / early:.3f}")
+    return "\n".join(lines)
+
+
+def picture_formats() -> list[str]:
+    """Endings of the files that `write_plot` can write."""
+    from matplotlib.backend_bases import FigureCanvasBase
+
+    return sorted(FigureCanvasBase.get_supported_filetypes())
+
+
+def write_plot(path: Path, course: Course) -> None:
+    """Tokens per second and peak memory against the tokens read."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(9, 3.6), layout="constrained")
+    speed, memory = figure.subplots(1, 2)
+    tokens: list[Any] = [0, *(mark[0] for mark in course.marks)]
+    clock = [0.0, *(mark[1] for mark in course.marks)]
+    rates = [(tokens[n + 1] - tokens[n]) / (clock[n + 1] - clock[n]) for n in range(len(course.marks))]
+    speed.plot(tokens[1:], rates, color="#0072B2")
+    speed.set_ylabel("tokens per second, each chunk")
+    memory.plot(tokens[1:], [mark[2] / MIB for mark in course.marks], color="#D55E00")
+    memory.set_ylabel("peak memory so far, MiB")
+    for axes in (speed, memory):
+        axes.set_xlabel("tokens read")
+        axes.set_ylim(bottom=0)
+        axes.grid(alpha=0.25)
+    figure.suptitle("A context that does not end")
+    write_whole(path, lambda part: figure.savefig(part))
