@@ -11,7 +11,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexdma import checks
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import realize
-from flexdma.packing.block_metadata import block_mask_from, block_metadata
+from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.signatures import MaskMod
 
 
@@ -57,8 +57,9 @@ def lifespan_block_mask(
     rows, columns = checks.block_sizes(block_size)
 
     birth, death = (bound - (keys - queries) for bound in lifespans)
-    metadata = block_metadata(birth, death, queries, 1, rows, columns, True)
+    index = block_index(birth, death, queries=queries, block_size=(rows, columns), transposed=True)
     # Contiguous copies per query head: the kernel reads rows in memory order and is silently wrong on an expanded view.
-    metadata = [realize(index.repeat_interleave(group, 1)) if group > 1 else index for index in metadata]
+    if group > 1:
+        index = BlockIndex.of([realize(tensor.repeat_interleave(group, 1)) for tensor in index.tensors()])
     mask_mod = lifespan_mask_mod(lifespans, num_query_heads=num_query_heads, first_query=keys - queries)
-    return block_mask_from(metadata, (queries, keys), (rows, columns), mask_mod)
+    return index.block_mask((queries, keys), (rows, columns), mask_mod)

@@ -86,8 +86,8 @@ def visited(gate, window_size, selection, shape, document_ids=None):
     select = causal_top_w if selection == "causal" else global_top_w
     alive = select(gate, window_size, document_ids=document_ids)
     sizes = {"queries": queries, "group": query_heads // heads, "capacity": window_size, "block_size": (128, 128)}
-    _, (partial, _, full, _) = schedule(alive, **sizes, transposed=False)
-    return int(partial.sum()), int(full.sum())
+    _, index = schedule(alive, **sizes, transposed=False)
+    return int(index.partial_num.sum()), int(index.full_num.sum())
 
 
 def relative(got, want):

@@ -1,4 +1,4 @@
-"""Block masks: the mask_mod is the whole truth, and the metadata says the same at block resolution."""
+"""Block masks: the mask_mod is the whole truth, and the index says the same at block resolution."""
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from flexdma.block_masks import (
     sink_mask_mod,
     sliding_window_mask_mod,
 )
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 from flexdma.score_mods import alibi_score_mod, gate_score_mod, softcap_score_mod
@@ -46,12 +46,13 @@ def listed(number, indices, width):
     return marks.scatter(-1, torch.where(chosen, indices, width).long(), True)[..., :width]
 
 
-def check_metadata(metadata, dense, rows, columns):
+def check_index(index, dense, rows, columns):
     """Against the mask [..., rows of queries, keys] that they are the blocks of."""
     some, every = blocks_of(dense, rows, columns)
     row_blocks, key_blocks = some.shape[-2:]
-    partial, full = (listed(*metadata[n : n + 2], key_blocks) for n in (0, 2))
-    partial_transposed, full_transposed = (listed(*metadata[n : n + 2], row_blocks) for n in (4, 6))
+    partial, full = listed(*index[:2], key_blocks), listed(*index[2:4], key_blocks)
+    partial_transposed = listed(*index.transposed[:2], row_blocks)
+    full_transposed = listed(*index.transposed[2:4], row_blocks)
     assert torch.equal(partial | full, some)
     assert torch.equal(full, every & some)
     assert not (partial & full).any()
@@ -60,31 +61,32 @@ def check_metadata(metadata, dense, rows, columns):
 
 
 @given(cases, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.data())
-def test_metadata_equal_the_dense_mask_in_any_order_of_keys(case, group, rows, columns, data):
+def test_index_equal_the_dense_mask_in_any_order_of_keys(case, group, rows, columns, data):
     gate, window, options = case
     length = gate.shape[-1]
     queries = data.draw(st.integers(1, length))
     order = torch.tensor(data.draw(st.permutations(range(length))))
     birth, death = (bound[..., order] - (length - queries) for bound in causal_top_w(gate, window, **options))
-    metadata = block_metadata(birth, death, queries, group, rows, columns, True)
+    sizes = {"queries": queries, "group": group, "block_size": (rows, columns)}
+    index = block_index(birth, death, **sizes, transposed=True)
     dense = dense_visibility(gate, window_size=window, **options)[..., length - queries :, order]
-    check_metadata(metadata, dense.repeat_interleave(group, -2), rows, columns)
-    for indices in metadata[1::2]:
+    check_index(index, dense.repeat_interleave(group, -2), rows, columns)
+    for indices in index.tensors()[1::2]:
         assert torch.equal(indices.sort(-1).values, torch.arange(indices.shape[-1]).expand_as(indices))
 
 
 @given(cases, st.integers(1, 3), st.integers(1, 9), st.integers(1, 9), st.data())
-def test_metadata_of_packed_keys_equal_the_dense_mask(case, group, rows, columns, data):
+def test_index_of_packed_keys_equal_the_dense_mask(case, group, rows, columns, data):
     gate, window, options = case
     length = gate.shape[-1]
     queries = data.draw(st.integers(1, length))
     lifespans = causal_top_w(gate, window, **options)
     capacity = window + options.get("sinks", 0) + options.get("recent", 0)
     sizes = {"queries": queries, "group": group, "capacity": capacity, "block_size": (rows, columns)}
-    packing, metadata = schedule(lifespans, **sizes, transposed=True)
+    packing, index = schedule(lifespans, **sizes, transposed=True)
     query = torch.arange(queries)[:, None]
     dense = (packing.birth.unsqueeze(-2) <= query) & (query < packing.death.unsqueeze(-2))
-    check_metadata(metadata, dense.repeat_interleave(group, -2), rows, columns)
+    check_index(index, dense.repeat_interleave(group, -2), rows, columns)
 
 
 @given(cases)
@@ -147,7 +149,7 @@ def test_the_recipes_in_plain_flex_attention_equal_the_operator():
             torch.testing.assert_close(got, want, atol=1e-5, rtol=0)
 
 
-def test_metadata_memory_is_linear_plus_four_ints_per_block_pair():
+def test_index_memory_is_linear_plus_four_ints_per_block_pair():
     keys = 4096
     lifespans = causal_top_w(torch.randn(1, 2, keys), 128)
     block_mask = lifespan_block_mask(lifespans, num_query_heads=2, block_size=128)

@@ -18,7 +18,7 @@ from flexdma import cost
 from flexdma.__main__ import main
 from flexdma.lifespans import Lifespans
 from flexdma.packing import pack, packed_layout
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.tools.bench.timing import peak_bytes
 from flexdma.tools.explain import counts
@@ -63,8 +63,8 @@ def test_shown_pairs_are_those_of_the_mask(length, window):
 def test_metadata_is_what_the_schedule_holds(length, window, query_heads, training):
     bound = torch.empty(2, 2, length, dtype=torch.int32, device="meta")  # on a CPU lists are longer
     sizes = {"queries": length, "group": query_heads // 2, "capacity": window, "block_size": (128, 128)}
-    packing, metadata = schedule(Lifespans(bound, bound), **sizes, transposed=training)
-    held = [*packing[: 5 if training else 3], *metadata]  # pieces and starts are for the gradients
+    packing, index = schedule(Lifespans(bound, bound), **sizes, transposed=training)
+    held = [*packing[: 5 if training else 3], *index.tensors()]  # pieces and starts are for the gradients
     got = cost.forward(training=training).at(**SIZES | {"Hq": query_heads}, N=length, w=window)["metadata"]
     assert got == sum(tensor.nbytes for tensor in held)
 
@@ -79,8 +79,8 @@ def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, trainin
     def build():
         packing = pack(alive, layout, queries=length)
         bounds = (packing.birth, packing.death)
-        metadata = block_metadata(*bounds, length, 4, 128, 128, training, layout.periods, layout.period)
-        return packing, metadata
+        sizes = {"queries": length, "group": 4, "block_size": (128, 128), "transposed": training}
+        return packing, block_index(*bounds, **sizes, periods=layout.periods, period=layout.period)
 
     sizes = SIZES | {"B": 1, "Hq": 4, "Hkv": 1, "D": 1, "Dv": 1}
     got = cost.forward(training=training).at(**sizes, N=length, w=window)["peak"]

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from flexdma import Lifespans, above_threshold, causal_top_w, global_top_w, pack, packed_layout
 from flexdma.packing import Layout
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from tests.gate_strategies import gates
 
@@ -16,8 +16,8 @@ def visited_blocks(lifespans, capacity, rows, columns):
     """Visited key blocks per row block."""
     queries = lifespans.birth.shape[-1]
     sizes = {"queries": queries, "group": 1, "capacity": capacity, "block_size": (rows, columns)}
-    _, (partial, _, full, _) = schedule(lifespans, **sizes, transposed=False)
-    return partial + full
+    _, index = schedule(lifespans, **sizes, transposed=False)
+    return index.visited()
 
 
 def test_the_example_of_the_docstring():
@@ -163,8 +163,8 @@ def test_few_queries_of_many_keys_have_few_places():
 
 def test_packing_beats_natural_order_where_it_matters():
     lifespans = causal_top_w(torch.randn(1, 1, 16384), 512)
-    partial, _, full, _ = block_metadata(*lifespans, 16384, 1, 128, 128, False)
+    natural = block_index(*lifespans, queries=16384, block_size=(128, 128)).visited()
     packed = visited_blocks(lifespans, 512, 128, 128).sum().item()
-    assert packed * 5 < (partial + full).sum().item()
+    assert packed * 5 < natural.sum().item()
     ideal = 512 / 128 * 16384 / 128
     assert packed < 1.4 * ideal

@@ -16,7 +16,6 @@ from flexdma.lowerings.packed_keys import at_places
 from flexdma.lowerings.reference_gate import reference_gate, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.opaque import realize
-from flexdma.packing.block_metadata import block_mask_from
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
 
@@ -64,7 +63,7 @@ def flex_attend(
     capacity = keys if capacity is None else index(capacity)
     first_query = keys - queries
 
-    packing, metadata = schedule(
+    packing, block_index = schedule(
         lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient
     )
     order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])
@@ -103,7 +102,7 @@ def flex_attend(
         i = row // group
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
-    block_mask = block_mask_from(metadata, (queries * group, order.shape[-1]), block_size, packed_mask_mod)
+    block_mask = block_index.block_mask((queries * group, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
         rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
     else:

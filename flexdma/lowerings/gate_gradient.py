@@ -24,7 +24,7 @@ from torch.nn.functional import pad
 
 from flexdma import checks
 from flexdma.opaque import realize
-from flexdma.packing.block_metadata import block_mask_from
+from flexdma.packing.block_index import BlockIndex
 from flexdma.signatures import MaskMod, ScoreMod
 
 ROUTES = ("atomics", "transposed", "column")
@@ -131,8 +131,10 @@ def transposed_block_mask(block_mask: BlockMask) -> BlockMask:
         return mask_mod(b, h, row, column)
 
     rows, columns = block_mask.BLOCK_SIZE
-    metadata = [block_mask.q_num_blocks, block_mask.q_indices, block_mask.full_q_num_blocks, block_mask.full_q_indices]
-    return block_mask_from(metadata, block_mask.seq_lengths[::-1], (columns, rows), transposed_mask_mod)
+    by_key = [block_mask.q_num_blocks, block_mask.q_indices, block_mask.full_q_num_blocks, block_mask.full_q_indices]
+    return BlockIndex.of(cast(list[Tensor], by_key)).block_mask(
+        block_mask.seq_lengths[::-1], (columns, rows), transposed_mask_mod
+    )
 
 
 def _as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:

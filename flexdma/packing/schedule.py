@@ -6,7 +6,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import opaque_on_cpu
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.places import Layout, Packing, pack, packed_layout
 from flexdma.rounding import ceil_div
 
@@ -19,8 +19,8 @@ def schedule(
     capacity: int,
     block_size: tuple[int, int],
     transposed: bool,
-) -> tuple[Packing, list[Tensor]]:
-    """Packed keys, and the `block_metadata` of them.
+) -> tuple[Packing, BlockIndex]:
+    """Packed keys, and the blocks of them to visit.
 
     lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions, `group` rows each.
     capacity: no query sees more keys.
@@ -28,10 +28,10 @@ def schedule(
     """
     rows, columns = block_size
     layout = packed_layout(queries, lifespans.birth.shape[-1], capacity, block_size=block_size, group=group)
-    order, birth, death, pieces, starts, *metadata = _schedule(
+    order, birth, death, pieces, starts, *index = _schedule(
         *lifespans, queries, group, capacity, rows, columns, transposed
     )
-    return Packing(order, birth, death, pieces, starts, layout), metadata
+    return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index)
 
 
 def _empty_schedule(
@@ -40,11 +40,11 @@ def _empty_schedule(
     batch, heads, keys = birth.shape
     layout = packed_layout(queries, keys, capacity, block_size=(rows, columns), group=group)
     placed = birth.new_empty((batch, heads, layout.periods * layout.places))
-    metadata = _metadata(placed, placed, queries, group, rows, columns, transposed, layout)
+    index = _index(placed, placed, queries, group, rows, columns, transposed, layout)
     return [
         *map(torch.empty_like, [placed] * 4),
         birth.new_empty((batch, heads, keys + 1)),
-        *map(torch.empty_like, metadata),
+        *map(torch.empty_like, index),
     ]
 
 
@@ -55,15 +55,26 @@ def _schedule(
     layout = packed_layout(queries, birth.shape[-1], capacity, block_size=(rows, columns), group=group)
     *packing, _ = pack(Lifespans(birth, death), layout, queries=queries)
     _, birth, death, *_ = packing
-    return [*packing, *_metadata(birth, death, queries, group, rows, columns, transposed, layout)]
+    return [*packing, *_index(birth, death, queries, group, rows, columns, transposed, layout)]
 
 
-def _metadata(
+def _index(
     birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int, transposed: bool, layout: Layout
 ) -> list[Tensor]:
-    metadata = block_metadata(birth, death, queries, group, rows, columns, transposed, layout.periods, layout.period)
+    index = block_index(
+        birth,
+        death,
+        queries=queries,
+        group=group,
+        block_size=(rows, columns),
+        transposed=transposed,
+        periods=layout.periods,
+        period=layout.period,
+    )
     if birth.device.type == "cpu":
         # The C++ lowering wants room for the key blocks of all periods.
-        missing = ceil_div(birth.shape[-1], columns) - metadata[1].shape[-1]
-        metadata[1], metadata[3] = (pad(metadata[n], (0, missing)) for n in (1, 3))
-    return metadata
+        missing = (0, ceil_div(birth.shape[-1], columns) - index.partial_indices.shape[-1])
+        index = index._replace(
+            partial_indices=pad(index.partial_indices, missing), full_indices=pad(index.full_indices, missing)
+        )
+    return index.tensors()

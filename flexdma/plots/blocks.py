@@ -10,7 +10,7 @@ from matplotlib.patches import Patch
 from torch import Tensor
 
 from flexdma import Lifespans
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.schedule import schedule
 from flexdma.plots.arguments import one_head
 from flexdma.plots.colours import TILES
@@ -30,7 +30,7 @@ def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
     """Which tiles a kernel visits for one head; birth, death [K], of which no query sees more than window_size."""
     one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
     length = one.birth.shape[-1]
-    natural = block_metadata(*one, length, 1, block, block, False)
+    natural = block_index(*one, queries=length, block_size=(block, block))
     sizes: dict[str, Any] = {"queries": length, "group": 1, "capacity": window_size, "block_size": (block, block)}
     return TileMaps(_tile_map(natural), _tile_map(schedule(one, **sizes, transposed=False)[1]))
 
@@ -78,10 +78,10 @@ def block_figure(
     return figure
 
 
-def _tile_map(metadata: list[Tensor]) -> Tensor:
-    number, indices, full_number, full_indices = (t[0, 0].long() for t in metadata)
+def _tile_map(index: BlockIndex) -> Tensor:
+    number, indices, full_number, full_indices = (t[0, 0].long() for t in index.tensors())
     tiles = torch.full(indices.shape, SKIPPED)
-    for count, index, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):
+    for count, visited, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):
         row, place = (torch.arange(indices.shape[-1]) < count[:, None]).nonzero(as_tuple=True)
-        tiles[row, index[row, place]] = mark
+        tiles[row, visited[row, place]] = mark
     return tiles

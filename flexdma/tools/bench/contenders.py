@@ -21,7 +21,7 @@ from flexdma.lowerings.flex import default_block_size
 from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
 from flexdma.opaque import realize
-from flexdma.packing.block_metadata import block_mask_from, block_metadata
+from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.rounding import ceil_div
 from flexdma.score_mods import gate_score_mod
@@ -94,8 +94,9 @@ def flex_causal(query: Tensor, key: Tensor, value: Tensor, compiler: Compile) ->
     """FlexAttention with a causal BlockMask, made by counting: `create_block_mask` would hold an N x N tensor."""
     length = key.shape[2]
     birth = torch.arange(length, dtype=torch.int32, device=key.device).view(1, 1, -1)
-    metadata = block_metadata(birth, torch.full_like(birth, length), length, 1, FLEX_TILE, FLEX_TILE, True)
-    mask = block_mask_from(metadata, (length, length), (FLEX_TILE, FLEX_TILE), lambda b, h, i, j: i >= j)
+    tile = (FLEX_TILE, FLEX_TILE)
+    index = block_index(birth, torch.full_like(birth, length), queries=length, block_size=tile, transposed=True)
+    mask = index.block_mask((length, length), tile, lambda b, h, i, j: i >= j)
     return partial(compiler(flex_attention), query, key, value, block_mask=mask, enable_gqa=True)
 
 
@@ -146,8 +147,8 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
         "block_size": (rows, columns),
     }
     packed = schedule(alive, **sizes, transposed=False)[1]
-    natural = block_metadata(*alive, shape.length, 1, FLEX_TILE, FLEX_TILE, False)
-    visited, in_order = ((numbers[0] + numbers[2]).sum().item() for numbers in (packed, natural))
+    natural = block_index(*alive, queries=shape.length, block_size=(FLEX_TILE, FLEX_TILE))
+    visited, in_order = (index.visited().sum().item() for index in (packed, natural))
     blocks = ceil_div(shape.length, QUERY_BLOCK)
     slots = min(shape.window, shape.length) + QUERY_BLOCK
     gathered = shape.query_heads * blocks * QUERY_BLOCK * slots / shown

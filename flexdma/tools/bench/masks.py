@@ -8,7 +8,7 @@ from flexdma import causal_top_w
 from flexdma.lowerings import flex
 from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.living_keys import living_lists
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.tools.bench.families import gate_families
 from flexdma.tools.bench.shapes import Shape
@@ -20,11 +20,11 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
     for name, gate in gate_families(length).items():
         lifespans = causal_top_w(gate[None, None], window)
         visible = (lifespans.death - lifespans.birth).sum().item()
-        in_order = block_metadata(*lifespans, length, 1, rows, columns, False)
+        in_order = block_index(*lifespans, queries=length, block_size=(rows, columns))
         _, packed = schedule(
             lifespans, queries=length, group=1, capacity=window, block_size=(rows, columns), transposed=False
         )
-        natural, dense = ((c[0] + c[2]).sum().item() * rows * columns / visible for c in (in_order, packed))
+        natural, dense = (c.visited().sum().item() * rows * columns / visible for c in (in_order, packed))
         ratios[name] = (natural, dense)
     return ratios
 

@@ -24,7 +24,7 @@ from flexdma.lowerings.packed_keys import at_places
 from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.opaque import realize
 from flexdma.packing import pack, packed_layout
-from flexdma.packing.block_metadata import block_mask_from, block_metadata
+from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.schedule import schedule
 from flexdma.tools.bench.contenders import Compile, compile_whole
 from flexdma.tools.bench.limits import Budget
@@ -180,7 +180,7 @@ def _flex_stages(
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
     group = shape.query_heads // shape.heads
-    rows, columns = block_size = flex.default_block_size(query.device.type)
+    block_size = flex.default_block_size(query.device.type)
     sizes: dict[str, Any] = {
         "queries": shape.length,
         "group": group,
@@ -191,21 +191,24 @@ def _flex_stages(
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)
         reference = reference_gate(gate, alive)
-        packing, metadata = schedule(alive, **sizes, transposed=shape.backward)
+        packing, index = schedule(alive, **sizes, transposed=shape.backward)
         moved = [at_places(tensor, packing, needs_gradient=False) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
     alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
     take = alone(lambda *tensors: [at_places(tensor, packing, needs_gradient=False) for tensor in tensors])
-    block = (shape.length, group, rows, columns, shape.backward, layout.periods, layout.period)
+    listed = functools.partial(
+        block_index, queries=shape.length, group=group, block_size=block_size, transposed=shape.backward,
+        periods=layout.periods, period=layout.period,
+    )  # fmt: skip
     stages: dict[str, tuple[Callable, tuple]] = {
         GATE: (module, (value,)),
         RANKING: (alone(lambda gate: by_rank(gate, None)), (gate,)),
         "selection": (alone(causal_top_w), (gate, shape.window)),
         REFERENCE: (alone(reference_gate), (gate, alive)),
         PACKING: (alone(lambda alive: pack(alive, layout, queries=shape.length)), (alive,)),
-        METADATA: (alone(block_metadata), (packing.birth, packing.death, *block)),
+        METADATA: (alone(listed), (packing.birth, packing.death)),
         TAKE: (take, (key, value, gate)),
-        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, metadata, group, block_size)),
+        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, index, group, block_size)),
     }
 
     def without_gradient(function: Callable, arguments: tuple) -> object:
@@ -217,7 +220,7 @@ def _flex_stages(
 
 def _packed_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor,
-    metadata: list[Tensor], group: int, block_size: tuple[int, int],
+    index: BlockIndex, group: int, block_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """FlexAttention on keys that are packed already: the flex lowering's kernel alone, and the fold of its rows."""
     heads, queries = key.shape[1], reference.shape[2]
@@ -231,7 +234,7 @@ def _packed_attention(
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     rows = realize(query.unflatten(1, (heads, group)).transpose(2, 3).flatten(2, 3))
-    mask = block_mask_from(metadata, (queries * group, key.shape[2]), block_size, mask_mod)
+    mask = index.block_mask((queries * group, key.shape[2]), block_size, mask_mod)
     output = flex_attention(rows, key, value, score_mod=score_mod, block_mask=mask)
     return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 

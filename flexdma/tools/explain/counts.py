@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
-from flexdma.packing.block_metadata import block_metadata
+from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.rounding import ceil_div
 
@@ -57,16 +57,16 @@ def block_counts(
     rows, columns = block_size
     length = lifespans.birth.shape[-1]
     if capacity is None:
-        numbers = block_metadata(*lifespans, length, group, rows, columns, False)
+        index = block_index(*lifespans, queries=length, group=group, block_size=block_size)
     else:
         sizes: dict[str, Any] = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
-        _, numbers = schedule(lifespans, **sizes, transposed=False)
-    partial, full = (number.sum(-1).double().mean(0) for number in (numbers[0], numbers[2]))
+        _, index = schedule(lifespans, **sizes, transposed=False)
+    visited, full = (number.sum(-1).double().mean(0) for number in (index.visited(), index.full_num))
     ideal = (lifespans.death - lifespans.birth).long().sum(-1).double().mean(0) * group / (rows * columns)
     causal = causal_blocks(length, group, block_size)
     return [
-        BlockCounts(visited, whole, visited / at_best if at_best else 0.0, visited / causal)
-        for visited, whole, at_best in zip((partial + full).tolist(), full.tolist(), ideal.tolist(), strict=True)
+        BlockCounts(each, whole, each / at_best if at_best else 0.0, each / causal)
+        for each, whole, at_best in zip(visited.tolist(), full.tolist(), ideal.tolist(), strict=True)
     ]
 
 

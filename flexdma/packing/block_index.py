@@ -11,7 +11,7 @@ keys are seen by queries of their own period alone, so that the tiles are few: O
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -24,7 +24,83 @@ from flexdma.rounding import ceil_div
 from flexdma.signatures import MaskMod
 
 
-def _empty_metadata(
+class BlockIndex(NamedTuple):
+    """The blocks that a kernel visits; R row blocks, C key blocks of a period (of all keys where there is one period).
+
+    A partial block needs the mask, a full one does not: every query of it sees every key.  No block is both, and a block that
+    is neither has no visible key.
+
+    partial_num, full_num: [B, H, R] int32, how many key blocks of either kind a row block visits.
+    partial_indices, full_indices: [B, H, R, C] int32, which: `indices[b, h, r, :num]` are sorted, unique and in range.  The
+        rest of a row holds other blocks, and no kernel reads it.  Contiguous: a compiled kernel reads a view silently wrong.
+    transposed: the same for each key block, [B, H, all key blocks] and [B, H, all key blocks, row blocks of a period], for a
+        backward; None without one.
+    """
+
+    partial_num: Tensor
+    partial_indices: Tensor
+    full_num: Tensor
+    full_indices: Tensor
+    transposed: "BlockIndex | None" = None
+
+    @classmethod
+    def of(cls, tensors: Sequence[Tensor]) -> "BlockIndex":
+        """From `tensors()`."""
+        partial_num, partial_indices, full_num, full_indices, *transposed = tensors
+        by_key = cls.of(transposed) if transposed else None
+        return cls(partial_num, partial_indices, full_num, full_indices, by_key)
+
+    def tensors(self) -> list[Tensor]:
+        """Its 4 tensors, then the transposed ones if there are any: 4 or 8."""
+        return [*self[:4], *(self.transposed[:4] if self.transposed else ())]
+
+    def visited(self) -> Tensor:
+        """[B, H, R]: how many key blocks each row block visits."""
+        return self.partial_num + self.full_num
+
+    def block_mask(self, lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod) -> BlockMask:
+        """FlexAttention's BlockMask of (rows, keys) = lengths; for inference only without `transposed`."""
+        by_key = self.transposed
+        # By keyword: the order of the arguments differs between torch 2.11 and 2.13.
+        return BlockMask(
+            seq_lengths=lengths,
+            kv_num_blocks=self.partial_num,
+            kv_indices=self.partial_indices,
+            full_kv_num_blocks=self.full_num,
+            full_kv_indices=self.full_indices,
+            q_num_blocks=None if by_key is None else by_key.partial_num,
+            q_indices=None if by_key is None else by_key.partial_indices,
+            full_q_num_blocks=None if by_key is None else by_key.full_num,
+            full_q_indices=None if by_key is None else by_key.full_indices,
+            BLOCK_SIZE=block_size,
+            mask_mod=mask_mod,
+        )
+
+
+def block_index(
+    birth: Tensor,
+    death: Tensor,
+    *,
+    queries: int,
+    group: int = 1,
+    block_size: tuple[int, int],
+    transposed: bool = False,
+    periods: int = 1,
+    period: int = 0,
+) -> BlockIndex:
+    """The blocks of keys in any order.
+
+    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key; `group` rows for each of the queries.
+    block_size: (rows, columns).  transposed: by key block, too, for a backward.
+    periods, period: the keys come in so many runs of equal length, a whole number of blocks each, and those of run p are
+        seen by queries from p * period to (p + 1) * period alone, a whole number of row blocks.  1: all by all.
+    O(L) time and memory, and one int per pair of a row block and a key block of its period.
+    """
+    rows, columns = block_size
+    return BlockIndex.of(_block_index(birth, death, queries, group, rows, columns, transposed, periods, period))
+
+
+def _empty_index(
     birth: Tensor,
     death: Tensor,
     queries: int,
@@ -32,8 +108,8 @@ def _empty_metadata(
     rows: int,
     columns: int,
     transposed: bool,
-    periods: int = 1,
-    period: int = 0,
+    periods: int,
+    period: int,
 ) -> list[Tensor]:
     batch, heads, places = birth.shape
     row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
@@ -44,8 +120,8 @@ def _empty_metadata(
     return [torch.empty_like(tensor) for pair in lists for tensor in pair * 2]
 
 
-@opaque_on_cpu("block_metadata", _empty_metadata)
-def block_metadata(
+@opaque_on_cpu("block_index", _empty_index)
+def _block_index(
     birth: Tensor,
     death: Tensor,
     queries: int,
@@ -53,21 +129,9 @@ def block_metadata(
     rows: int,
     columns: int,
     transposed: bool,
-    periods: int = 1,
-    period: int = 0,
+    periods: int,
+    period: int,
 ) -> list[Tensor]:
-    """Numbers and indices of the partial and the full blocks of every row block, and transposed for the backward.
-
-    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key; `group` rows for each of the queries.
-    periods, period: the keys come in so many runs of equal length, a whole number of blocks each, and those of run p are
-        seen by queries from p * period to (p + 1) * period alone, a whole number of row blocks.  1: all by all.
-    Returns int32 tensors [partial number, partial indices, full number, full indices], of shapes [B, H, R] and
-    [B, H, R, C] with R row blocks and C key blocks of a period; with `transposed` four more, [B, H, all key blocks] and
-    [B, H, all key blocks, row blocks of a period].
-
-    indices are in range, and indices[..., :number] sorted and unique; the rest of each row holds other blocks and no kernel
-    reads it; partial and full are disjoint; rows are contiguous in memory (the compiled kernel is silently wrong otherwise).
-    """
     places = birth.shape[-1]
     row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
     rows_each = row_blocks if periods == 1 else period * group // rows
@@ -95,12 +159,12 @@ def block_metadata(
         mask.transpose(-1, -2).flatten(2, 3)[:, :, :row_blocks] for mask in (visited & ~full, full)
     ]  # [B, H, R, C]
     row = torch.arange(row_blocks, device=birth.device)[:, None]
-    metadata = [t for mask in by_row for t in _ordered(mask, row // rows_each * keys_each, key_blocks)]
+    index = [t for mask in by_row for t in _ordered(mask, row // rows_each * keys_each, key_blocks)]
     if transposed:
         by_key = [mask.flatten(2, 3) for mask in (visited & ~full, full)]
         key = torch.arange(key_blocks, device=birth.device)[:, None]
-        metadata += [t for mask in by_key for t in _ordered(mask, key // keys_each * rows_each, row_blocks)]
-    return metadata
+        index += [t for mask in by_key for t in _ordered(mask, key // keys_each * rows_each, row_blocks)]
+    return index
 
 
 def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:
@@ -114,25 +178,3 @@ def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:
     number = chosen.sum(-1, dtype=torch.int32)
     place = torch.where(chosen, before - 1, number[..., None] + indices - before)
     return [number, scattered((first + indices).clamp(max=end - 1).int().expand(chosen.shape), place.long())]
-
-
-def block_mask_from(
-    metadata: Sequence[Any], lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod
-) -> BlockMask:
-    """The BlockMask of `block_metadata`'s 4 tensors (inference only) or 8."""
-    number, indices, full_number, full_indices, *transposed = metadata
-    q_number, q_indices, full_q_number, full_q_indices = transposed if transposed else [None] * 4
-    # By keyword: the order of the arguments differs between torch 2.11 and 2.13.
-    return BlockMask(
-        seq_lengths=lengths,
-        kv_num_blocks=number,
-        kv_indices=indices,
-        full_kv_num_blocks=full_number,
-        full_kv_indices=full_indices,
-        q_num_blocks=q_number,
-        q_indices=q_indices,
-        full_q_num_blocks=full_q_number,
-        full_q_indices=full_q_indices,
-        BLOCK_SIZE=block_size,
-        mask_mod=mask_mod,
-    )
