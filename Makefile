@@ -21,6 +21,7 @@ lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 pytest: $(VENV)/.dev
 	$(BIN)/python -m pytest -n $(WORKERS)
@@ -48,4 +49,4 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	touch $@
 
 clean:
-	rm -rf $(VENV) .inductor-cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-report
+	rm -rf $(VENV) .inductor-cache .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-report

@@ -15,13 +15,13 @@ from flexdma.tools.bench import contenders as contenders_module
 from flexdma.tools.bench import limits, masks, measure, report, timing
 from flexdma.tools.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
 from flexdma.tools.bench.dense_mask import check_fits, dense_mask_attention
-from flexdma.tools.bench.families import _autoregressive, gate_families
 from flexdma.tools.bench.gradients import WITHOUT
 from flexdma.tools.bench.limits import Budget
 from flexdma.tools.bench.shapes import Shape, inputs
 from flexdma.tools.bench.stages import BEFORE_ATTENTION, Ledger, profile
 from flexdma.tools.bench.suites import FORWARD, SUITES, TRAINING
 from flexdma.tools.bench.timing import Prepared, UnavailableError, interleaved, peak_bytes
+from flexdma.tools.gate_families import _autoregressive, gate_families
 from tests.hand_moved_clock import HandMovedClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")

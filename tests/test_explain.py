@@ -11,12 +11,12 @@ import torch
 import flexdma
 from flexdma.__main__ import main
 from flexdma.reference import dense_visibility
-from flexdma.tools.bench.families import gate_families
 from flexdma.tools.bench.shapes import Shape, inputs
 from flexdma.tools.bench.suites import SUITES
 from flexdma.tools.explain import calibration, costs
 from flexdma.tools.explain.costs import Problem, Rates, break_even_length, break_even_window, resized, speedup
 from flexdma.tools.explain.counts import causal_blocks
+from flexdma.tools.gate_families import gate_families
 
 
 def dense_blocks(visible, group, rows, columns):

@@ -10,8 +10,8 @@ from flexdma.lowerings.fused import block_size_for
 from flexdma.lowerings.living_keys import living_lists
 from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
-from flexdma.tools.bench.families import gate_families
 from flexdma.tools.bench.shapes import Shape
+from flexdma.tools.gate_families import gate_families
 
 
 def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[str, tuple[float, float]]:

@@ -12,7 +12,7 @@ import torch
 
 from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.lowerings.flex import BLOCK_SIZE
-from flexdma.tools.bench import masks, report
+from flexdma.tools.bench import masks
 from flexdma.tools.bench.contenders import Compile, compile_whole, contenders, sdpa_causal, visited_over_ideal
 from flexdma.tools.bench.gradients import gate_gradient_share
 from flexdma.tools.bench.launches import device_work
@@ -21,6 +21,7 @@ from flexdma.tools.bench.shapes import Shape, inputs
 from flexdma.tools.bench.stages import profile
 from flexdma.tools.bench.suites import Suite
 from flexdma.tools.bench.timing import in_one_line, interleaved, peak_bytes, release
+from flexdma.tools.machine import machine
 
 SECTIONS = ("calls", "stages", "gate_gradient", "lengths", "others", "launches", "windows", "packing", "memory")
 FLEXDMA, SDPA, SELECTION = "flexdma", "SDPA causal", "selection"
@@ -38,7 +39,7 @@ def begun(suite: Suite, name: str, rounds: int, dtype: str, device: str) -> dict
     """The results of a suite before its first case."""
     shape = suite.calls[0]
     return {
-        "machine": report.machine(device), "suite": name, "dtype": dtype, "rounds": rounds,
+        "machine": machine(device), "suite": name, "dtype": dtype, "rounds": rounds,
         "heads": f"Hq={shape.query_heads} Hkv={shape.heads} D={shape.size}, iid gates",
         **{section: [] for section in SECTIONS}, "failed": {}, "skipped": [],
     }  # fmt: skip

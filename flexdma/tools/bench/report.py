@@ -1,36 +1,9 @@
 """Results as the Markdown of docs/benchmarks.md: a function of what was measured, so that no figure is copied by hand."""
 
-import platform
-from pathlib import Path
 from typing import Any
 
-import torch
-
-from flexdma._version import __version__
 from flexdma.tools.bench import tables
 from flexdma.tools.bench.targets import targets
-
-
-def machine(device: str) -> dict[str, Any]:
-    """What the figures were measured with."""
-    name = torch.cuda.get_device_name() if device == "cuda" else _processor()
-    return {
-        "device": name,
-        "threads": torch.get_num_threads() if device == "cpu" else None,
-        "torch": torch.__version__,
-        "python": platform.python_version(),
-        "flexdma": __version__,
-    }
-
-
-def _processor() -> str:
-    """The processor's name where Linux tells it."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def markdown(results: dict[str, Any]) -> str:

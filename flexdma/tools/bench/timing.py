@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from flexdma.tools.bench.limits import Budget, TimeIsUpError
+from flexdma.tools.machine import synchronise
 
 # A contender is run at most until its own runs have taken this long, but at least LEAST times.
 SECONDS_EACH = 12.0
@@ -181,12 +182,6 @@ def peak_bytes(contender: Contender) -> int:
 def _on_cuda() -> bool:
     """Whether the tensors of the contenders are on a GPU; there may be one while a CPU is measured."""
     return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
-
-
-def synchronise() -> None:
-    """Wait for what the GPU is still computing, where there is one."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
 
 
 def is_lost() -> bool:

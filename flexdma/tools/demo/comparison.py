@@ -16,10 +16,11 @@ from flexdma.tools.demo.checkpoint import save_checkpoint
 from flexdma.tools.demo.model import ByteModel, ModelSizes
 from flexdma.tools.demo.pictures import report_figures
 from flexdma.tools.demo.progress import TrainingProgress
-from flexdma.tools.demo.report import Outcome, machine, outcome_table, write_json
+from flexdma.tools.demo.report import Outcome, outcome_table, write_json
 from flexdma.tools.demo.sampling import sample
 from flexdma.tools.demo.text import Text, validation_windows
 from flexdma.tools.demo.training import Budget, Course, train, validate
+from flexdma.tools.machine import machine
 
 VALIDATION_WINDOWS = 64
 DYNAMIC = ("dma", "dma-recency")  # kinds whose gates select, so that their sparsity can change
@@ -81,7 +82,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
         out / "results.json",
         {
             "arguments": {key: value for key, value in vars(options).items() if key != "command"},
-            "machine": machine(torch.device(options.device)),
+            "machine": machine(options.device),
             "text": {
                 "name": text.name,
                 "training_bytes": len(text.training),

@@ -1,15 +1,12 @@
 """What the demonstration leaves: results.json and the table on the terminal."""
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from rich import box
 from rich.table import Table
 
-from flexdma._version import __version__
 from flexdma.atomic_write import write_whole
 from flexdma.tools.demo.training import Course
 
@@ -62,30 +59,6 @@ def outcome_table(outcomes: dict[str, Outcome], title: str) -> Table:
     return table
 
 
-def machine(device: torch.device) -> dict:
-    """What the numbers were taken on."""
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-    return {
-        "cpu": _cpu_name(),
-        "threads": torch.get_num_threads(),
-        "system": platform.platform(),
-        "device": str(device),
-        "accelerator": accelerator,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "flexdma": __version__,
-    }
-
-
 def write_json(path: Path, content: dict) -> None:
     """Numbers, indented."""
     write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return platform.processor()
-    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor()

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from flexdma.lifespans import causal_top_w
 from flexdma.lowerings.flex import BLOCK_SIZE
-from flexdma.tools.bench import report
 from flexdma.tools.bench.contenders import CAUSAL, COMPILED, EAGER, contenders
 from flexdma.tools.bench.shapes import Shape, inputs
 from flexdma.tools.bench.stages import BEFORE_ATTENTION, profile
@@ -22,6 +21,7 @@ from flexdma.tools.bench.tables import fastest_causal
 from flexdma.tools.bench.timing import interleaved
 from flexdma.tools.explain.costs import Problem, Rates, causal_cost, gather_cost, sorted_keys
 from flexdma.tools.explain.counts import block_counts
+from flexdma.tools.machine import machine
 
 # Long enough that attention, not launching kernels, is what takes the time.
 SHAPES = {"cpu": (4096, 256, 8, 2, 64, torch.float32), "cuda": (16384, 1024, 16, 4, 128, torch.bfloat16)}
@@ -33,7 +33,7 @@ def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]
     """(device, phase) -> Rates, as `explain(rates=...)` takes them.  A minute on a CPU, most of it compilation."""
     length, window, query_heads, heads, size, dtype = SHAPES[device]
     forward, both = (Shape(length, window, backward, query_heads, heads, size) for backward in (False, True))
-    measured_on = f"{_where(report.machine(device), dtype)}, N={length} w={window} D={size}"
+    measured_on = f"{_where(machine(device), dtype)}, N={length} w={window} D={size}"
     profiles = [
         profile(forward, inputs(forward, device, dtype), lowering, rounds, lambda name: None)
         for lowering in LOWERINGS[device]

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from flexdma.checks import SELECTIONS
-from flexdma.tools.bench.families import gate_families
 from flexdma.tools.explain.call import explain
+from flexdma.tools.gate_families import gate_families
 from flexdma.tools.refusal import refusing
 
 FAMILIES = [name.replace(" ", "-") for name in gate_families(1)]

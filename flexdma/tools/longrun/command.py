@@ -14,10 +14,10 @@ from flexdma import DynamicMaskAttention
 from flexdma.atomic_write import write_whole
 from flexdma.checks import LARGEST
 from flexdma.gates import RECENCIES
-from flexdma.tools.bench.report import machine
 from flexdma.tools.longrun import report
 from flexdma.tools.longrun.course import Course, Sizes, make_layer
 from flexdma.tools.longrun.course import run as run_course
+from flexdma.tools.machine import machine
 from flexdma.tools.refusal import RefusedError
 
 
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
     sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})
     layer = make_layer(sizes, arguments.device)
     course = _with_progress(layer, sizes)
-    about = machine(torch.device(arguments.device).type)
+    about = machine(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in (about | asdict(sizes)).items() if value is not None) + "\n")
     print(report.table(course))
     if arguments.json is not None:

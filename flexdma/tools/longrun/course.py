@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from flexdma import DynamicMaskAttention, DynamicMaskState
-from flexdma.tools.bench.timing import synchronise
+from flexdma.tools.machine import synchronise
 
 # Where peak memory is compared with that at the end, and where decoding is.
 MEMORY_FROM, DECODE_FROM = 65536, 4096

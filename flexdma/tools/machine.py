@@ -1,0 +1,39 @@
+"""The machine that numbers are measured on."""
+
+import platform
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from flexdma._version import __version__
+
+
+def machine(device: torch.device | str) -> dict[str, Any]:
+    """What stands beside measured numbers: the processor or GPU, threads of a CPU, system and versions."""
+    device = torch.device(device)
+    on_cpu = device.type == "cpu"
+    return {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "threads": torch.get_num_threads() if on_cpu else None,
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "flexdma": __version__,
+    }
+
+
+def synchronise() -> None:
+    """Wait for what the GPU is still computing, where there is one."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _processor() -> str:
+    """The processor's name, which Linux has in /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor() or platform.machine()
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
