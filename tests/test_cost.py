@@ -22,6 +22,7 @@ from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.tools.bench.timing import peak_bytes
 from flexdma.tools.explain import counts
+from flexdma.tools.inspect.device_guard import TESTED
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"B": 2, "Hq": 8, "Hkv": 2, "D": 64, "Dv": 64, "rows": 128, "columns": 128, "element": 2, "rho": 1.3}
@@ -89,6 +90,10 @@ def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, trainin
 
 @pytest.mark.kernels
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
+@pytest.mark.skipif(
+    (torch.__version__.split("+")[0], bool(torch.version.cuda)) not in TESTED,
+    reason=f"stand-ins for a CUDA device are not known for torch {torch.__version__}",
+)
 def test_bytes_are_those_that_the_compiler_counts():
     """At sizes other than those that the numbers per key and block were taken from."""
     cases = [
