@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import fused
+from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.living_keys import living_keys
 from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
@@ -31,8 +32,6 @@ BLOCK_SIZE = 128
 # training recomputes them in the backward instead of keeping them (256 MiB).
 CHUNK_ELEMENTS = 2**21
 KEPT_ELEMENTS = 2**26
-# Added to hide a key: no logit reaches it, and finite, so that a row that sees nothing has a softmax, and gradient 0.
-HIDDEN = -1e30
 
 
 def gather_attend(

@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from flexdma.lowerings.gather import HIDDEN
+from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.mixed_precision import without_autocast
 from flexdma.packing import along_keys
