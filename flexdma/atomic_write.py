@@ -5,7 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 
-def write_whole(path: Path, write: Callable[[Path], object]) -> None:
+def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
     """`write` a file beside `path`, then rename it: an interruption leaves the old file or none, never half of one."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:

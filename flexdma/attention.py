@@ -18,8 +18,8 @@ from flexdma.lowerings.gather import gather_attend
 from flexdma.mixed_precision import autocast
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
-from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, refuse_foreign, widest_window
-from flexdma.state.carry import at_positions, extended, first_keys, settled
+from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, check_state_matches, widest_window
+from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode
 from flexdma.transforms import is_recorded, is_transformed, refuse_jit_trace
 
@@ -105,11 +105,15 @@ def dynamic_mask_attention(
                 query, key, value, gate, before, scale=scale, score_mod=score_mod, sink_logits=sink_logits, **masks
             )
             return (output, after) if return_state else output
-        keys = first_keys(key, value, gate, **masks) if state is None else extended(state, key, value, gate, **masks)
+        keys = (
+            first_keys(key, value, gate, **masks)
+            if state is None
+            else with_state_keys(state, key, value, gate, **masks)
+        )
         key, value, gate = keys.key, keys.value, keys.gate
         masks = {"key_padding_mask": keys.key_padding_mask, "document_ids": keys.document_ids}
         if state is not None and score_mod is not None:
-            score_mod = at_positions(score_mod, keys, state.length, query.shape[1] // key.shape[1])
+            score_mod = score_mod_at_positions(score_mod, keys, state.length, query.shape[1] // key.shape[1])
 
     needs_gradient = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (query, key, value, gate, sink_logits)
@@ -162,7 +166,7 @@ def dynamic_mask_attention(
         return output
     assert before is not None
     assert keys is not None
-    return output, settled(before, keys, alive)
+    return output, state_after(before, keys, alive)
 
 
 def _state_before(
@@ -177,7 +181,7 @@ def _state_before(
     gate_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
     options = {"window_size": as_window(windows), "selection": selection, **choice}
     if state is not None:
-        refuse_foreign(state, key, value, gate_dtype, **options)
+        check_state_matches(state, key, value, gate_dtype, **options)
         return state
     batch, heads, _keys, size = key.shape
     return DynamicMaskState.empty(

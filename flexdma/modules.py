@@ -12,7 +12,7 @@ from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod
-from flexdma.state import DynamicMaskState, as_window, refuse_foreign
+from flexdma.state import DynamicMaskState, as_window, check_state_matches
 
 
 class DynamicMaskAttention(nn.Module):
@@ -95,7 +95,7 @@ class DynamicMaskAttention(nn.Module):
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
         before: dict[str, Any] = {}
         if state is not None:
-            refuse_foreign(state, key, value, self._gate_dtype, **self._state_options())
+            check_state_matches(state, key, value, self._gate_dtype, **self._state_options())
             before = {"first_position": state.real_length, "forgotten": state.forgotten}
         carries_on = return_state and self.gate.recency == "forget"
         gate = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=carries_on, **before)

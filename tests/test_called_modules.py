@@ -26,7 +26,7 @@ def made(recency=None):
 
 
 def read(layer, hidden, **options):
-    """In two chunks and a token; layers without memory of their own are told their device."""
+    """In two chunks and a token; layers whose weights are on meta need the device."""
     state, outputs = layer.empty_state(2, **options), []
     for part in hidden.split([11, 8, 1], 1):
         output, state = layer(part, state=state, return_state=True)

@@ -14,7 +14,7 @@ pytest.importorskip("rich")
 
 from flexdma import Lifespans
 from flexdma.__main__ import main
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.plots import tile_maps
 from flexdma.plots.blocks import FULL, PARTIAL, SKIPPED
 from flexdma.reference import dense_visibility
@@ -172,7 +172,7 @@ def test_an_interruption_leaves_whole_files_or_none(text_file, tmp_path, capsys,
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        write_whole(path, half)
+        atomic_write(path, half)
     assert path.read_text() == "old"
     assert sorted(tmp_path.glob(".*")) == []
 

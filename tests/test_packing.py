@@ -137,7 +137,7 @@ def test_hostile_gates_stay_below_the_bounds(length, window):
 @given(cases)
 @settings(max_examples=200)
 def test_no_gate_exceeds_the_bounds(case):
-    """Hypothesis is told how close it comes and searches for worse."""
+    """Hypothesis gets how close it comes as a target, and searches for worse."""
     lifespans, capacity = case
     visited = visited_blocks(lifespans, capacity, 4, 4).double()
     average, largest = bounds(lifespans.birth.shape[-1], capacity, 4, 4)

@@ -186,7 +186,12 @@ def _attend(
 
 
 def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """[n, C], [n, C], relative to the block's first query -> [n, block, C]: inf where the query sees the key, else -inf."""
+    """[n, C], [n, C], relative to the block's first query -> [n, block, C]: inf where the query sees the key, else -inf.
+
+    birth = [-1 0 1], death = [1 3 2]        query 0:  inf  inf -inf
+                                             query 1: -inf  inf  inf
+                                             query 2: -inf  inf -inf
+    """
     # Clamped, so that a float holds them exactly.
     birth, death = (position.clamp(-1, block + 1).to(dtype).unsqueeze(1) for position in (birth, death))
     # A query stands half-way to the next, so that it never falls on a bound: seen <=> |query - centre| < radius.

@@ -37,9 +37,9 @@ class Layout(NamedTuple):
 class Packing(NamedTuple):
     """Keys at their places, L = layout.periods * layout.places of them; int32.
 
-    order: [B, H, L], the key at a place.  A place without one repeats a key of its block, or of a block without any.
+    order: [B, H, L], the key at a place.  Unused places hold an arbitrary valid key.
     birth, death: [B, H, L], the queries (0 = the first) that see the piece at this place: birth <= query < death, inside
-        the place's period.  A place without a key has birth = death = 0.
+        the place's period.  Unused places have birth = death = 0, which hides them.
     pieces: [B, H, L], the places of the keys' pieces, those of key 0, then of key 1, ...; then zeros.
     starts: [B, H, K + 1], where in `pieces` those of each key begin, and where the last ones end.
     layout: the same for all heads.
@@ -85,37 +85,42 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     One sort and two binary searches; O(K log K) time, O(K) memory.
     """
     period, periods, places = layout
-    length = lifespans.birth.shape[-1]
-    first_query = length - queries
-    # Not clamp: Inductor fails to simplify the quotient of a clamped arange, which births are.
-    birth = torch.where(lifespans.birth < first_query, 0, lifespans.birth - first_query)
-    death = (lifespans.death - first_query).clamp(max=queries)
-    first = birth // period
-    count = torch.where(death > birth, (death - 1) // period - first + 1, 0)
+    keys = lifespans.birth.shape[-1]
+    first_query = keys - queries
+    # In queries, 0 = the first.  Not clamp: Inductor fails to simplify the quotient of a clamped arange, which births are.
+    born = torch.where(lifespans.birth < first_query, 0, lifespans.birth - first_query)
+    dies = (lifespans.death - first_query).clamp(max=queries)
+    first_period = born // period
+    count = torch.where(dies > born, (dies - 1) // period - first_period + 1, 0)  # pieces of each key
     ends = count.cumsum(-1, dtype=torch.int32)
 
-    # Pieces in order of keys.  The end of a piece says its period, too: sorted by it, pieces stand as they are to lie.
-    number = torch.arange(periods * places, dtype=torch.int32, device=birth.device)
-    every = number.expand(*birth.shape[:-1], -1).contiguous()
-    owner = torch.searchsorted(ends, every, right=True).clamp(max=length - 1)
-    reached = first.gather(-1, owner) + number - (ends - count).gather(-1, owner)
-    end = torch.minimum(death.gather(-1, owner), (reached + 1) * period)
-    none = periods * period + 1
-    end, piece = torch.where(number < ends[..., -1:], end, none).sort(dim=-1, stable=True)
+    # Pieces in order of keys, one for each period that a key reaches.
+    number = torch.arange(periods * places, dtype=torch.int32, device=born.device)
+    row = number.expand(*born.shape[:-1], -1).contiguous()
+    owner = torch.searchsorted(ends, row, right=True).clamp(max=keys - 1)
+    piece_period = first_period.gather(-1, owner) + number - (ends - count).gather(-1, owner)
+    piece_end = torch.minimum(dies.gather(-1, owner), (piece_period + 1) * period)
+    # Sorting pieces by end groups them by period: that is the final layout.
+    absent = periods * period + 1  # above every end
+    sorted_end, by_end = torch.where(number < ends[..., -1:], piece_end, absent).sort(dim=-1, stable=True)
+    bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
+    period_begin = torch.searchsorted(sorted_end, bounds.expand(*born.shape[:-1], -1).contiguous(), right=True)
 
-    bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=birth.device)
-    begins = torch.searchsorted(end, bounds.expand(*birth.shape[:-1], -1).contiguous(), right=True)
-    mine = (number // places).expand_as(owner).long()
-    source = begins.gather(-1, mine) + number % places
-    taken = source < begins.gather(-1, mine + 1)
-    source = torch.minimum(source, begins.gather(-1, mine + 1) - 1).clamp(min=0)
-    order = owner.gather(-1, piece.gather(-1, source))
-    birth = torch.where(taken, torch.maximum(birth.gather(-1, order), number // places * period), 0)
-    death = torch.where(taken, end.gather(-1, source), 0)
+    # The n-th place of a period takes the n-th of its pieces.
+    place_period = (number // places).expand_as(owner).long()
+    piece = period_begin.gather(-1, place_period) + number % places
+    period_end = period_begin.gather(-1, place_period + 1)
+    used = piece < period_end
+    # Unused places hold an arbitrary valid key; birth = death = 0 hides them.
+    piece = torch.minimum(piece, period_end - 1).clamp(min=0)
+    order = owner.gather(-1, by_end.gather(-1, piece))
+    birth = torch.where(used, torch.maximum(born.gather(-1, order), number // places * period), 0)
+    death = torch.where(used, sorted_end.gather(-1, piece), 0)
 
-    at = (end - 1).clamp(max=none - 2) // period
-    place = at * places + number - begins.gather(-1, at.long())
-    pieces = scattered(torch.where(end < none, place, 0).int(), piece)
+    # And the other way round: the place of each piece, in order of keys.
+    end_period = (sorted_end - 1).clamp(max=absent - 2) // period
+    place = end_period * places + number - period_begin.gather(-1, end_period.long())
+    pieces = scattered(torch.where(sorted_end < absent, place, 0).int(), by_end)
     return Packing(order.int(), birth.int(), death.int(), pieces, pad(ends, (1, 0)), layout)
 
 

@@ -10,7 +10,7 @@ from flexdma.state.dynamic_mask_state import (
     STATEFUL_SELECTIONS,
     DynamicMaskState,
     as_window,
-    refuse_foreign,
+    check_state_matches,
     widest_window,
 )
 from flexdma.state.files import load_states, save_states
@@ -19,8 +19,8 @@ __all__ = [
     "STATEFUL_SELECTIONS",
     "DynamicMaskState",
     "as_window",
+    "check_state_matches",
     "load_states",
-    "refuse_foreign",
     "save_states",
     "widest_window",
 ]

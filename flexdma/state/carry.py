@@ -1,8 +1,7 @@
-"""Survival: a state before new keys, and the state that they leave.
+"""What is carried from one call to the next: the keys of a state before new ones, and the state after them.
 
-Both are lifespans (arXiv 2508.02124, flexdma/lifespans) at the edge of what has been seen: `extended` lays the keys of a
-state out before the new ones, so that everything that holds for one sequence of keys holds for these, and `settled` keeps
-those that the next query could see.
+`with_state_keys` puts the keys of a state before the new ones, in order of position; lifespans (arXiv 2508.02124) and
+lowerings then compute on them as on the keys of one sequence.  `state_after` keeps those that the next query can see.
 """
 
 from dataclasses import replace
@@ -50,7 +49,7 @@ def first_keys(
     return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2])
 
 
-def extended(
+def with_state_keys(
     state: "DynamicMaskState",
     key: Tensor,
     value: Tensor,
@@ -96,7 +95,7 @@ def _places(state: "DynamicMaskState") -> Tensor:
     return slots.scatter(-1, place, ordinal.expand_as(place))[..., :capacity]
 
 
-def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
+def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
     """The state after these keys.
 
     state: the one before, for its options and length.  lifespans: of `keys`.  O(M log M) time.
@@ -138,7 +137,7 @@ def settled(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "Dyn
 def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
     """The state at this length [B], of which none of its keys has been lost since."""
     no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
-    keys = extended(state, *no_keys, None, None)
+    keys = with_state_keys(state, *no_keys, None, None)
     real = (keys.position >= 0) & (keys.position < length[:, None, None])
     is_sink = real & (keys.position <= state.last_sink[..., None])
     begins = length == 0
@@ -211,7 +210,7 @@ def per_head_windows(state: "DynamicMaskState") -> Tensor:
     return per_head(windows, state.position)
 
 
-def at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
+def score_mod_at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
     """A score_mod that maps places among `keys` to positions and calls `score_mod`.  length [B]: of the state before them."""
     held = keys.position.shape[-1] - keys.new
     # Buffers: the C++ lowering captures no views and no expressions.  Empty places get position 0, so score_mod

@@ -6,6 +6,7 @@ shape, so it compiles once, and the attention is a plain one over C slots.
 """
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +61,19 @@ def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
     )
 
 
+class _Slots(NamedTuple):
+    """What slots hold: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate and position [B, Hkv, n]."""
+
+    key: Tensor
+    value: Tensor
+    gate: Tensor
+    position: Tensor
+
+
+# In the order of `_Slots`.
+EMPTY_SLOT = (0.0, 0.0, float("-inf"), -1)
+
+
 def inserted(
     state: DynamicMaskState, key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None
 ) -> DynamicMaskState:
@@ -70,58 +84,57 @@ def inserted(
     if key_padding_mask is not None:
         real = real & key_padding_mask[:, None]
         seen = key_padding_mask[:, 0].long()
-    # A NaN in a key that nobody may see would reach the output by being multiplied with 0.
+    # NaN in a masked key would reach the output: NaN * 0 is NaN.
     key, value = key.masked_fill(~real[..., None], 0.0), value.masked_fill(~real[..., None], 0.0)
     gate = gate.masked_fill(~real, float("-inf"))
     position = torch.where(real, now, -1)
 
+    held, new = _Slots(state.key, state.value, state.gate, state.position), _Slots(key, value, gate, position)
     weakest = _weakest(state)
-    rival = state.gate.gather(-1, weakest)
-    outranked = (rival > gate) | (rival.isnan() & ~gate.isnan())  # of equal gates the newer wins
+    old = _Slots(*(along_keys(tensor, weakest) for tensor in held))
+    outranked = (old.gate > gate) | (old.gate.isnan() & ~gate.isnan())  # of equal gates the newer wins
     enters = real & ~outranked
     if state.selection == "threshold":
         enters = enters & ~(gate <= 0)
-    slots, writes = weakest, enters
-    arriving: tuple[Tensor, ...] = (key, value, gate, position)
-    leaving = tuple(along_keys(tensor, weakest) for tensor in (state.key, state.value, state.gate, state.position))
-    lost = enters & (leaving[3] >= 0)
+    slot, writes, arriving = weakest, enters, new
+    lost = enters & (old.position >= 0)
     last_sink = state.last_sink[..., None]
 
     if state.sinks + state.recent:
         sinks = ((state.position >= 0) & (state.position <= last_sink)).sum(-1, keepdim=True)
         last_sink = torch.where(real & (sinks < state.sinks), now, last_sink)
-        # Whoever of the two is not in the top-w may stay as a sink or as recent.
-        loser = tuple(_choose(enters, old, fresh) for old, fresh in zip(leaving, arriving, strict=True))
-        stays = _protected(loser[3], last_sink, now, state.recent)
-        loser = tuple(
-            _choose(stays, tensor, tensor.new_full((), blank))
-            for tensor, blank in zip(loser, (0.0, 0.0, float("-inf"), -1), strict=True)
-        )
+        # The one of the two that is not in the top-w may stay as a sink or as recent.
+        loser = _Slots(*(_choose(enters, a, b) for a, b in zip(old, new, strict=True)))
+        stays = _protected(loser.position, last_sink, now, state.recent)
+        loser = _Slots(*(_choose(stays, a, a.new_full((), b)) for a, b in zip(loser, EMPTY_SLOT, strict=True)))
         others = state.position[..., state.widest :]
         safe = _protected(others, last_sink, now, state.recent)
         expired = (others >= 0) & ~safe  # at most one: the key that has just ceased to be recent
         expires = expired.any(-1, keepdim=True)
         lost = (lost & ~stays) | expires
         free = state.widest + torch.where(expired, 0, torch.where(safe, 2, 1)).argmin(-1, keepdim=True)
-        slots, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
-        arriving = tuple(torch.cat([fresh, old], 2) for fresh, old in zip(arriving, loser, strict=True))
+        slot, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
+        arriving = _Slots(*(torch.cat(pair, 2) for pair in zip(new, loser, strict=True)))
 
-    def written(tensor: Tensor, fresh: Tensor) -> Tensor:
-        index = slots if tensor.dim() == 3 else slots[..., None].expand_as(fresh)
-        return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
-
+    after = _Slots(*(_written(tensor, slot, writes, fresh) for tensor, fresh in zip(held, arriving, strict=True)))
     return replace(
         state,
-        key=written(state.key, arriving[0]),
-        value=written(state.value, arriving[1]),
-        gate=written(state.gate, arriving[2]),
-        position=written(state.position, arriving[3]),
+        key=after.key,
+        value=after.value,
+        gate=after.gate,
+        position=after.position,
         length=state.length + 1,
         real_length=state.real_length + seen,
         last_padding=torch.where(seen > 0, state.last_padding, state.length),
         last_sink=last_sink.squeeze(-1),
         last_loss=torch.where(lost.squeeze(-1), state.length[:, None], state.last_loss),
     )
+
+
+def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor) -> Tensor:
+    """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the n slots where `writes`."""
+    index = slot if tensor.dim() == 3 else slot[..., None].expand_as(fresh)
+    return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
 
 
 def _weakest(state: DynamicMaskState) -> Tensor:

@@ -238,7 +238,7 @@ def _check_rows(rows: Tensor, count: object, like: Tensor) -> None:
         raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
 
 
-def refuse_foreign(
+def check_state_matches(
     state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, *, window_size: int | tuple[int, ...], sinks: int,
     recent: int, selection: str,
 ) -> None:  # fmt: skip

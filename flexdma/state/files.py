@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.state.dynamic_mask_state import TENSORS, DynamicMaskState
 
 FORMAT = "flexdma.DynamicMaskState/2"
@@ -41,7 +41,7 @@ def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> Non
     }
     options = json.dumps({name: state.options() for name, state in states.items()})
     metadata = {"format": FORMAT, "states": options, "sha256": _digest(options, tensors)}
-    write_whole(path, lambda part: files.save_file(tensors, part, metadata=metadata))
+    atomic_write(path, lambda part: files.save_file(tensors, part, metadata=metadata))
 
 
 def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, DynamicMaskState]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.tools.bench import measure, report
 from flexdma.tools.bench.limits import SHARE, Budget
 from flexdma.tools.bench.suites import SUITES
@@ -55,11 +55,11 @@ def _write(results: dict[str, Any], arguments: argparse.Namespace) -> None:
     print(text)
     if arguments.markdown:
         page = report.between(arguments.markdown.read_text(), results["suite"], text)
-        write_whole(arguments.markdown, partial(Path.write_text, data=page))
+        atomic_write(arguments.markdown, partial(Path.write_text, data=page))
     if arguments.plot:
         from flexdma.plots import scaling_figure
 
-        write_whole(arguments.plot, scaling_figure(results).savefig)
+        atomic_write(arguments.plot, scaling_figure(results).savefig)
 
 
 def _read(path: Path) -> dict[str, Any]:
@@ -110,7 +110,7 @@ def _save(folder: Path | None, results: dict[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     text = json.dumps(results, indent=1) + "\n"
     for suffix, content in (("json", text), ("md", report.markdown(results))):
-        write_whole(folder / f"bench-{results['suite']}.{suffix}", partial(Path.write_text, data=content))
+        atomic_write(folder / f"bench-{results['suite']}.{suffix}", partial(Path.write_text, data=content))
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text as RichText
 
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.tools.demo import masks
 from flexdma.tools.demo.attentions import KINDS
 from flexdma.tools.demo.checkpoint import save_checkpoint
@@ -77,7 +77,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
             stretch=options.stretch,
         )
         for name, figure in figures.items():
-            write_whole(out / f"{name}.png", lambda part, figure=figure: figure.savefig(part, dpi=110))  # type: ignore[misc]
+            atomic_write(out / f"{name}.png", lambda part, figure=figure: figure.savefig(part, dpi=110))  # type: ignore[misc]
     write_json(
         out / "results.json",
         {

@@ -7,7 +7,7 @@ from pathlib import Path
 from rich import box
 from rich.table import Table
 
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.tools.demo.training import Course
 
 
@@ -61,4 +61,4 @@ def outcome_table(outcomes: dict[str, Outcome], title: str) -> Table:
 
 def write_json(path: Path, content: dict) -> None:
     """Numbers, indented."""
-    write_whole(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
+    atomic_write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))

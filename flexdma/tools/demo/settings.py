@@ -1,4 +1,4 @@
-"""What a run of the demonstration can be told, and what it takes when told nothing."""
+"""The options of a run of the demonstration, with their defaults."""
 
 import argparse
 from dataclasses import dataclass

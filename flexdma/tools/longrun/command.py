@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from flexdma import DynamicMaskAttention
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.checks import LARGEST
 from flexdma.gates import RECENCIES
 from flexdma.tools.longrun import report
@@ -58,7 +58,7 @@ def run(arguments: argparse.Namespace) -> int:
     print(report.table(course))
     if arguments.json is not None:
         numbers = json.dumps({"machine": about, "sizes": asdict(sizes), **course.numbers()}, indent=1) + "\n"
-        write_whole(arguments.json, partial(Path.write_text, data=numbers))
+        atomic_write(arguments.json, partial(Path.write_text, data=numbers))
     if arguments.plot is not None:
         report.write_plot(arguments.plot, course)
     return 0

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.tools.longrun.course import MEMORY_FROM, Course
 
 MIB = 2**20
@@ -57,4 +57,4 @@ def write_plot(path: Path, course: Course) -> None:
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
     figure.suptitle("A context that does not end")
-    write_whole(path, lambda part: figure.savefig(part))
+    atomic_write(path, lambda part: figure.savefig(part))

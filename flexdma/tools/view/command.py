@@ -3,7 +3,7 @@
 import argparse
 from pathlib import Path
 
-from flexdma.atomic_write import write_whole
+from flexdma.atomic_write import atomic_write
 from flexdma.tools.demo.checkpoint import CheckpointError, load_checkpoint
 from flexdma.tools.refusal import RefusedError
 from flexdma.tools.view.page import view_page
@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
     record = view_record(arguments.text.name, content, arguments.start, arguments.length, trained.values())
     page = view_page(record)
     try:
-        write_whole(arguments.out, lambda part: part.write_text(page, encoding="utf-8"))
+        atomic_write(arguments.out, lambda part: part.write_text(page, encoding="utf-8"))
     except (OSError, ValueError) as error:  # ValueError: a path without a name
         reason = getattr(error, "strerror", None) or error
         raise RefusedError(f"--out: expected a file that can be written, got {arguments.out} ({reason})") from error
