@@ -18,6 +18,7 @@ from flexdma.lowerings.gather import gather_attend
 from flexdma.mixed_precision import autocast
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.signatures import ScoreMod
+from flexdma.stages import staged
 from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, check_state_matches, widest_window
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode
@@ -196,6 +197,7 @@ def _state_before(
     )
 
 
+@staged("lifespans")
 def select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:
     """The lifespans of a selection by name; `choice` has sinks, recent, key_padding_mask and document_ids."""
     if selection == "threshold":

@@ -1,5 +1,6 @@
 """The benchmark, without a timing: medians, memory, failures, budgets, the contenders' results, a suite, pages."""
 
+import contextlib
 import json
 import math
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch.nn.attention.flex_attention as torch_flex
 import flexdma
 from flexdma.__main__ import CANNOT, INTERRUPTED, main
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
+from flexdma.stages import observed
 from flexdma.tools.bench import contenders as contenders_module
 from flexdma.tools.bench import limits, masks, measure, report, timing
 from flexdma.tools.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
@@ -185,11 +187,21 @@ def test_a_ledger_counts_what_runs_inside_a_stage_once(monkeypatch):
     assert ledger.medians(1) == ledger.runs[0]
 
 
-def test_a_ledger_restores_what_it_watches():
-    before = flexdma.lifespans.by_rank
-    with Ledger().watching([("ranking", flexdma.lifespans, "by_rank")]):
-        assert flexdma.lifespans.by_rank is not before
-    assert flexdma.lifespans.by_rank is before
+def test_stages_are_observed_while_asked_for():
+    seen, gate = [], torch.randn(1, 1, 8)
+
+    @contextlib.contextmanager
+    def observer(name):
+        seen.append(name)
+        yield
+
+    with observed(observer):
+        with observed(contextlib.nullcontext):
+            flexdma.causal_top_w(gate, 2)
+        assert not seen
+        flexdma.causal_top_w(gate, 2)
+    flexdma.causal_top_w(gate, 2)
+    assert seen == ["ranking"]
 
 
 @pytest.mark.parametrize("lowering", ["gather", "flex"])

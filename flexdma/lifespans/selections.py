@@ -21,6 +21,7 @@ from flexdma import checks
 from flexdma.lifespans.order_statistics import kth_smallest, scattered
 from flexdma.lifespans.prefix_statistics import kth_smallest_of_prefix
 from flexdma.opaque import opaque_on_cpu
+from flexdma.stages import staged
 
 
 class Lifespans(NamedTuple):
@@ -196,6 +197,7 @@ def per_head(windows: Sequence[int], like: Tensor) -> Tensor:
     return torch.cat([torch.full((1, 1), window, device=like.device, dtype=torch.int64) for window in windows])
 
 
+@staged("ranking")
 def by_rank(gate: Tensor, document_start: Tensor | None) -> Tensor:
     """Positions [B, H, K] in order of document, then of rank: larger gates first, of equal gates the newer first."""
     # Stable and on the reversed row, so that ties go to the newer; torch.sort puts NaN first when descending.

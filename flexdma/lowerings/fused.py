@@ -21,6 +21,7 @@ from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.lowerings.sink_logits import share_of_keys
 from flexdma.rounding import ceil_div
+from flexdma.stages import staged
 from flexdma.transforms import is_recorded, is_transformed
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
@@ -143,6 +144,7 @@ class _Keys(NamedTuple):
     death: Tensor  # as positions in this row
 
 
+@staged("key/value gather")
 def _attend(
     rows: Tensor,  # [n, G, M, D]
     reference: Tensor,  # [n, M]
@@ -171,18 +173,20 @@ def _attend(
 
     group = rows.shape[1]
     key, value = (t.to(computed).unsqueeze(1).expand(-1, group, -1, -1) for t in (key, value))
+    output = _kernel(rows.to(computed), key, value, mask.unsqueeze(1), scale, sink)
+    return output if absent is None else output.masked_fill(absent[:, 0, None, None, None], 0.0)
+
+
+@staged("attention forward")
+def _kernel(rows: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sink: Tensor | None) -> Tensor:
     with torch.autocast("cpu", enabled=False):
         if sink is None:
-            output = scaled_dot_product_attention(
-                rows.to(computed), key, value, attn_mask=mask.unsqueeze(1), scale=scale
-            )
-        else:
-            # The same kernel, by the name under which it returns the log-sum-exp; 0 for a row that sees nothing.
-            output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-                rows.to(computed), key, value, attn_mask=mask.unsqueeze(1), scale=scale
-            )
-            output = output * share_of_keys(log_sum, sink.to(computed)[..., None])[..., None]
-    return output if absent is None else output.masked_fill(absent[:, 0, None, None, None], 0.0)
+            return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
+        # The same kernel, by the name under which it returns the log-sum-exp; 0 for a row that sees nothing.
+        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            rows, key, value, attn_mask=mask, scale=scale
+        )
+        return output * share_of_keys(log_sum, sink.to(rows.dtype)[..., None])[..., None]
 
 
 def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:

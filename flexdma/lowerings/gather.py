@@ -24,6 +24,7 @@ from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.mixed_precision import without_autocast
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
+from flexdma.stages import staged
 from flexdma.transforms import is_transformed
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
@@ -34,6 +35,7 @@ CHUNK_ELEMENTS = 2**21
 KEPT_ELEMENTS = 2**26
 
 
+@staged("attention forward")
 def gather_attend(
     query: Tensor,
     key: Tensor,
@@ -121,6 +123,7 @@ def _in_chunks(
     return [attend(*chunk) for chunk in chunks]
 
 
+@staged("key/value gather")
 def _take(tensor: Tensor, slots: Tensor) -> Tensor:
     """[B, Hkv, K, ...] at [B, Hkv, R, C] -> [B, Hkv, R, C, ...]."""
     index = slots.flatten(2)

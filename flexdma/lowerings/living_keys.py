@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from flexdma.opaque import opaque_on_cpu
 from flexdma.rounding import ceil_div
+from flexdma.stages import staged
 
 # Blocks, times heads, that `living_lists` lists at once: few enough for its integers to stay in cache.
 BLOCKS_AT_ONCE = 32
@@ -24,6 +25,7 @@ def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int
     return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape)]
 
 
+@staged("living keys")
 @opaque_on_cpu("living_keys", _empty_living_keys)
 def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
     """For each block of queries the keys that some query of it may see, and their death.
@@ -47,6 +49,7 @@ class LivingList(NamedTuple):
     partial: int  # how many of them, the first ones, are born or die inside the block: all queries see the others
 
 
+@staged("living keys")
 def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[list[LivingList]]:
     """For each of B H heads, for each of its R blocks of queries: its living keys.  Eager only, as the lists are ragged."""
     length, heads = birth.shape[-1], birth.shape[:2].numel()

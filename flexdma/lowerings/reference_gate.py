@@ -12,8 +12,10 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import opaque_on_cpu
+from flexdma.stages import staged
 
 
+@staged("reference gates")
 def reference_gate(gate: Tensor, lifespans: Lifespans, *, exact: bool = False) -> Tensor:
     """The largest finite gate among the keys that live up to each position, in its own document; 0 before the first.
 

@@ -7,7 +7,7 @@ the sum may then exceed the whole.  Backward: run on a forward that has just bee
 
 import functools
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from statistics import median
@@ -17,15 +17,16 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import flex_attention
 
-from flexdma import ValueGate, attention, causal_top_w
-from flexdma.lifespans import by_rank, selections
-from flexdma.lowerings import flex, fused, gather
+from flexdma import ValueGate, causal_top_w, dynamic_mask_attention
+from flexdma.lifespans import by_rank
+from flexdma.lowerings import flex
 from flexdma.lowerings.packed_keys import at_places
 from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.opaque import realize
 from flexdma.packing import pack, packed_layout
 from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.schedule import schedule
+from flexdma.stages import observed
 from flexdma.tools.bench.contenders import Compile, compile_whole
 from flexdma.tools.bench.limits import Budget
 from flexdma.tools.bench.shapes import Shape
@@ -42,20 +43,6 @@ BEFORE_ATTENTION = {
     "gather": (RANKING, LIFESPANS, REFERENCE, LIVING),
     "flex": (RANKING, LIFESPANS, REFERENCE, PACKING, METADATA),
 }
-# What the gather lowering calls: stage, module, and the name by which it does.
-CALLED: list[tuple[str, Any, str]] = [
-    (RANKING, selections, "by_rank"),
-    (LIFESPANS, attention, "select"),
-    (REFERENCE, gather, "reference_gate"),
-    (LIVING, gather, "living_keys"),
-    (TAKE, gather, "_take"),
-    (FORWARD, attention, "gather_attend"),
-    # Inference through PyTorch's own kernel: `_attend` gathers, writes a mask and calls that.
-    (REFERENCE, fused, "reference_gate"),
-    (LIVING, fused, "living_lists"),
-    (TAKE, fused, "_attend"),
-    (FORWARD, fused, "scaled_dot_product_attention"),
-]
 
 
 @dataclass
@@ -80,26 +67,6 @@ class Ledger:
             if self._open:
                 self._open[-1] += taken
 
-    @contextmanager
-    def watching(self, functions: Sequence[tuple[str, Any, str]]) -> Iterator[None]:
-        """While active, calls of these functions (stage, module, name) are stages."""
-        originals = [getattr(module, attribute) for _, module, attribute in functions]
-        try:
-            for (name, module, attribute), original in zip(functions, originals, strict=True):
-                setattr(module, attribute, self._watched(name, original))
-            yield
-        finally:
-            for (_, module, attribute), original in zip(functions, originals, strict=True):
-                setattr(module, attribute, original)
-
-    def _watched(self, name: str, function: Callable) -> Callable:
-        @functools.wraps(function)
-        def timed(*arguments, **options):
-            with self.stage(name):
-                return function(*arguments, **options)
-
-        return timed
-
     def medians(self, counted: int) -> dict[str, float]:
         """By stage, over the last `counted` runs: those before them warm up and measure memory."""
         runs = self.runs[len(self.runs) - counted :]
@@ -123,8 +90,7 @@ def profile(
     module = ValueGate(shape.heads, shape.size).to(query.device)
     torch.nn.init.normal_(module.A)  # at its initial 0 every gate is equal
     compiled = lowering == "flex"
-    call = attention.dynamic_mask_attention
-    call = compiler(call) if compiled else call
+    call = compiler(dynamic_mask_attention) if compiled else dynamic_mask_attention
     options: dict[str, Any] = {"window_size": shape.window, "lowering": lowering}
 
     def forward(gate: Tensor | None = None) -> Tensor:
@@ -140,7 +106,7 @@ def profile(
 
     def in_stages() -> None:
         ledger.runs.append({})
-        with torch.set_grad_enabled(shape.backward), ledger.watching(CALLED):
+        with torch.set_grad_enabled(shape.backward), observed(ledger.stage):
             with ledger.stage(GATE):
                 gate = module(value)
             forward(gate)
