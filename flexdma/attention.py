@@ -171,7 +171,13 @@ def dynamic_mask_attention(
 
 
 def _state_before(
-    state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Tensor, window_size, selection: str, choice: dict
+    state: DynamicMaskState | None,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    window_size: int | Sequence[int] | None,
+    selection: str,
+    choice: dict[str, Any],
 ) -> DynamicMaskState:
     """The given state, once it is one that these arguments can go on from; an empty one where there is none."""
     if selection not in STATEFUL_SELECTIONS:
@@ -198,11 +204,14 @@ def _state_before(
 
 
 @staged("lifespans")
-def select(selection: str, gate: Tensor, window_size, choice: dict) -> lifespans.Lifespans:
+def select(
+    selection: str, gate: Tensor, window_size: int | Sequence[int] | None, choice: dict[str, Any]
+) -> lifespans.Lifespans:
     """The lifespans of a selection by name; `choice` has sinks, recent, key_padding_mask and document_ids."""
     if selection == "threshold":
         return lifespans.above_threshold(gate, window_size=window_size, **choice)
-    return (lifespans.causal_top_w if selection == "causal" else lifespans.global_top_w)(gate, window_size, **choice)
+    top_w = lifespans.causal_top_w if selection == "causal" else lifespans.global_top_w
+    return top_w(gate, window_size, **choice)  # type: ignore[arg-type]  # None is refused there, by name
 
 
 def _check_scores(scale: float | None, score_mod: ScoreMod | None) -> None:

@@ -28,7 +28,7 @@ realize.register_autograd(lambda ctx, gradient: gradient)
 
 
 @realize.register_vmap
-def _realize_all(info, in_dims, tensor: Tensor) -> tuple[Tensor, int]:
+def _realize_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Tensor, int]:
     return realize(tensor.movedim(in_dims[0], 0)), 0
 
 
@@ -40,7 +40,7 @@ def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
     """
 
     def decorate(function: Tensors) -> Tensors:
-        def implementation(*arguments):
+        def implementation(*arguments: Any) -> list[Tensor]:
             return [output.clone(memory_format=torch.contiguous_format) for output in function(*arguments)]
 
         implementation.__annotations__ = dict(function.__annotations__)
@@ -49,7 +49,7 @@ def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
         operator.register_fake(shapes)
         operator.register_vmap(partial(_joined_batches, operator))
 
-        def dispatch(first: Tensor, *rest):
+        def dispatch(first: Tensor, *rest: Any) -> list[Tensor]:
             # torch.func.vmap takes an operator as a whole, but not all of the in-place operations inside it.
             opaque = first.device.type == "cpu" or is_transformed()
             return operator(first, *rest) if opaque else function(first, *rest)

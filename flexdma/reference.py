@@ -3,15 +3,19 @@
 arXiv 2508.02124.  Every lowering is tested against this, in float64.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from flexdma import checks
+from flexdma.signatures import ScoreMod
 
 
 def dense_visibility(
-    gate, *, window_size, selection="causal", sinks=0, recent=0, key_padding_mask=None, document_ids=None
-):
+    gate: Tensor, *, window_size: int | Sequence[int] | None, selection: str = "causal", sinks: int = 0, recent: int = 0,
+    key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None,
+) -> Tensor:  # fmt: skip
     """[B, H, K, K] bool: query i (second to last) sees key j.  Arguments as in `flexdma.dynamic_mask_attention`."""
     windows = checks.selection_arguments(
         gate, window_size, sinks, recent, key_padding_mask, document_ids, needs_window=selection != "threshold"
@@ -43,8 +47,9 @@ def dense_visibility(
 
 
 def dense_dynamic_mask_attention(
-    query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, sinks=0, recent=0,
-    key_padding_mask=None, document_ids=None, sink_logits=None,
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *, window_size: int | Sequence[int] | None,
+    selection: str = "causal", scale: float | None = None, score_mod: ScoreMod | None = None, sinks: int = 0, recent: int = 0,
+    key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flexdma.dynamic_mask_attention`, as a formula.  Same arguments, shapes and result; any floating dtype."""
     checks.attention_arguments(query, key, value, gate)

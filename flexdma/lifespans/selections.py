@@ -118,7 +118,16 @@ def sliding_window(
     return _select("sliding", gate, window_size, 0.0, sinks, recent, key_padding_mask, document_ids)
 
 
-def _select(selection, gate, window_size, threshold, sinks, recent, key_padding_mask, document_ids) -> Lifespans:
+def _select(
+    selection: str,
+    gate: Tensor,
+    window_size: int | Sequence[int] | None,
+    threshold: float,
+    sinks: int,
+    recent: int,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> Lifespans:
     windows = checks.selection_arguments(
         gate, window_size, sinks, recent, key_padding_mask, document_ids, needs_window=selection != "threshold"
     )

@@ -180,12 +180,12 @@ class _FromValue(torch.autograd.Function):
     """The values as they are; their gradient gives the gates dV_j . v_j."""
 
     @staticmethod
-    def forward(ctx, value: Tensor, gate: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
         ctx.save_for_backward(value)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, Tensor]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
         (value,) = ctx.saved_tensors
         return gradient, (wide(gradient) * wide(value)).sum(-1)
 
@@ -194,13 +194,13 @@ class _FromOutput(torch.autograd.Function):
     """The output as it is, and the log-sum-exp if given; their gradients give the gates - sum_i P_ij (D_i - dL_i)."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, weighted_sum: Callable[[Tensor], Tensor], output: Tensor, *lse: Tensor) -> Any:
+    def forward(ctx: Any, gate: Tensor, weighted_sum: Callable[[Tensor], Tensor], output: Tensor, *lse: Tensor) -> Any:
         ctx.save_for_backward(output)
         ctx.weighted_sum = weighted_sum
         return tuple(tensor.view_as(tensor) for tensor in (output, *lse))
 
     @staticmethod
-    def backward(ctx, gradient: Tensor, *lse_gradient: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, gradient: Tensor, *lse_gradient: Tensor) -> tuple[Tensor | None, ...]:
         (output,) = ctx.saved_tensors
         numbers = (wide(gradient) * wide(output)).sum(-1)
         for each in lse_gradient:
@@ -212,10 +212,10 @@ class _Zero(torch.autograd.Function):
     """Zeros of the gate's shape, through which it has a gradient; logits hold them times `scale`."""
 
     @staticmethod
-    def forward(ctx, gate: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    def forward(ctx: Any, gate: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
         ctx.scale = scale
         return torch.zeros_like(gate, dtype=dtype)
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
         return wide(gradient) / ctx.scale, None, None

@@ -1,5 +1,7 @@
 """Keys at the places that a `Packing` gives them, and their gradients back."""
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn.functional import embedding_bag
@@ -26,12 +28,12 @@ class _AtPlaces(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, tensor: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
+    def forward(ctx: Any, tensor: Tensor, order: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
         ctx.save_for_backward(pieces, starts)
         return along_keys(tensor, order.long())
 
     @staticmethod
-    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
         return sum_of_pieces(gradient, *ctx.saved_tensors), None, None, None
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexdma import causal_top_w, dynamic_mask_attention
@@ -103,7 +103,7 @@ def flex_causal(query: Tensor, key: Tensor, value: Tensor, compiler: Compile) ->
 def _natural_order(shape: Shape, compiler: Compile, cuda: bool) -> Callable[..., Tensor]:
     """The same mask and gates without packing, as the recipes offer it for plain FlexAttention."""
 
-    def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, block_mask=None) -> Tensor:
+    def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, block_mask: BlockMask | None = None) -> Tensor:
         heads = {"num_query_heads": shape.query_heads}
         mask = dynamic_block_mask(gate, shape.window, **heads) if block_mask is None else block_mask
         score_mod = gate_score_mod(realize(gate), **heads)

@@ -8,6 +8,8 @@ All have the projections, query-key normalisation, rotary embedding and grouped 
     window        the last w keys;       slope_h * j
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
@@ -36,7 +38,7 @@ class SlopeGate(nn.Module):
 class FullAttention(DynamicMaskAttention):
     """Causal attention to all keys, with learned ALiBi slopes."""
 
-    def __init__(self, *sizes: int, slopes: list[float], **options) -> None:
+    def __init__(self, *sizes: int, slopes: list[float], **options: Any) -> None:
         super().__init__(*sizes, **options)
         self.gate = SlopeGate(slopes)  # type: ignore[assignment]
 

@@ -78,7 +78,7 @@ def _compiled(fn_or_module: Callable, backend: str, seen: Seen) -> Callable:
 
     def as_it_is(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
         # FlexAttention in the graph runs uncompiled here, but a real backend would compile it.
-        def run(*arguments):
+        def run(*arguments: Any) -> Any:
             seen.within_graph = True
             try:
                 return graph(*arguments)

@@ -3,6 +3,7 @@
 import dataclasses
 
 import torch
+from torch import Tensor
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.reference import dense_dynamic_mask_attention
@@ -21,7 +22,7 @@ def self_check(backend: str = "inductor") -> Diagnosis:
     shapes = ((1, 4, LENGTH, 32), (1, 2, LENGTH, 32), (1, 2, LENGTH, 32), (1, 2, LENGTH))
     tensors = [torch.randn(shape, generator=generator).to(device) for shape in shapes]
 
-    def attend(query, key, value, gate):
+    def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         return dynamic_mask_attention(query, key, value, gate, window_size=WINDOW)
 
     trained = doctor(attend, tuple(tensor.clone().requires_grad_() for tensor in tensors), backend=backend)

@@ -101,7 +101,7 @@ def watching() -> Iterator[Seen]:
 def _noting(original: Callable, seen: Seen) -> Callable:
     """FlexAttention's definition, Q x K scores and all; on real tensors nothing compiled has taken its place."""
 
-    def math_attention(query, *rest):
+    def math_attention(query: torch.Tensor, *rest: Any) -> Any:
         if not isinstance(query, FakeTensor) and not seen.within_graph:
             where = place(traceback.extract_stack())
             if where not in seen.eager_attention:
