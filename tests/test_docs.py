@@ -1,7 +1,8 @@
-"""Every Python block of the README and of docs/ runs, in a process of its own and in an empty folder."""
+"""Every Python block of the README and of docs/ runs, in a process of its own and in an empty folder; so do the examples."""
 
 import os
 import re
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -23,6 +24,14 @@ def test_the_block_runs(block, tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", block]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize(
+    ("name", "options"), [("train", {"steps": 2}), ("stream", {"chunks": 2}), ("convert", {"steps": 1})]
+)
+def test_the_example_runs(name, options):
+    main = runpy.run_path(str(ROOT / "docs/examples" / f"{name}.py"))["main"]
+    assert main(**options) > 0
 
 
 def test_the_readme_shows_three_ways():
