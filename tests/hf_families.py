@@ -76,6 +76,8 @@ FAMILIES: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
     "ExaoneMoe": SLIDING,
     "Falcon": NO_HEAD_DIM,
     "Falcon, alibi": NO_HEAD_DIM | {"alibi": True},
+    "Falcon, multi_query=False": NO_HEAD_DIM | {"multi_query": False},
+    "Falcon, new_decoder_architecture": NO_HEAD_DIM | {"new_decoder_architecture": True, "num_kv_heads": 2},
     "FalconH1": MAMBA | {"mamba_d_ssm": 64},
     "Flint": SLIDING,
     "Gemma2": SLIDING | {"attn_logit_softcapping": 1.0},

@@ -15,6 +15,7 @@ from flexdma import checks
 from flexdma.gates import FORMS, RECENCIES, ValueGate
 from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.eligibility import attention_calls
+from flexdma.integrations.transformers.falcon import reroute, rerouted
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
 
@@ -50,7 +51,8 @@ def convert_to_dma(
     choice = {"window_size": window_size, "form": form, "recency": recency, "sinks": sinks, "recent": recent}
     _check_choice(choice, lowering)
     _check_unconverted(model)
-    calls = attention_calls(model, window_size)
+    with rerouted(model):
+        calls = attention_calls(model, window_size)
     gates = []
     for call in calls:
         with torch.device(call.value.device):
@@ -74,6 +76,7 @@ def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[flo
 
 def attach(layer: Any, gate: ValueGate, choice: dict[str, Any], lowering: str | None) -> None:
     """Give an attention layer what the attention interface asks it for."""
+    reroute(layer)
     layer.value_gate = gate.train(layer.training)
     options = {name: choice[name] for name in ("window_size", "sinks", "recent")}
     layer.dynamic_mask_options = {**options, "lowering": lowering}
