@@ -6,7 +6,10 @@ from torch import nn
 
 from flexdma import DynamicMaskAttention, ValueGate, dynamic_mask_attention
 from tests.comparison import inputs, with_gradients
+from tests.hf_models import CACHE, causal_lm, distinct_tokens
 from tests.test_modules import rotary
+
+from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma  # isort: skip  # after hf_models, which keeps it offline
 
 # Tokens that are masked at the beginning, between real ones and at the end; as many real ones in each row.
 MASK = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 0]]).bool()
@@ -112,3 +115,28 @@ def test_the_mask_of_a_gate_is_checked():
         ValueGate(2, 4)(torch.zeros(2, 2, 5, 4), key_padding_mask=torch.ones(2, 5))
     with pytest.raises(ValueError, match="return_forgotten: expected False unless recency='forget'"):
         ValueGate(2, 4)(torch.zeros(2, 2, 5, 4), return_forgotten=True)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("recency", RECENCIES)
+@pytest.mark.parametrize("sizes", [None, [14], [5, 4, 5]])  # without a cache, and in chunks through one
+def test_in_a_converted_model(recency, sizes):
+    model = convert_to_dma(causal_lm("Llama"), 3, recency=recency)
+    for name, parameter in model.named_parameters():
+        if "value_gate" in name:
+            nn.init.normal_(parameter)
+    real = distinct_tokens(2, REAL)
+    ids = torch.randint(4, 64, MASK.shape).masked_scatter(MASK, real)
+    mask, position = MASK.long(), (MASK.cumsum(-1) - 1).clamp(min=0)
+    want = model(real).logits
+    if sizes is None:
+        got = model(ids, attention_mask=mask, position_ids=position, use_cache=False).logits
+    else:
+        outputs, start, cache = [], 0, DynamicMaskCache()
+        for size in sizes:
+            part = slice(start, start + size)
+            arguments = {"attention_mask": mask[:, : part.stop], "position_ids": position[:, part]}
+            outputs.append(model(ids[:, part], **arguments, **{CACHE: cache}).logits)
+            start += size
+        got = torch.cat(outputs, 1)
+    torch.testing.assert_close(without_masked(got), want, **CLOSE)
