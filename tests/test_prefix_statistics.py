@@ -5,9 +5,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexdma.lifespans import _document_bounds, by_rank
 from flexdma.lifespans.order_statistics import kth_smallest
 from flexdma.lifespans.prefix_statistics import kth_smallest_of_prefix
+from flexdma.lifespans.selections import _document_bounds, by_rank
 
 
 @given(st.integers(1, 70).flatmap(lambda n: st.tuples(st.permutations(range(n)), st.randoms(use_true_random=False))))

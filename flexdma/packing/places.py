@@ -94,15 +94,8 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     count = torch.where(dies > born, (dies - 1) // period - first_period + 1, 0)  # pieces of each key
     ends = count.cumsum(-1, dtype=torch.int32)
 
-    # Pieces in order of keys, one for each period that a key reaches.
     number = torch.arange(periods * places, dtype=torch.int32, device=born.device)
-    row = number.expand(*born.shape[:-1], -1).contiguous()
-    owner = torch.searchsorted(ends, row, right=True).clamp(max=keys - 1)
-    piece_period = first_period.gather(-1, owner) + number - (ends - count).gather(-1, owner)
-    piece_end = torch.minimum(dies.gather(-1, owner), (piece_period + 1) * period)
-    # Sorting pieces by end groups them by period: that is the final layout.
-    absent = periods * period + 1  # above every end
-    sorted_end, by_end = torch.where(number < ends[..., -1:], piece_end, absent).sort(dim=-1, stable=True)
+    owner, sorted_end, by_end = _sorted_pieces(first_period, dies, count, ends, number, layout)
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
     period_begin = torch.searchsorted(sorted_end, bounds.expand(*born.shape[:-1], -1).contiguous(), right=True)
 
@@ -118,10 +111,29 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     death = torch.where(used, sorted_end.gather(-1, piece), 0)
 
     # And the other way round: the place of each piece, in order of keys.
-    end_period = (sorted_end - 1).clamp(max=absent - 2) // period
+    end_period = (sorted_end - 1).clamp(max=periods * period - 1) // period
     place = end_period * places + number - period_begin.gather(-1, end_period.long())
-    pieces = scattered(torch.where(sorted_end < absent, place, 0).int(), by_end)
+    pieces = scattered(torch.where(sorted_end <= periods * period, place, 0).int(), by_end)
     return Packing(order.int(), birth.int(), death.int(), pieces, pad(ends, (1, 0)), layout)
+
+
+def _sorted_pieces(
+    first_period: Tensor, dies: Tensor, count: Tensor, ends: Tensor, number: Tensor, layout: Layout
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The key of each piece, in order of keys; the ends of all pieces, sorted; and the pieces in that order.  All [B, H, L].
+
+    first_period, dies, count, ends: [B, H, K], the period of a key's birth, the query of its death, how many pieces it has,
+        and how many it and the keys before it have.
+    number: [L], from 0 on.  Pieces beyond the last have an end above every other.
+    """
+    period, periods, _ = layout
+    owner = torch.searchsorted(ends, number.expand(*ends.shape[:-1], -1).contiguous(), right=True)
+    owner = owner.clamp(max=ends.shape[-1] - 1)
+    reached = first_period.gather(-1, owner) + number - (ends - count).gather(-1, owner)
+    end = torch.minimum(dies.gather(-1, owner), (reached + 1) * period)
+    # Sorting pieces by end groups them by period: that is the final layout.
+    sorted_end, by_end = torch.where(number < ends[..., -1:], end, periods * period + 1).sort(dim=-1, stable=True)
+    return owner, sorted_end, by_end
 
 
 def along_keys(tensor: Tensor, order: Tensor) -> Tensor:
