@@ -22,7 +22,7 @@ from flexdma.stages import staged
 from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, check_state_matches, widest_window
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode
-from flexdma.transforms import is_recorded, is_transformed, refuse_jit_trace
+from flexdma.transforms import is_recorded, is_transformed, needs_gradient, refuse_jit_trace
 
 
 def dynamic_mask_attention(
@@ -116,11 +116,9 @@ def dynamic_mask_attention(
         if state is not None and score_mod is not None:
             score_mod = score_mod_at_positions(score_mod, keys, state.length, query.shape[1] // key.shape[1])
 
-    needs_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, gate, sink_logits)
-    )
+    trains = needs_gradient(query, key, value, gate, sink_logits)
     # Tensors captured by score_mod may need gradients too; a tracer cannot tell.
-    may_need_gradient = needs_gradient or (torch.is_grad_enabled() and score_mod is not None)
+    may_need_gradient = trains or (torch.is_grad_enabled() and score_mod is not None)
     chosen = lowering or choose_lowering(query.device.type, query.dtype)
     if chosen == "flex" and is_transformed():
         if lowering is not None:
@@ -151,7 +149,7 @@ def dynamic_mask_attention(
                 raise ValueError(
                     "lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather' or 'dense' with sink_logits"
                 )
-            if needs_gradient or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
+            if trains or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
                 raise ValueError(
                     "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
                 )

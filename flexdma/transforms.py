@@ -10,6 +10,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
 
+def needs_gradient(*tensors: Tensor | None) -> bool:
+    """Whether a backward of what is computed from these tensors may be asked for."""
+    return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
+
+
 def is_transformed() -> bool:
     """Whether the call is inside vmap, grad, jvp, ... of `torch.func`, or inside `forward_ad.dual_level`.
 

@@ -22,7 +22,7 @@ from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.lowerings.sink_logits import share_of_keys
 from flexdma.rounding import ceil_div
 from flexdma.stages import staged
-from flexdma.transforms import is_recorded, is_transformed
+from flexdma.transforms import is_recorded, is_transformed, needs_gradient
 
 # Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
 BLOCK_SIZE, LARGE_BLOCK = 256, 1024
@@ -34,10 +34,7 @@ SCORES_PER_THREAD = 2**20
 
 def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sink_logits: Tensor | None) -> bool:
     """Whether `fused_attend` can serve this call: on a CPU, without derivatives, with the kernel's equal head sizes."""
-    needs_gradient = torch.is_grad_enabled() and any(
-        t is not None and t.requires_grad for t in (query, key, value, gate, sink_logits)
-    )
-    needs_derivative = needs_gradient or is_transformed()
+    needs_derivative = needs_gradient(query, key, value, gate, sink_logits) or is_transformed()
     return query.device.type == "cpu" and not needs_derivative and query.shape[-1] == value.shape[-1]
 
 
