@@ -1,6 +1,7 @@
 """flexdma: Dynamic Mask Attention as a compiler-lowered operator (arXiv 2508.02124).
 
-dynamic_mask_attention      the operator
+dynamic_mask_attention      attention to the keys that gates select
+lifespan_attention          the same for any lifespans: the operator under every policy
 DynamicMaskAttention        the layer around it; ValueGate, its gate
 DynamicMaskState            the keys that can be seen again: decoding, chunked prefill, endless context
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
@@ -23,6 +24,7 @@ from flexdma.gates import ValueGate
 from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_top_w, sliding_window
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.modules import DynamicMaskAttention
+from flexdma.operator import lifespan_attention
 from flexdma.packing import pack, packed_layout
 from flexdma.state import DynamicMaskState, load_states, save_states
 
@@ -45,6 +47,7 @@ __all__ = [
     "explain",
     "global_top_w",
     "inspect_kernels",
+    "lifespan_attention",
     "load_states",
     "pack",
     "packed_layout",

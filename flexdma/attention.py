@@ -1,4 +1,4 @@
-"""Dynamic Mask Attention: the one entry point.
+"""Dynamic Mask Attention: a selection of keys by their gates, then attention over the lifespans that it gives them.
 
 "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124:
 
@@ -6,23 +6,63 @@
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
+from typing_extensions import Unpack
 
-from flexdma import checks, lifespans
-from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
-from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
-from flexdma.lowerings.gather import gather_attend
+from flexdma import checks
+from flexdma.lifespans import Selection
+from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
-from flexdma.reference import dense_dynamic_mask_attention
-from flexdma.signatures import ScoreMod
-from flexdma.stages import staged
-from flexdma.state import STATEFUL_SELECTIONS, DynamicMaskState, as_window, check_state_matches, widest_window
+from flexdma.signatures import AttentionOptions, ScoreMod
+from flexdma.state import DynamicMaskState, check_state_matches, state_options
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode
-from flexdma.transforms import is_recorded, is_transformed, needs_gradient, refuse_jit_trace
+from flexdma.transforms import refuse_jit_trace
+
+
+@overload
+def dynamic_mask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    *,
+    window_size: int | Sequence[int] | None,
+    state: DynamicMaskState | None = None,
+    return_state: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
+) -> Tensor: ...
+
+
+@overload
+def dynamic_mask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    *,
+    window_size: int | Sequence[int] | None,
+    state: DynamicMaskState | None = None,
+    return_state: Literal[True],
+    **options: Unpack[AttentionOptions],
+) -> tuple[Tensor, DynamicMaskState]: ...
+
+
+@overload
+def dynamic_mask_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    *,
+    window_size: int | Sequence[int] | None,
+    state: DynamicMaskState | None = None,
+    return_state: bool,
+    **options: Unpack[AttentionOptions],
+) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
 
 
 def dynamic_mask_attention(
@@ -45,7 +85,7 @@ def dynamic_mask_attention(
     block_size: int | tuple[int, int] | None = None,
     kernel_options: dict | None = None,
     sink_logits: Tensor | None = None,
-) -> Any:
+) -> Tensor | tuple[Tensor, DynamicMaskState]:
     """Attention in which each query sees the `window_size` best-gated keys before it, and gates add to the logits.
 
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
@@ -80,169 +120,63 @@ def dynamic_mask_attention(
     """
     refuse_jit_trace()
     query, key, value = autocast(query, key, value)
-    checks.attention_arguments(query, key, value, gate)
+    checks.attention_arguments(query, key, value)
+    checks.bias("gate", gate, key)
+    checks.scores(scale, score_mod)
+    checks.sink_logits(sink_logits, query)
     checks.one_of("selection", selection, checks.SELECTIONS)
-    if lowering is not None:
-        checks.one_of("lowering", lowering, checks.LOWERINGS)
-    _check_scores(scale, score_mod)
-    checks.sink_logits(sink_logits, query, selection, recent)
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    checks.sinks_without_recent(sink_logits, selection, recent)
+    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
-    choice: dict[str, Any] = {"sinks": sinks, "recent": recent}
-    before, keys = None, None
-    if state is not None or return_state:
-        before = _state_before(state, key, value, gate, window_size, selection, choice)
-        gate = gate.to(before.gate.dtype).expand(key.shape[:3])
-        window_size = before.window_size
-        checks.selection_arguments(gate, window_size, sinks, recent, **masks)
-        if (
-            state is not None
-            and key.shape[2] == 1
-            and lowering is None
-            and block_size is None
-            and kernel_options is None
-        ):
-            output, after = decode(
-                query, key, value, gate, before, scale=scale, score_mod=score_mod, sink_logits=sink_logits, **masks
-            )
-            return (output, after) if return_state else output
-        keys = (
-            first_keys(key, value, gate, **masks)
-            if state is None
-            else with_state_keys(state, key, value, gate, **masks)
+    scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
+    how: dict[str, Any] = {"lowering": lowering, "block_size": block_size, "kernel_options": kernel_options}
+    if state is None and not return_state:
+        lifespans = policy.lifespans(gate, **masks)
+        return attend(
+            query, key, value, gate, lifespans, in_order=True, ranked=True, capacity=policy.capacity, **scores, **how
         )
-        key, value, gate = keys.key, keys.value, keys.gate
-        masks = {"key_padding_mask": keys.key_padding_mask, "document_ids": keys.document_ids}
-        if state is not None and score_mod is not None:
-            score_mod = score_mod_at_positions(score_mod, keys, state.length, query.shape[1] // key.shape[1])
 
-    trains = needs_gradient(query, key, value, gate, sink_logits)
-    # Tensors captured by score_mod may need gradients too; a tracer cannot tell.
-    may_need_gradient = trains or (torch.is_grad_enabled() and score_mod is not None)
-    chosen = lowering or choose_lowering(query.device.type, query.dtype)
-    if chosen == "flex" and is_transformed():
-        if lowering is not None:
-            raise ValueError(
-                "lowering: 'flex' has no rules for torch.func and forward-mode AD; expected 'gather', 'dense' or None"
-            )
-        chosen = "gather"
-    _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
-    if chosen != "dense" or return_state:
-        alive = select(selection, gate, window_size, choice | masks)
-    # No query sees more keys than this; None: than there are.
-    capacity = None if window_size is None else sinks + recent + widest_window(window_size)
-    if chosen == "dense":
-        output = dense_dynamic_mask_attention(
-            query, key, value, gate, window_size=window_size, selection=selection, scale=scale, score_mod=score_mod,
-            sink_logits=sink_logits, **choice, **masks,
-        )  # fmt: skip
-    elif chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
-        # FlexAttention takes no empty batch, and torch.compile no tensors that hold no numbers.
-        block = None if block_size is None else checks.block_sizes(block_size)[0]
-        output = gather_attend(
-            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod, block_size=block,
-            sink_logits=sink_logits,
-        )  # fmt: skip
+    before = _state_before(state, key, value, gate, policy)
+    gate = gate.to(before.gate.dtype).expand(key.shape[:3])
+    checks.selected_keys(gate, **masks)
+    if state is not None and key.shape[2] == 1 and not any(option is not None for option in how.values()):
+        output, after = decode(query, key, value, gate, state, **scores, **masks)
+        return (output, after) if return_state else output
+    if state is None:
+        keys = first_keys(key, value, gate, **masks)
     else:
-        if query.device.type == "cpu":
-            if sink_logits is not None:
-                raise ValueError(
-                    "lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather' or 'dense' with sink_logits"
-                )
-            if trains or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
-                raise ValueError(
-                    "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
-                )
-            query, key, value, gate = (tensor.detach() for tensor in (query, key, value, gate))
-        default = default_block_size(query.device.type)
-        attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
-        output = attend(
-            query, key, value, gate, alive, capacity=capacity, scale=scale, score_mod=score_mod,
-            block_size=default if block_size is None else checks.block_sizes(block_size),
-            kernel_options=kernel_options, needs_gradient=may_need_gradient, sink_logits=sink_logits,
-        )  # fmt: skip
-    if not return_state:
-        return output
-    assert before is not None
-    assert keys is not None
-    return output, state_after(before, keys, alive)
+        keys = with_state_keys(state, key, value, gate, **masks)
+        if score_mod is not None:
+            group = query.shape[1] // key.shape[1]
+            scores["score_mod"] = score_mod_at_positions(score_mod, keys, state.length, group)
+    lifespans = policy.lifespans(keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids)
+    output = attend(
+        query,
+        keys.key,
+        keys.value,
+        keys.gate,
+        lifespans,
+        in_order=True,
+        ranked=True,
+        capacity=policy.capacity,
+        **scores,
+        **how,
+    )
+    return (output, state_after(before, keys, lifespans)) if return_state else output
 
 
 def _state_before(
-    state: DynamicMaskState | None,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    window_size: int | Sequence[int] | None,
-    selection: str,
-    choice: dict[str, Any],
+    state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Tensor, policy: Selection
 ) -> DynamicMaskState:
     """The given state, once it is one that these arguments can go on from; an empty one where there is none."""
-    if selection not in STATEFUL_SELECTIONS:
-        raise ValueError(f"selection: expected one of {STATEFUL_SELECTIONS} with a state, got {selection!r}")
-    if window_size is None:
-        raise ValueError("window_size: expected an int or one per gate head with a state, which it bounds, got None")
-    windows = checks.windows(window_size, gate.shape[1], needed=True)
+    policy.refuse_without_state()
     gate_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
-    options = {"window_size": as_window(windows), "selection": selection, **choice}
     if state is not None:
-        check_state_matches(state, key, value, gate_dtype, **options)
+        check_state_matches(state, key, value, gate_dtype, policy)
         return state
     batch, heads, _keys, size = key.shape
     return DynamicMaskState.empty(
-        batch,
-        heads,
-        size,
-        value_dim=value.shape[3],
-        dtype=key.dtype,
-        gate_dtype=gate_dtype,
-        device=key.device,
-        **options,
-    )
-
-
-@staged("lifespans")
-def select(
-    selection: str, gate: Tensor, window_size: int | Sequence[int] | None, choice: dict[str, Any]
-) -> lifespans.Lifespans:
-    """The lifespans of a selection by name; `choice` has sinks, recent, key_padding_mask and document_ids."""
-    if selection == "threshold":
-        return lifespans.above_threshold(gate, window_size=window_size, **choice)
-    top_w = lifespans.causal_top_w if selection == "causal" else lifespans.global_top_w
-    return top_w(gate, window_size, **choice)  # type: ignore[arg-type]  # None is refused there, by name
-
-
-def _check_scores(scale: float | None, score_mod: ScoreMod | None) -> None:
-    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
-        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
-    if score_mod is not None and not callable(score_mod):
-        raise TypeError(f"score_mod: expected a function, got {type(score_mod).__name__}")
-
-
-def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
-    """Whether a tensor that score_mod captures requires a gradient: then so does a score that it makes."""
-    if score_mod is None:
-        return False
-    first = torch.zeros((), dtype=torch.int32)
-    return score_mod(torch.zeros(()), first, first, first, first).requires_grad
-
-
-def _check_lowering_options(
-    lowering: str, dtype: torch.dtype, block_size: int | tuple[int, int] | None, kernel_options: dict | None
-) -> None:
-    if lowering == "flex" and dtype not in FLEX_DTYPES:
-        raise TypeError(f"lowering: 'flex' computes in float32, bfloat16 and float16, got {dtype}; expected 'gather'")
-    if kernel_options is not None and not isinstance(kernel_options, dict):
-        raise TypeError(f"kernel_options: expected a dict, got {type(kernel_options).__name__}")
-    if kernel_options is not None and lowering != "flex":
-        raise ValueError(
-            f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
-        )
-    if block_size is None:
-        return
-    if lowering == "dense":
-        raise ValueError(f"block_size: expected None for lowering='dense', got {block_size!r}")
-    if lowering == "gather":
-        checks.positive_int("block_size", block_size)  # of queries; keys have no blocks here
-    else:
-        checks.block_sizes(block_size)
+        batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate_dtype, device=key.device,
+        **state_options(policy),
+    )  # fmt: skip

@@ -74,28 +74,16 @@ def _text(shape: Sequence[object]) -> str:
     return ", ".join(map(str, shape))
 
 
-def selection_arguments(
-    gate: Tensor,
-    window_size: int | Sequence[int] | None,
-    sinks: int,
-    recent: int,
-    key_padding_mask: Tensor | None,
-    document_ids: Tensor | None,
-    needs_window: bool = True,
-) -> list[int]:
-    """Check what selects keys; returns the window sizes as a list of 1 or H ints, empty for no window."""
-    batch, heads, length = tensor("gate", gate, ("B", "Hkv", "K")).shape
+def selected_keys(gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None) -> None:
+    """Check gates [B, Hkv, K] and what belongs to their keys."""
+    batch, _heads, length = tensor("gate", gate, ("B", "Hkv", "K")).shape
     floating("gate", gate)
-    sizes = windows(window_size, heads, needs_window)
-    positive_int("sinks", sinks, 0)
-    positive_int("recent", recent, 0)
     if key_padding_mask is not None:
         padding_mask(key_padding_mask, batch, length, gate)
     if document_ids is not None:
         tensor("document_ids", document_ids, (batch, length), gate)
         if document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool:
             raise TypeError(f"document_ids: expected an integer dtype, got {document_ids.dtype}")
-    return sizes
 
 
 def padding_mask(mask: Tensor, batch: int, length: int, like: Tensor) -> None:
@@ -123,16 +111,14 @@ def windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -
     return list(window_size)
 
 
-def attention_arguments(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> None:
-    """Check the four tensors of the operator against each other."""
+def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
+    """Check query, key and value against each other."""
     batch, query_heads, queries, size = tensor("query", query, ("B", "Hq", "Q", "D")).shape
     tensor("key", key, (batch, "Hkv", "K", size), query)
     heads, keys = key.shape[1:3]
     tensor("value", value, (batch, heads, keys, "Dv"), query)
-    for name, argument in (("query", query), ("key", key), ("value", value), ("gate", gate)):
-        if isinstance(argument, Tensor):
-            floating(name, argument)
-    for name, argument in (("key", key), ("value", value)):
+    for name, argument in (("query", query), ("key", key), ("value", value)):
+        floating(name, argument)
         if argument.dtype != query.dtype:
             raise TypeError(f"{name}: expected {query.dtype} as query has, got {argument.dtype}")
     for name, size in (("query", queries), ("key", heads)):
@@ -142,18 +128,50 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor, gate: Tensor)
         raise ValueError(f"query: expected a multiple of key's {heads} heads, got {query_heads} heads")
     if queries > keys:
         raise ValueError(f"query: expected at most K = {keys} queries (they are the last ones), got {queries}")
-    if isinstance(gate, Tensor) and gate.dim() == 3 and gate.shape[1] == 1:
-        tensor("gate", gate, (batch, 1, keys), query)
-    else:
-        tensor("gate", gate, (batch, heads, keys), query)
 
 
-def sink_logits(sink_logits: Tensor | None, query: Tensor, selection: str, recent: int) -> None:
-    """Check learned sinks, and that the best gate a query sees is the best so far."""
-    if sink_logits is None:
-        return
-    floating("sink_logits", tensor("sink_logits", sink_logits, (query.shape[1],), query))
-    if recent and selection != "causal":
+def bias(name: str, bias: Tensor, key: Tensor) -> None:
+    """Check one number for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
+    if isinstance(bias, Tensor):
+        floating(name, bias)
+    batch, heads, keys = key.shape[:3]
+    shared = isinstance(bias, Tensor) and bias.dim() == 3 and bias.shape[1] == 1
+    tensor(name, bias, (batch, 1 if shared else heads, keys), key)
+
+
+def lifespans(lifespans: object, key: Tensor) -> None:
+    """Check a birth and a death for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
+    if not isinstance(lifespans, tuple | list) or len(lifespans) != 2:
+        raise TypeError(f"lifespans: expected Lifespans(birth, death), got {type(lifespans).__name__}")
+    batch, heads, keys = key.shape[:3]
+    for name, bound in zip(("lifespans.birth", "lifespans.death"), lifespans, strict=True):
+        shared = isinstance(bound, Tensor) and bound.dim() == 3 and bound.shape[1] == 1
+        tensor(name, bound, (batch, 1 if shared else heads, keys), key)
+        if bound.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {bound.dtype}")
+    if lifespans[0].shape != lifespans[1].shape:
+        raise ValueError(
+            f"lifespans.death: expected {list(lifespans[0].shape)} as birth, got {list(lifespans[1].shape)}"
+        )
+
+
+def scores(scale: float | None, score_mod: object) -> None:
+    """Check how scores are made."""
+    if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
+        raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
+    if score_mod is not None and not callable(score_mod):
+        raise TypeError(f"score_mod: expected a function, got {type(score_mod).__name__}")
+
+
+def sink_logits(sink_logits: Tensor | None, query: Tensor) -> None:
+    """Check learned sinks, one per query head."""
+    if sink_logits is not None:
+        floating("sink_logits", tensor("sink_logits", sink_logits, (query.shape[1],), query))
+
+
+def sinks_without_recent(sink_logits: Tensor | None, selection: str, recent: int) -> None:
+    """Check that the best gate a query sees is the best so far, which learned sinks compete with."""
+    if sink_logits is not None and recent and selection != "causal":
         raise ValueError(
             f"recent: expected 0 with sink_logits and selection={selection!r}, as the best gate may be a recent one, "
             f"got {recent}"

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +10,10 @@ from torch import Tensor, nn
 from flexdma import checks
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
+from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod
-from flexdma.state import DynamicMaskState, as_window, check_state_matches
+from flexdma.state import DynamicMaskState, check_state_matches, state_options
 
 
 class DynamicMaskAttention(nn.Module):
@@ -56,13 +57,10 @@ class DynamicMaskAttention(nn.Module):
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
         checks.one_of("selection", selection, checks.SELECTIONS)
         checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
-        checks.windows(window_size, num_kv_heads, needed=selection != "threshold")
+        self.policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads)
         self.hidden_size = hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.options: dict[str, Any] = {
-            "window_size": window_size, "selection": selection, "sinks": sinks, "recent": recent, "lowering": lowering,
-            "block_size": block_size, "kernel_options": kernel_options,
-        }  # fmt: skip
+        self.lowering, self.block_size, self.kernel_options = lowering, block_size, kernel_options
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
@@ -72,7 +70,35 @@ class DynamicMaskAttention(nn.Module):
         self.gate = ValueGate(num_kv_heads, head_dim, form, recency, slopes=slopes)
 
     def extra_repr(self) -> str:
-        return ", ".join(f"{name}={value!r}" for name, value in self.options.items() if value not in (None, 0))
+        how = {"lowering": self.lowering, "block_size": self.block_size, "kernel_options": self.kernel_options}
+        options = state_options(self.policy) | how
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, 0))
+
+    @overload
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        score_mod: ScoreMod | None = None,
+        state: DynamicMaskState | None = None,
+        return_state: Literal[False] = False,
+    ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        score_mod: ScoreMod | None = None,
+        state: DynamicMaskState | None = None,
+        return_state: bool,
+    ) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
 
     def forward(
         self,
@@ -84,7 +110,7 @@ class DynamicMaskAttention(nn.Module):
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, DynamicMaskState]:
         """Causal self-attention over the N tokens, and over those of `state`.
 
         position_embeddings: cos and sin of the rotary embedding (arXiv 2104.09864), each [N, D] or [B, N, D], the halves
@@ -95,19 +121,23 @@ class DynamicMaskAttention(nn.Module):
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
         before: dict[str, Any] = {}
         if state is not None:
-            check_state_matches(state, key, value, self._gate_dtype, **self._state_options())
+            self.policy.refuse_without_state()
+            check_state_matches(state, key, value, self._gate_dtype, self.policy)
             before = {"first_position": state.real_length, "forgotten": state.forgotten}
         carries_on = return_state and self.gate.recency == "forget"
         gate = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=carries_on, **before)
         if carries_on:
             gate, forgotten = gate
-        output = dynamic_mask_attention(
-            query, key, value, gate, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
-            state=state, return_state=return_state, **self.options,
+        policy = self.policy
+        result = dynamic_mask_attention(
+            query, key, value, gate, window_size=policy.window_size, selection=policy.kind, sinks=policy.sinks,
+            recent=policy.recent, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
+            state=state, return_state=return_state, lowering=self.lowering, block_size=self.block_size,
+            kernel_options=self.kernel_options,
         )  # fmt: skip
-        if not return_state:
-            return self._joined(output)
-        output, after = output
+        if not isinstance(result, tuple):
+            return self._joined(result)
+        output, after = result
         return self._joined(output), replace(after, forgotten=forgotten) if carries_on else after
 
     def _joined(self, output: Tensor) -> Tensor:
@@ -132,21 +162,15 @@ class DynamicMaskAttention(nn.Module):
             # Not always that of the gate, which may be float32 in a layer of lower precision.
             dtypes = (p.dtype for p in self.v_proj.parameters() if p.is_floating_point())
             dtype = autocast(torch.empty(0, dtype=next(dtypes, self.gate.A.dtype), device=device))[0].dtype
+        self.policy.refuse_without_state()
         return DynamicMaskState.empty(
             batch_size, self.num_kv_heads, self.head_dim, dtype=dtype, device=device,
-            gate_dtype=self._gate_dtype, **self._state_options(),
+            gate_dtype=self._gate_dtype, **state_options(self.policy),
         )  # fmt: skip
 
     @property
     def _gate_dtype(self) -> torch.dtype:
         return torch.float32 if self.gate.recency is None else torch.float64
-
-    def _state_options(self) -> dict[str, Any]:
-        if self.options["window_size"] is None:
-            raise ValueError("window_size: expected an int or one per KV head with a state, which it bounds, got None")
-        windows = checks.windows(self.options["window_size"], self.num_kv_heads, needed=True)
-        options = {name: self.options[name] for name in ("sinks", "recent", "selection")}
-        return {"window_size": as_window(windows), **options}
 
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None

@@ -17,9 +17,10 @@ def dense_visibility(
     key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """[B, H, K, K] bool: query i (second to last) sees key j.  Arguments as in `flexdma.dynamic_mask_attention`."""
-    windows = checks.selection_arguments(
-        gate, window_size, sinks, recent, key_padding_mask, document_ids, needs_window=selection != "threshold"
-    )
+    checks.selected_keys(gate, key_padding_mask, document_ids)
+    windows = checks.windows(window_size, gate.shape[1], needed=selection != "threshold")
+    checks.positive_int("sinks", sinks, 0)
+    checks.positive_int("recent", recent, 0)
     gate = gate.detach() if gate.dtype == torch.float64 else gate.detach().float()
     i, j = (torch.arange(gate.shape[-1], device=gate.device).view(shape) for shape in ((-1, 1), (1, -1)))
     real = gate != -torch.inf
@@ -52,31 +53,57 @@ def dense_dynamic_mask_attention(
     key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flexdma.dynamic_mask_attention`, as a formula.  Same arguments, shapes and result; any floating dtype."""
-    checks.attention_arguments(query, key, value, gate)
+    checks.attention_arguments(query, key, value)
+    checks.bias("gate", gate, key)
     checks.one_of("selection", selection, checks.SELECTIONS)
-    batch, query_heads, queries, size = query.shape
-    heads, keys = key.shape[1:3]
+    checks.sink_logits(sink_logits, query)
+    checks.sinks_without_recent(sink_logits, selection, recent)
     visible = dense_visibility(gate, window_size=window_size, selection=selection, sinks=sinks, recent=recent,
                                key_padding_mask=key_padding_mask, document_ids=document_ids)  # fmt: skip
+    return _dense_attention(query, key, value, visible, gate, scale, score_mod, sink_logits)
+
+
+def dense_lifespan_attention(
+    query: Tensor, key: Tensor, value: Tensor, lifespans: tuple[Tensor, Tensor], *, bias: Tensor | None = None,
+    scale: float | None = None, score_mod: ScoreMod | None = None, sink_logits: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """`flexdma.lifespan_attention`, as a formula: key j is visible to query i where birth_j <= i < death_j."""
+    checks.attention_arguments(query, key, value)
+    checks.lifespans(lifespans, key)
+    if bias is not None:
+        checks.bias("bias", bias, key)
+    checks.sink_logits(sink_logits, query)
+    birth, death = (bound[..., None, :] for bound in lifespans)
+    i = torch.arange(key.shape[2], device=key.device)[:, None]
+    return _dense_attention(query, key, value, (birth <= i) & (i < death), bias, scale, score_mod, sink_logits)
+
+
+def _dense_attention(
+    query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None,
+    score_mod: ScoreMod | None, sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """visible: [B, H, K, K] bool, query i (second to last) sees key j.  bias: [B, H, K]."""
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
     # NaN and infinity in a key that no query sees would reach the output, multiplied by a weight of 0.
     unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
     key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
+    bias = torch.zeros(batch, 1, keys, dtype=query.dtype, device=query.device) if bias is None else bias
 
     def per_query_head(t: Tensor) -> Tensor:
         return t.expand(batch, heads, *t.shape[2:]).repeat_interleave(query_heads // heads, 1)
 
-    key, value, gate, visible = map(per_query_head, (key, value, gate, visible))
+    key, value, bias, visible = map(per_query_head, (key, value, bias, visible))
     scores = query @ key.mT * (size**-0.5 if scale is None else scale)
     if score_mod is not None:
         index = [torch.arange(n, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
                  for dim, n in enumerate((batch, query_heads, queries, keys))]  # fmt: skip
         scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3])
     visible = visible[:, :, keys - queries :]
-    scores = (scores + gate[:, :, None, :]).masked_fill(~visible, -torch.inf)
+    scores = (scores + bias[:, :, None, :]).masked_fill(~visible, -torch.inf)
     if sink_logits is not None:
-        checks.sink_logits(sink_logits, query, selection, recent)
         sink = sink_logits.view(-1, 1, 1).expand(batch, query_heads, queries, 1)
-        scores = torch.cat([scores - _best_gate(gate[:, :, None, :], visible), sink.to(scores.dtype)], -1)
+        scores = torch.cat([scores - _best_gate(bias[:, :, None, :], visible), sink.to(scores.dtype)], -1)
     # A query that sees no key gives 0, and gradient 0.
     nothing = (scores[..., :keys] == -torch.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)

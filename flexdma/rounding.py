@@ -12,3 +12,8 @@ def ceil_div(numerator: int, denominator: int) -> int:
 def round_up(number: int, unit: int) -> int:
     """The smallest multiple of `unit` not below the number."""
     return ceil_div(number, unit) * unit
+
+
+def power_of_two_from(number: int) -> int:
+    """The smallest power of two not below the number, and not below 1."""
+    return 1 << max(0, number - 1).bit_length()

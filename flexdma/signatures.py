@@ -1,4 +1,4 @@
-"""The two callables that FlexAttention takes, as types.
+"""Types of arguments: the two callables that FlexAttention takes, and the operator's options.
 
 Index arguments are tensors: 0-d where FlexAttention maps them, broadcastable where the gather and dense lowerings call the
 same function on whole tiles.  Index captured tensors in one step (`t[b, h, i, j]`): chained indexing corrupts memory in
@@ -6,6 +6,7 @@ compiled kernels.
 """
 
 from collections.abc import Callable
+from typing import TypedDict
 
 from torch import Tensor
 
@@ -13,3 +14,19 @@ from torch import Tensor
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # (b, h, q_idx, kv_idx) -> bool
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+
+
+class AttentionOptions(TypedDict, total=False):
+    """What `dynamic_mask_attention` takes by keyword besides window_size, state and return_state."""
+
+    selection: str
+    scale: float | None
+    score_mod: ScoreMod | None
+    sinks: int
+    recent: int
+    key_padding_mask: Tensor | None
+    document_ids: Tensor | None
+    lowering: str | None
+    block_size: int | tuple[int, int] | None
+    kernel_options: dict | None
+    sink_logits: Tensor | None

@@ -37,6 +37,11 @@ def is_recorded(tensor: Tensor) -> bool:
     )
 
 
+def can_read(tensor: Tensor) -> bool:
+    """Whether Python may read numbers out of this call's tensors: an eager call on tensors that hold some."""
+    return not (torch.compiler.is_compiling() or is_transformed() or is_recorded(tensor))
+
+
 def refuse_jit_trace() -> None:
     """Raise inside `torch.jit.trace`, which would keep the selection of its example input."""
     if torch.jit.is_tracing():

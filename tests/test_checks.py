@@ -50,7 +50,7 @@ ONLY_OPERATOR = [
     ({"scale": "x"}, TypeError, "scale: expected a number, got str"),
     ({"score_mod": 3}, TypeError, "score_mod: expected a function, got int"),
     ({"kernel_options": 5, "lowering": "flex"}, TypeError, "kernel_options: expected a dict, got int"),
-    ({"lowering": "cuda"}, ValueError, "lowering: expected one of 'flex', 'gather', 'dense', got 'cuda'"),
+    ({"lowering": "cuda"}, ValueError, "lowering: expected one of None, 'flex', 'gather', 'dense', got 'cuda'"),
     ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
     ({"block_size": (64, 64), "lowering": "gather"}, TypeError, "block_size: expected an int, got tuple"),
     ({"block_size": 64, "lowering": "dense"}, ValueError, "block_size: expected None for lowering='dense', got 64"),

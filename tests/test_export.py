@@ -28,7 +28,7 @@ def layer(**options):
     made = DynamicMaskAttention(16, 4, 2, 8, 3, **OPTIONS, **options)
     torch.nn.init.normal_(made.gate.A)
     dense = copy.deepcopy(made)
-    dense.options["lowering"] = "dense"
+    dense.lowering = "dense"
     return made, dense
 
 

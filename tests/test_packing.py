@@ -55,7 +55,7 @@ def test_every_piece_of_every_lifespan_has_one_place(case, group, block_size, da
     queries = data.draw(st.integers(1, length))
     layout = packed_layout(queries, length, capacity, block_size=block_size, group=group)
     packing = pack(lifespans, layout, queries=queries)
-    period, periods, places = layout
+    period, periods, places, _unit = layout
     assert period * group % block_size[0] == 0
     assert places % block_size[1] == 0
 
@@ -118,7 +118,7 @@ def hostile_gates(length, window):
 
 def bounds(length, capacity, rows, columns):
     """On average over row blocks, and of any one: docs/packing.md."""
-    period, periods, places = packed_layout(length, length, capacity, block_size=(rows, columns))
+    period, periods, places, _unit = packed_layout(length, length, capacity, block_size=(rows, columns))
     if periods == 1:
         return (places // columns,) * 2
     row_blocks, whole = -(-length // rows), periods * period // rows

@@ -7,24 +7,31 @@ from unittest import mock
 
 import torch.nn.attention.flex_attention as torch_flex
 
-from flexdma.attention import select
+from flexdma.lifespans import Lifespans, Selection
+from flexdma.lifespans.visible import most_visible
 from flexdma.lowerings import flex
 
 
-def flex_with_gradients(
-    query, key, value, gate, *, window_size, selection="causal", scale=None, score_mod=None, sink_logits=None, **choice
-):
-    """The operator by the flex lowering, uncompiled, in small blocks."""
-    lifespans = select(selection, gate, window_size, choice)
-    widest = (
-        gate.shape[-1] if window_size is None else max(window_size) if isinstance(window_size, list) else window_size
-    )
-    capacity = widest + choice.get("sinks", 0) + choice.get("recent", 0)
+def flex_with_gradients(query, key, value, gate, *, window_size, selection="causal", sinks=0, recent=0, **options):
+    """`dynamic_mask_attention` by the flex lowering, uncompiled, in small blocks."""
+    policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    masks = {name: options.pop(name, None) for name in ("key_padding_mask", "document_ids")}
+    facts = {"in_order": True, "ranked": True, "capacity": policy.capacity or key.shape[2]}
+    return _attend(query, key, value, gate, policy.lifespans(gate, **masks), **facts, **options)
+
+
+def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **options):
+    """`lifespan_attention` by the flex lowering, uncompiled, in small blocks."""
+    lifespans = Lifespans(*(bound.clamp(0, key.shape[2]).int() for bound in lifespans))
+    facts = {"in_order": False, "ranked": False, "capacity": max(1, most_visible(lifespans, query.shape[2]))}
+    return _attend(query, key, value, bias, lifespans, **facts, **options)
+
+
+def _attend(query, *others, scale=None, score_mod=None, sink_logits=None, **facts):
     with _gradients_on_a_cpu():
         return flex.flex_attend(
-            query, key, value, gate, lifespans, capacity=capacity, scale=query.shape[-1] ** -0.5 if scale is None else scale,
-            score_mod=score_mod, block_size=(32, 16), kernel_options=None, needs_gradient=True,
-            sink_logits=sink_logits,
+            query, *others, scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod,
+            block_size=(32, 16), kernel_options=None, needs_gradient=True, sink_logits=sink_logits, **facts,
         )  # fmt: skip
 
 

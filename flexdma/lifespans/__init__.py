@@ -1,26 +1,25 @@
 """Which key is visible to which query: policies that turn gates into `Lifespans`, one interval per key.
 
-selections.py           Lifespans; causal_top_w, global_top_w, above_threshold, sliding_window
+interval.py             Lifespans
+ranking.py              the rule by which gates compete
+selection.py            Selection: a policy and its sizes, as one value
+policies.py             causal_top_w, global_top_w, above_threshold, sliding_window
 order_statistics.py     the k-th smallest of any interval, for every element at once
 prefix_statistics.py    the same for prefixes of a permutation, as a CPU likes it
 """
 
-from flexdma.lifespans.selections import (
-    Lifespans,
-    above_threshold,
-    by_rank,
-    causal_top_w,
-    global_top_w,
-    per_head,
-    sliding_window,
-)
+from flexdma.lifespans.interval import Lifespans
+from flexdma.lifespans.policies import above_threshold, causal_top_w, global_top_w, sliding_window
+from flexdma.lifespans.ranking import by_rank
+from flexdma.lifespans.selection import STATEFUL_SELECTIONS, Selection
 
 __all__ = [
+    "STATEFUL_SELECTIONS",
     "Lifespans",
+    "Selection",
     "above_threshold",
     "by_rank",
     "causal_top_w",
     "global_top_w",
-    "per_head",
     "sliding_window",
 ]

@@ -13,7 +13,7 @@ from torch import Tensor
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import gate_gradient
 from flexdma.lowerings.packed_keys import at_places
-from flexdma.lowerings.reference_gate import reference_gate, split
+from flexdma.lowerings.reference_gate import biases, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.opaque import realize
 from flexdma.packing.schedule import schedule
@@ -34,38 +34,41 @@ def flex_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    bias: Tensor | None,
     lifespans: Lifespans,
     *,
-    capacity: int | None,
+    in_order: bool,
+    ranked: bool,
+    capacity: int,
     scale: float,
     score_mod: ScoreMod | None,
     block_size: tuple[int, int],
     kernel_options: dict | None,
     needs_gradient: bool,
-    sink_logits: Tensor | None = None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
-    """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
+    """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    capacity: no query sees more keys; None: than there are.
+    in_order, ranked: see `flexdma.lowerings.attend`.
     Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
     """
     on_cpu = query.device.type == "cpu"
     if on_cpu:
         # Constants in the graph: Inductor's C++ kernel mistakes one symbolic size for another (torch 2.11 to 2.13).
-        for tensor in (query, key, value, gate, *lifespans):
-            for length in tensor.shape:
+        for tensor in (query, key, value, bias, *lifespans):
+            for length in () if tensor is None else tensor.shape:
                 index(length)
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     # One compilation for each: groups, blocks and periods are constants in a kernel, and cannot be symbols.
     group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
-    capacity = keys if capacity is None else index(capacity)
+    capacity = index(capacity)
     first_query = keys - queries
 
     packing, block_index = schedule(
-        lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient
-    )
+        lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient,
+        any_births=not in_order,
+    )  # fmt: skip
     order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])
 
     def packed(tensor: Tensor) -> Tensor:
@@ -74,11 +77,11 @@ def flex_attend(
     packed_key, packed_value = packed(key), packed(value)
     rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
 
-    gate = gate.expand(batch, heads, keys)
-    reference = reference_gate(gate, lifespans, exact=sink_logits is not None)[..., first_query:]
+    has_bias = bias is not None
+    bias, reference = biases(key, bias, lifespans, queries, ranked=ranked, exact=sink_logits is not None)
     reference_high, reference_low = split(reference.detach())
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
-    high, low = split(gate)
+    high, low = split(bias)
     high, low = packed(high), None if low is None else realize(packed(low))
     sizes = (batch, heads, queries, keys)
     route = gate_gradient.chosen_route(needs_gradient and high.requires_grad, score_mod is not None, sizes)
@@ -91,10 +94,11 @@ def flex_attend(
         i = row // group
         if score_mod is not None:
             score = score_mod(score, b, h * group + row % group, query_position[i], order[b, h, column])
-        difference = added[b, h, column] - reference_high[b, h, i]
-        if low is not None and reference_low is not None:
-            difference = difference + (low[b, h, column] - reference_low[b, h, i])
-        score = score + difference
+        if has_bias:
+            difference = added[b, h, column] - reference_high[b, h, i]
+            if low is not None and reference_low is not None:
+                difference = difference + (low[b, h, column] - reference_low[b, h, i])
+            score = score + difference
         # Inductor's C++ kernel takes a block that begins with a NaN for an empty one; infinity becomes NaN in the softmax.
         return torch.where(score.isnan(), float("inf"), score) if on_cpu else score
 

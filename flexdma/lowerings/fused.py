@@ -9,6 +9,7 @@ O(K log K + Q (w + births in a block)) time; memory is one list of living keys p
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -18,8 +19,8 @@ from torch.nn.utils.rnn import pad_sequence
 
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.living_keys import LivingList, living_lists
-from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.lowerings.sink_logits import share_of_keys
+from flexdma.lowerings.timeline import attend_any_births
 from flexdma.rounding import ceil_div
 from flexdma.stages import staged
 from flexdma.transforms import is_recorded, is_transformed, needs_gradient
@@ -32,9 +33,9 @@ FEW_BIRTHS = 1 / 4
 SCORES_PER_THREAD = 2**20
 
 
-def is_fusible(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, sink_logits: Tensor | None) -> bool:
+def is_fusible(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sink_logits: Tensor | None) -> bool:
     """Whether `fused_attend` can serve this call: on a CPU, without derivatives, with the kernel's equal head sizes."""
-    needs_derivative = needs_gradient(query, key, value, gate, sink_logits) or is_transformed()
+    needs_derivative = needs_gradient(query, key, value, bias, sink_logits) or is_transformed()
     return query.device.type == "cpu" and not needs_derivative and query.shape[-1] == value.shape[-1]
 
 
@@ -50,9 +51,11 @@ def fused_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    bias: Tensor | None,
     lifespans: Lifespans,
     *,
+    in_order: bool | None,
+    ranked: bool,
     capacity: int,
     scale: float,
     block_size: int | None,
@@ -63,33 +66,69 @@ def fused_attend(
     Its lists are ragged, so that nothing of it could be traced; nor is anything left to fuse.
     """
     attend = _operator if torch.compiler.is_compiling() or is_recorded(query) else _fused_attend
-    return attend(query, key, value, gate, lifespans.birth, lifespans.death, capacity, scale, block_size, sink_logits)
+    return attend(
+        query,
+        key,
+        value,
+        bias,
+        lifespans.birth,
+        lifespans.death,
+        in_order,
+        ranked,
+        capacity,
+        scale,
+        block_size,
+        sink_logits,
+    )
 
 
 def _fused_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    bias: Tensor | None,
     birth: Tensor,
     death: Tensor,
+    in_order: bool | None,
+    ranked: bool,
     capacity: int,
     scale: float,
     block_size: int | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    lifespans = Lifespans(birth, death)
+    attend = partial(_attend_in_order, capacity=capacity, scale=scale, block_size=block_size, sink_logits=sink_logits)
+    return attend_any_births(
+        attend, query, key, value, bias, Lifespans(birth, death), in_order=in_order, ranked=ranked,
+        exact=sink_logits is not None, score_mod=None, reads_device=True,
+    )  # fmt: skip
+
+
+_operator = torch.library.custom_op("flexdma::attend_living_keys", _fused_attend, mutates_args=())
+_operator.register_fake(lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format))
+
+
+def _attend_in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    reference: Tensor,
+    lifespans: Lifespans,
+    _score_mod: None,
+    *,
+    capacity: int,
+    scale: float,
+    block_size: int | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Of keys that are born at their own positions; gate [B, Hkv, K], reference [B, Hkv, Q]."""
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     group, block = query_heads // heads, min(block_size or block_size_for(lifespans, queries, capacity), queries)
     blocks = ceil_div(queries, block)
     beyond = blocks * block - queries
-    capacity = min(capacity, keys)
 
-    gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
-    reference = pad(
-        reference_gate(gate, lifespans, exact=sink_logits is not None)[..., keys - queries :], (0, beyond)
-    ).view(-1, blocks, block)
+    reference = pad(reference, (0, beyond)).view(-1, blocks, block)
     birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
     lists = living_lists(birth, death, queries, capacity, block)
     # From here on the keys of all heads stand in one row, [B Hkv K].
@@ -126,10 +165,6 @@ def _fused_attend(
             )
             output.transpose(1, 2)[some] = attended.view_as(some_rows)
     return output.view(batch, query_heads, blocks * block, size)[:, :, :queries].contiguous()
-
-
-_operator = torch.library.custom_op("flexdma::attend_living_keys", _fused_attend, mutates_args=())
-_operator.register_fake(lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format))
 
 
 class _Keys(NamedTuple):

@@ -19,13 +19,13 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings import fused
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.living_keys import living_keys
-from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
+from flexdma.lowerings.timeline import attend_any_births
 from flexdma.mixed_precision import without_autocast
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 from flexdma.stages import staged
-from flexdma.transforms import is_transformed
+from flexdma.transforms import can_read, is_transformed
 
 # Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
 BLOCK_SIZE = 128
@@ -35,39 +35,65 @@ CHUNK_ELEMENTS = 2**21
 KEPT_ELEMENTS = 2**26
 
 
-@staged("attention forward")
 def gather_attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    bias: Tensor | None,
     lifespans: Lifespans,
     *,
-    capacity: int | None,
+    in_order: bool | None,
+    ranked: bool,
+    capacity: int,
     scale: float,
     score_mod: ScoreMod | None,
     block_size: int | None,
-    sink_logits: Tensor | None = None,
+    sink_logits: Tensor | None,
 ) -> Tensor:
-    """softmax(score_mod(q . k * scale) + gate) v over the keys alive at each query; see `dynamic_mask_attention`.
+    """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    capacity: no position has more living keys than this; None: than there are.
+    in_order, ranked: see `flexdma.lowerings.attend`.
     block_size: of queries; None takes the best.
     """
-    capacity = key.shape[2] if capacity is None else min(capacity, key.shape[2])
-    if score_mod is None and fused.is_fusible(query, key, value, gate, sink_logits):
+    capacity = min(capacity, key.shape[2])
+    if score_mod is None and fused.is_fusible(query, key, value, bias, sink_logits):
         return fused.fused_attend(
-            query, key, value, gate, lifespans, capacity=capacity, scale=scale, block_size=block_size,
-            sink_logits=sink_logits,
+            query, key, value, bias, lifespans, in_order=in_order, ranked=ranked, capacity=capacity, scale=scale,
+            block_size=block_size, sink_logits=sink_logits,
         )  # fmt: skip
-    block_size = block_size or BLOCK_SIZE
-    batch, query_heads, queries, _size = query.shape
-    heads, keys = key.shape[1:3]
+    queries, keys = query.shape[2], key.shape[2]
     if torch.compiler.is_exporting() and not (has_static_value(queries) and has_static_value(keys)):
         raise ValueError(
             "lowering: 'gather' exports symbolic lengths only on a CPU, without gradients, a score_mod and unequal head "
             "sizes; expected torch.no_grad() around torch.export.export, lowering='dense', or static lengths"
         )
+    attend = partial(
+        _attend_in_order, capacity=capacity, scale=scale, block_size=block_size or BLOCK_SIZE, sink_logits=sink_logits
+    )
+    return attend_any_births(
+        attend, query, key, value, bias, lifespans, in_order=in_order, ranked=ranked, exact=sink_logits is not None,
+        score_mod=score_mod, reads_device=can_read(query),
+    )  # fmt: skip
+
+
+@staged("attention forward")
+def _attend_in_order(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor,
+    reference: Tensor,
+    lifespans: Lifespans,
+    score_mod: ScoreMod | None,
+    *,
+    capacity: int,
+    scale: float,
+    block_size: int,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """`gather_attend` of keys that are born at their own positions; bias [B, Hkv, K], reference [B, Hkv, Q]."""
+    batch, query_heads, queries, _size = query.shape
+    heads, keys = key.shape[1:3]
     group = query_heads // heads
     first_query = keys - queries
     blocks = ceil_div(queries, block_size)
@@ -76,11 +102,8 @@ def gather_attend(
     slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]: positions of the keys
     death = death.expand_as(slots)
 
-    gate = (gate if gate.dtype == torch.float64 else gate.float()).expand(batch, heads, keys)
     beyond = (0, blocks * block_size - queries)
-    reference = pad(
-        reference_gate(gate, lifespans, exact=sink_logits is not None)[..., first_query:], beyond
-    ).unflatten(-1, (blocks, block_size))
+    reference = pad(reference, beyond).unflatten(-1, (blocks, block_size))
     sinks = (
         ()
         if sink_logits is None
@@ -94,7 +117,7 @@ def gather_attend(
     rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
     # Rows beyond the last query repeat its position, so that a score_mod never sees one out of range; they are dropped.
     positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device).clamp(max=keys - 1)
-    inputs = (rows, _take(gate, slots), reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
+    inputs = (rows, _take(bias, slots), reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
 
     elements = batch * query_heads * blocks * block_size * slots.shape[-1]
     if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:

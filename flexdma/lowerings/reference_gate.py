@@ -11,11 +11,38 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.visible import best_visible
 from flexdma.opaque import opaque_on_cpu
 from flexdma.stages import staged
 
 
+def biases(
+    key: Tensor, bias: Tensor | None, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool
+) -> tuple[Tensor, Tensor]:
+    """What each key of [B, Hkv, K, D] adds, [B, Hkv, K] of at least float32, and what queries subtract, [B, Hkv, Q]."""
+    shape = key.shape[:3]
+    if bias is None:
+        zeros = torch.zeros((1, 1, 1), dtype=torch.float32, device=key.device)
+        return zeros.expand(shape), zeros.expand(*shape[:2], queries)
+    bias = (bias if bias.dtype == torch.float64 else bias.float()).expand(shape)
+    return bias, visible_reference(bias, lifespans, queries, ranked=ranked, exact=exact)
+
+
 @staged("reference gates")
+def visible_reference(bias: Tensor, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool) -> Tensor:
+    """[B, H, Q] that cancels in the softmax: near the largest finite bias that each of the last Q positions sees.
+
+    bias: [B, H, K].  ranked: the best key that a query sees leaves only with its document, as in a selection by this bias;
+        three cumulative passes then find it.
+    exact: that bias itself, with its gradient; otherwise, of ranked ones that float32 rounds to the same number, any.
+    """
+    if ranked:
+        return reference_gate(bias, lifespans, exact=exact)[..., bias.shape[-1] - queries :]
+    birth, death = (bound.expand(bias.shape) for bound in lifespans)
+    best = best_visible(bias.detach(), birth, death, queries)[0]
+    return torch.where(best < 0, 0.0, bias.gather(-1, best.clamp(min=0)))
+
+
 def reference_gate(gate: Tensor, lifespans: Lifespans, *, exact: bool = False) -> Tensor:
     """The largest finite gate among the keys that live up to each position, in its own document; 0 before the first.
 

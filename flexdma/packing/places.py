@@ -27,15 +27,25 @@ PERIOD, PERIOD_BLOCKS = 2, 2
 
 
 class Layout(NamedTuple):
-    """Where keys may be placed: `places` for each of `periods` periods of `period` query positions."""
+    """Where keys may be placed, in `periods` periods of `period` query positions.
+
+    unit None: each period has `places`.  Otherwise all periods share `places`: each takes what it needs, in multiples of
+        `unit`.
+    """
 
     period: int
     periods: int
     places: int
+    unit: int | None = None
+
+    @property
+    def total(self) -> int:
+        """Places of all periods."""
+        return self.places if self.unit is not None else self.periods * self.places
 
 
 class Packing(NamedTuple):
-    """Keys at their places, L = layout.periods * layout.places of them; int32.
+    """Keys at their places, L = layout.total of them; int32.
 
     order: [B, H, L], the key at a place.  Unused places hold an arbitrary valid key.
     birth, death: [B, H, L], the queries (0 = the first) that see the piece at this place: birth <= query < death, inside
@@ -57,20 +67,32 @@ torch.serialization.add_safe_globals([Layout, Packing])  # `torch.load` takes th
 
 
 def packed_layout(
-    queries: int, keys: int, capacity: int, *, block_size: tuple[int, int] = (1, 1), group: int = 1
+    queries: int,
+    keys: int,
+    capacity: int,
+    *,
+    block_size: tuple[int, int] = (1, 1),
+    group: int = 1,
+    any_births: bool = False,
 ) -> Layout:
     """The periods of the last `queries` of `keys` positions, of which no query sees more than `capacity`.
 
     block_size: (rows, columns) that periods and their places are made of; a position has `group` rows.  One period is as
     long as its queries.
+    any_births: several keys may be born at one position.  Nothing then bounds what one period needs, so periods share their
+        places: a key has one piece, and one more for each later period it reaches.
     """
     rows, columns = block_size
     step = rows // gcd(rows, group)
     period = round_up(max(PERIOD * capacity, PERIOD_BLOCKS * columns), step)
     if queries <= period or keys <= capacity + period:
-        places = min(keys, capacity + queries)
+        places = keys if any_births else min(keys, capacity + queries)
         return Layout(round_up(queries, step), 1, round_up(places, columns))
-    return Layout(period, ceil_div(queries, period), round_up(capacity + period, columns))
+    periods = ceil_div(queries, period)
+    if any_births:
+        places = keys + capacity * (periods - 1) + periods * (columns - 1)
+        return Layout(period, periods, round_up(places, columns), columns)
+    return Layout(period, periods, round_up(capacity + period, columns))
 
 
 def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
@@ -84,7 +106,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
 
     One sort and two binary searches; O(K log K) time, O(K) memory.
     """
-    period, periods, places = layout
+    period, periods, places, unit = layout
     keys = lifespans.birth.shape[-1]
     first_query = keys - queries
     # In queries, 0 = the first.  Not clamp: Inductor fails to simplify the quotient of a clamped arange, which births are.
@@ -94,25 +116,33 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     count = torch.where(dies > born, (dies - 1) // period - first_period + 1, 0)  # pieces of each key
     ends = count.cumsum(-1, dtype=torch.int32)
 
-    number = torch.arange(periods * places, dtype=torch.int32, device=born.device)
+    number = torch.arange(layout.total, dtype=torch.int32, device=born.device)
     owner, sorted_end, by_end = _sorted_pieces(first_period, dies, count, ends, number, layout)
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
     period_begin = torch.searchsorted(sorted_end, bounds.expand(*born.shape[:-1], -1).contiguous(), right=True)
 
     # The n-th place of a period takes the n-th of its pieces.
-    place_period = (number // places).expand_as(owner).long()
-    piece = period_begin.gather(-1, place_period) + number % places
+    if unit is None:
+        place_begin = places * torch.arange(periods, dtype=torch.int32, device=born.device).expand(*born.shape[:-1], -1)
+        place_period = (number // places).expand_as(owner).long()
+        rank = number % places
+    else:
+        room = (period_begin[..., 1:] - period_begin[..., :-1] + unit - 1) // unit * unit
+        place_begin = (room.cumsum(-1) - room).int()
+        place_period = torch.searchsorted(place_begin, number.expand_as(owner).contiguous(), right=True) - 1
+        rank = number - place_begin.gather(-1, place_period)
+    piece = period_begin.gather(-1, place_period) + rank
     period_end = period_begin.gather(-1, place_period + 1)
     used = piece < period_end
     # Unused places hold an arbitrary valid key; birth = death = 0 hides them.
     piece = torch.minimum(piece, period_end - 1).clamp(min=0)
     order = owner.gather(-1, by_end.gather(-1, piece))
-    birth = torch.where(used, torch.maximum(born.gather(-1, order), number // places * period), 0)
+    birth = torch.where(used, torch.maximum(born.gather(-1, order), place_period.int() * period), 0)
     death = torch.where(used, sorted_end.gather(-1, piece), 0)
 
     # And the other way round: the place of each piece, in order of keys.
     end_period = (sorted_end - 1).clamp(max=periods * period - 1) // period
-    place = end_period * places + number - period_begin.gather(-1, end_period.long())
+    place = place_begin.gather(-1, end_period.long()) + number - period_begin.gather(-1, end_period.long())
     pieces = scattered(torch.where(sorted_end <= periods * period, place, 0).int(), by_end)
     return Packing(order.int(), birth.int(), death.int(), pieces, pad(ends, (1, 0)), layout)
 
@@ -126,7 +156,7 @@ def _sorted_pieces(
         and how many it and the keys before it have.
     number: [L], from 0 on.  Pieces beyond the last have an end above every other.
     """
-    period, periods, _ = layout
+    period, periods, *_ = layout
     owner = torch.searchsorted(ends, number.expand(*ends.shape[:-1], -1).contiguous(), right=True)
     owner = owner.clamp(max=ends.shape[-1] - 1)
     reached = first_period.gather(-1, owner) + number - (ends - count).gather(-1, owner)

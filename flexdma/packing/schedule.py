@@ -19,27 +19,38 @@ def schedule(
     capacity: int,
     block_size: tuple[int, int],
     transposed: bool,
+    any_births: bool = False,
 ) -> tuple[Packing, BlockIndex]:
     """Packed keys, and the blocks of them to visit.
 
     lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions, `group` rows each.
     capacity: no query sees more keys.
-    block_size: (rows, columns) of a mask block.  transposed: for a backward, too.
+    block_size: (rows, columns) of a mask block.  transposed: for a backward, too.  any_births: see `packed_layout`.
     """
     rows, columns = block_size
-    layout = packed_layout(queries, lifespans.birth.shape[-1], capacity, block_size=block_size, group=group)
+    layout = packed_layout(
+        queries, lifespans.birth.shape[-1], capacity, block_size=block_size, group=group, any_births=any_births
+    )
     order, birth, death, pieces, starts, *index = _schedule(
-        *lifespans, queries, group, capacity, rows, columns, transposed
+        *lifespans, queries, group, capacity, rows, columns, transposed, any_births
     )
     return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index)
 
 
 def _empty_schedule(
-    birth: Tensor, death: Tensor, queries: int, group: int, capacity: int, rows: int, columns: int, transposed: bool
+    birth: Tensor,
+    death: Tensor,
+    queries: int,
+    group: int,
+    capacity: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    any_births: bool,
 ) -> list[Tensor]:
     batch, heads, keys = birth.shape
-    layout = packed_layout(queries, keys, capacity, block_size=(rows, columns), group=group)
-    placed = birth.new_empty((batch, heads, layout.periods * layout.places))
+    layout = packed_layout(queries, keys, capacity, block_size=(rows, columns), group=group, any_births=any_births)
+    placed = birth.new_empty((batch, heads, layout.total))
     index = _index(placed, placed, queries, group, rows, columns, transposed, layout)
     return [
         *map(torch.empty_like, [placed] * 4),
@@ -50,9 +61,19 @@ def _empty_schedule(
 
 @opaque_on_cpu("schedule", _empty_schedule)
 def _schedule(
-    birth: Tensor, death: Tensor, queries: int, group: int, capacity: int, rows: int, columns: int, transposed: bool
+    birth: Tensor,
+    death: Tensor,
+    queries: int,
+    group: int,
+    capacity: int,
+    rows: int,
+    columns: int,
+    transposed: bool,
+    any_births: bool,
 ) -> list[Tensor]:
-    layout = packed_layout(queries, birth.shape[-1], capacity, block_size=(rows, columns), group=group)
+    layout = packed_layout(
+        queries, birth.shape[-1], capacity, block_size=(rows, columns), group=group, any_births=any_births
+    )
     *packing, _ = pack(Lifespans(birth, death), layout, queries=queries)
     _, birth, death, *_ = packing
     return [*packing, *_index(birth, death, queries, group, rows, columns, transposed, layout)]
@@ -68,7 +89,7 @@ def _index(
         group=group,
         block_size=(rows, columns),
         transposed=transposed,
-        periods=layout.periods,
+        periods=layout.periods if layout.unit is None else 1,
         period=layout.period,
     )
     if birth.device.type == "cpu":

@@ -11,16 +11,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexdma.lifespans import Lifespans, by_rank, per_head
+from flexdma.lifespans import Lifespans, by_rank
+from flexdma.lifespans.ranking import NEVER
 from flexdma.opaque import realize
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
 
 if TYPE_CHECKING:
     from flexdma.state.dynamic_mask_state import DynamicMaskState
-
-# Above every position.
-NEVER = 2**62
 
 
 class Keys(NamedTuple):
@@ -118,7 +116,7 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> 
     if keys.key_padding_mask is not None:
         seen = keys.key_padding_mask[:, total - keys.new :]
         real_length, last_padding = state.real_length + seen.sum(-1), _last_padding(state, seen)
-    return _kept(
+    return kept(
         replace(
             state,
             length=state.length + keys.new,
@@ -134,38 +132,14 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> 
     )
 
 
-def without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
-    """The state at this length [B], of which none of its keys has been lost since."""
-    no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
-    keys = with_state_keys(state, *no_keys, None, None)
-    real = (keys.position >= 0) & (keys.position < length[:, None, None])
-    is_sink = real & (keys.position <= state.last_sink[..., None])
-    begins = length == 0
-    return _kept(
-        replace(
-            state,
-            length=length,
-            real_length=torch.where(begins, 0, state.real_length - state.length + length),
-            last_padding=state.last_padding.masked_fill(begins, -1),
-            document=state.document.masked_fill(begins, 0),
-            last_sink=torch.where(is_sink, keys.position, -1).amax(-1),
-            last_loss=state.last_loss.masked_fill(begins[:, None], -1),
-            forgotten=state.forgotten.masked_fill(begins[:, None], 0.0),
-        ),
-        keys,
-        real,
-        is_sink,
-    )
-
-
-def _kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
+def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
     """`state`, whose length is already the new one, with the keys among the `real` ones that the last query saw."""
     total = real.shape[-1]
     eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
-    best = by_rank(gate, None)[..., : state.widest]
+    best = by_rank(gate)[..., : state.widest]
     number = torch.arange(best.shape[-1], device=real.device)
-    chosen = eligible.gather(-1, best) & (number < per_head_windows(state))
+    chosen = eligible.gather(-1, best) & (number < state.policy.windows(real.device))
     slots = _first(torch.where(chosen, best, -1), state.widest)  # -1 for none
     if state.sinks + state.recent:
         in_top = torch.zeros_like(real).scatter(-1, best, chosen)
@@ -202,12 +176,6 @@ def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new:
     ended = (lifespans.birth < lifespans.death) & (lifespans.death < total) & (lifespans.death >= held)
     latest = torch.where(ended, lifespans.death.long() - held, -1).amax(-1)
     return torch.where(latest >= 0, state.length[:, None] + latest, state.last_loss)
-
-
-def per_head_windows(state: "DynamicMaskState") -> Tensor:
-    """[1 or Hkv, 1] int64, filled on the device."""
-    windows = state.window_size if isinstance(state.window_size, tuple) else (state.window_size,)
-    return per_head(windows, state.position)
 
 
 def score_mod_at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:

@@ -11,12 +11,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flexdma.lifespans.ranking import last_in_rank, outranks
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.mixed_precision import without_autocast
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
-from flexdma.state.carry import NEVER, per_head_windows
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 
 
@@ -27,7 +27,7 @@ def decode(
     gate: Tensor,
     state: DynamicMaskState,
     *,
-    scale: float,
+    scale: float | None,
     score_mod: ScoreMod | None,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
@@ -40,6 +40,7 @@ def decode(
     if document_ids is not None:
         # A copy: the caller may overwrite the ids.
         state = _in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
     new = inserted(state, key, value, gate, key_padding_mask)
     return _attend(query, state.length, new, scale, score_mod, sink_logits), new
 
@@ -92,8 +93,7 @@ def inserted(
     held, new = _Slots(state.key, state.value, state.gate, state.position), _Slots(key, value, gate, position)
     weakest = _weakest(state)
     old = _Slots(*(along_keys(tensor, weakest) for tensor in held))
-    outranked = (old.gate > gate) | (old.gate.isnan() & ~gate.isnan())  # of equal gates the newer wins
-    enters = real & ~outranked
+    enters = real & ~outranks(old.gate, gate)
     if state.selection == "threshold":
         enters = enters & ~(gate <= 0)
     slot, writes, arriving = weakest, enters, new
@@ -140,13 +140,10 @@ def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor) -> Ten
 def _weakest(state: DynamicMaskState) -> Tensor:
     """[B, Hkv, 1]: the slot of the top-w to give away first: one without a key, else that of the last in rank."""
     gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
-    unordered = gate.isnan()  # above infinity
-    level = torch.where(unordered, float("inf"), gate.detach())
-    age = torch.where(unordered, position + NEVER // 2, position)
+    beyond = None
     if isinstance(state.window_size, tuple):
-        beyond = torch.arange(state.widest, device=gate.device) >= per_head_windows(state)
-        level, age = level.masked_fill(beyond, float("inf")), age.masked_fill(beyond, NEVER)
-    return torch.where(level == level.amin(-1, keepdim=True), age, NEVER).argmin(-1, keepdim=True)
+        beyond = torch.arange(state.widest, device=gate.device) >= state.policy.windows(gate.device)
+    return last_in_rank(gate, position, beyond)
 
 
 def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) -> Tensor:

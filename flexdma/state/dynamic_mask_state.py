@@ -14,14 +14,16 @@ A state is a value: nothing changes it in place, so that it can be kept, branche
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.utils._pytree as pytree
 from torch import Tensor
 
 from flexdma import checks
-from flexdma.state.carry import without_last
+from flexdma.lifespans import STATEFUL_SELECTIONS, Selection
+from flexdma.state.layout import EMPTY, Layout, refuse_difference, state_layout
+from flexdma.state.rollback import cropped
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,20 +87,24 @@ class DynamicMaskState:
         checks.positive_int("batch_size", batch_size, 0)
         for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             checks.positive_int(name, size)
-        checks.positive_int("sinks", sinks, 0)
-        checks.positive_int("recent", recent, 0)
         checks.one_of("selection", selection, STATEFUL_SELECTIONS)
         if gate_dtype not in (torch.float32, torch.float64):
             raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
-        windows = checks.windows(window_size, num_kv_heads, needed=True)
-        slots = max(windows) + sinks + recent
-        layout = state_layout((batch_size, num_kv_heads, slots), head_dim, value_dim, dtype, gate_dtype)
+        policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads)
+        policy.refuse_without_state()
+        slots = (batch_size, num_kv_heads, cast(int, policy.capacity))
+        layout = state_layout(slots, head_dim, value_dim, dtype, gate_dtype)
         tensors: dict[str, Any] = {
             name: torch.full(shape, EMPTY.get(name, 0), dtype=of, device=device) for name, (shape, of) in layout.items()
         }
-        return cls(**tensors, window_size=as_window(windows), sinks=sinks, recent=recent, selection=selection)
+        return cls(**tensors, **state_options(policy))
+
+    @property
+    def policy(self) -> Selection:
+        """Its options as one value."""
+        return Selection(self.selection, self.window_size, self.sinks, self.recent)
 
     @property
     def widest(self) -> int:
@@ -121,6 +127,11 @@ class DynamicMaskState:
     def _layout(self) -> "Layout":
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors().items()}
 
+    def _refuse_other(self, name: str, other: object, *, batch: bool = True) -> None:
+        if not isinstance(other, DynamicMaskState):
+            raise TypeError(f"{name}: expected a DynamicMaskState, got {type(other).__name__}")
+        refuse_difference(name, other, self._layout(), self.options(), self.length.device, batch=batch)
+
     def _map(self, function: Callable[[str, Tensor], Tensor]) -> "DynamicMaskState":
         return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
@@ -140,7 +151,7 @@ class DynamicMaskState:
 
     def restore(self, saved: "DynamicMaskState") -> "DynamicMaskState":
         """`saved`, a copy of it, where it is a checkpoint of this state's shapes and options; ValueError where not."""
-        refuse_difference("saved", saved, self._layout(), self.options(), self.length.device)
+        self._refuse_other("saved", saved)
         return saved.checkpoint()
 
     def reorder(self, rows: Tensor) -> "DynamicMaskState":
@@ -150,7 +161,7 @@ class DynamicMaskState:
 
     def put(self, rows: Tensor, other: "DynamicMaskState") -> "DynamicMaskState":
         """A state with the batch rows of these numbers, [n] int64 and distinct, replaced by the n rows of `other`."""
-        refuse_difference("other", other, self._layout(), self.options(), self.length.device, batch=False)
+        self._refuse_other("other", other, batch=False)
         _check_rows(rows, other.length.shape[0], self.length)
         theirs = other.tensors()
         return self._map(lambda name, tensor: tensor.index_copy(0, rows, theirs[name]))
@@ -162,47 +173,11 @@ class DynamicMaskState:
         the narrowest window and recent=0, and as long as no padded token is among the last ones.  Otherwise take a
         `checkpoint()` first.  Synchronises.
         """
-        if isinstance(tokens, Tensor):
-            checks.tensor("tokens", tokens, (self.length.shape[0],), self.length)
-            if tokens.dtype != torch.int64 or (tokens < 0).any():
-                raise ValueError(f"tokens: expected int64 numbers of at least 0, got {tokens}")
-        else:
-            checks.positive_int("tokens", tokens, 0)
-        kept = self.length - tokens
-        if (kept < 0).any():
-            raise ValueError(
-                f"tokens: expected at most the {self.length.tolist()} tokens of each sequence, got {tokens}"
-            )
-        taken = (kept < self.length) & (kept > 0)
-        gone = (self.last_loss >= kept[:, None]) & taken[:, None]
-        if gone.any():
-            at = int(self.last_loss[gone].max())
-            raise ValueError(
-                f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
-                f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
-            )
-        if ((self.last_padding >= kept) & taken).any():
-            raise ValueError(
-                f"tokens: expected a rollback past no padded token (the last was at position {int(self.last_padding.max())}, "
-                f"and how many real tokens came before it is not kept), got {tokens}; take state.checkpoint() before tokens "
-                "that may be rolled back"
-            )
-        if (self.forgotten.any(-1) & taken).any():
-            raise ValueError(
-                f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
-                "before tokens that may be rolled back"
-            )
-        return without_last(self, kept)
+        return cropped(self, tokens)
 
 
-# Name -> (shape, dtype).
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-# What the tensors of an empty state hold where it is not 0.
-EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
 TENSORS = tuple(field.name for field in fields(DynamicMaskState) if field.type is Tensor)
 OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type is not Tensor)
-# "global" chooses among all keys, later ones too: no prefix has a state.
-STATEFUL_SELECTIONS = ("causal", "threshold")
 
 # torch.load(weights_only=True), its default, takes no other classes.
 torch.serialization.add_safe_globals([DynamicMaskState])
@@ -222,74 +197,24 @@ pytree.register_pytree_node(
 )
 
 
-def widest_window(window_size: int | Sequence[int]) -> int:
-    """The largest window of all heads."""
-    return window_size if isinstance(window_size, int | torch.SymInt) else max(window_size)
+def check_state_matches(state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, policy: Selection) -> None:
+    """Raise unless `state` is one that these keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and gates can go on from."""
+    if not isinstance(state, DynamicMaskState):
+        raise TypeError(f"state: expected a DynamicMaskState, got {type(state).__name__}")
+    batch, heads, _keys, size = key.shape
+    slots = (batch, heads, cast(int, policy.capacity))
+    layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype)
+    refuse_difference("state", state, layout, state_options(policy), key.device)
 
 
-def as_window(windows: Sequence[int]) -> int | tuple[int, ...]:
-    """One int where there is one, else a tuple of one per head: what a state keeps, comparable and hashable."""
-    return windows[0] if len(windows) == 1 else tuple(windows)
+def state_options(policy: Selection) -> dict[str, Any]:
+    """The options of a state with this selection, by name."""
+    return {
+        "window_size": policy.window_size, "sinks": policy.sinks, "recent": policy.recent, "selection": policy.kind
+    }  # fmt: skip
 
 
 def _check_rows(rows: Tensor, count: object, like: Tensor) -> None:
     checks.tensor("rows", rows, (count,), like)
     if rows.dtype != torch.int64:
         raise TypeError(f"rows: expected torch.int64, got {rows.dtype}")
-
-
-def check_state_matches(
-    state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, *, window_size: int | tuple[int, ...], sinks: int,
-    recent: int, selection: str,
-) -> None:  # fmt: skip
-    """Raise unless `state` is one that these keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and gates can go on from."""
-    batch, heads, _keys, size = key.shape
-    slots = (batch, heads, widest_window(window_size) + sinks + recent)
-    layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype)
-    options = {"window_size": window_size, "sinks": sinks, "recent": recent, "selection": selection}
-    refuse_difference("state", state, layout, options, key.device)
-
-
-def state_layout(
-    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
-) -> Layout:
-    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
-    batch, rows = slots[:1], slots[:2]
-    return {
-        "key": ((*slots, size), dtype),
-        "value": ((*slots, value_size), dtype),
-        "gate": (slots, gate_dtype),
-        "position": (slots, torch.int64),
-        "length": (batch, torch.int64),
-        "real_length": (batch, torch.int64),
-        "last_padding": (batch, torch.int64),
-        "document": (batch, torch.int64),
-        "last_sink": (rows, torch.int64),
-        "last_loss": (rows, torch.int64),
-        "forgotten": (rows, torch.float64),
-    }
-
-
-def refuse_difference(
-    name: str, state: object, layout: Layout, options: dict[str, Any], device: torch.device, *, batch: bool = True
-) -> None:
-    """Raise unless `state` has this layout, these options and this device; batch: and this number of sequences."""
-    if not isinstance(state, DynamicMaskState):
-        raise TypeError(f"{name}: expected a DynamicMaskState, got {type(state).__name__}")
-    for option, want in options.items():
-        if getattr(state, option) != want:
-            raise ValueError(
-                f"{name}: expected {option}={want!r}, got a state with {option}={getattr(state, option)!r}"
-            )
-    for field, (shape, dtype) in layout.items():
-        have = getattr(state, field)
-        if have.dim() != len(shape):
-            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
-        if have.device != device:
-            raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
-        if have.dtype != dtype:
-            raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}")
-        if tuple(have.shape[1:]) != tuple(shape[1:]):
-            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
-        if batch and have.shape[0] != shape[0]:
-            raise ValueError(f"{name}: expected batch size {shape[0]}, got {have.shape[0]}")

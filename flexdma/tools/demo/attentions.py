@@ -14,10 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexdma import DynamicMaskAttention, Lifespans, causal_top_w, choose_lowering, sliding_window
-from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
-from flexdma.lowerings.gather import BLOCK_SIZE as GATHER_BLOCK_SIZE
-from flexdma.lowerings.gather import gather_attend
+from flexdma import DynamicMaskAttention, Lifespans, causal_top_w, lifespan_attention, sliding_window
 
 KINDS = ("dma", "dma-recency", "full", "window")
 
@@ -61,21 +58,10 @@ class WindowAttention(FullAttention):
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         """Attention of query [B, Hq, N, D] to the last w keys."""
-        window = self.options["window_size"]
+        window = self.policy.widest
+        assert window is not None
         lifespans = sliding_window(gate, window)
-        scale = query.shape[-1] ** -0.5
-        device = query.device.type
-        if choose_lowering(device, query.dtype) == "gather":
-            return gather_attend(
-                query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None,
-                block_size=GATHER_BLOCK_SIZE,
-            )  # fmt: skip
-        attend = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
-        return attend(
-            query, key, value, gate, lifespans, capacity=window, scale=scale, score_mod=None, kernel_options=None,
-            needs_gradient=torch.is_grad_enabled(),
-            block_size=default_block_size(device),
-        )  # fmt: skip
+        return lifespan_attention(query, key, value, lifespans, bias=gate, capacity=window, in_order=True)
 
 
 def make_attention(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks, lifespans
-from flexdma.attention import select
+from flexdma.lifespans import Selection
 from flexdma.lowerings.flex import default_block_size
 from flexdma.tools.explain import counts
 from flexdma.tools.explain.advice import Situation, advise
@@ -59,8 +59,9 @@ def explain(
         "key_padding_mask": key_padding_mask,
         "document_ids": document_ids,
     }
-    alive = select(selection, gate, window_size, options)
-    batch, heads, length = gate.shape
+    batch, heads, length = checks.tensor("gate", gate, ("B", "Hkv", "K")).shape
+    policy = Selection.of(selection, window_size, sinks, recent, heads=heads)
+    alive = policy.lifespans(gate, key_padding_mask=key_padding_mask, document_ids=document_ids)
     if not batch * heads * length:
         raise ValueError(f"gate: expected at least one key, got {list(gate.shape)}")
     group = checks.group_size("gate", heads, num_query_heads)

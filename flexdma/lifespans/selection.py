@@ -1,0 +1,158 @@
+"""Selection: why a key lives, as one value."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexdma import checks
+from flexdma.lifespans.interval import Lifespans
+from flexdma.lifespans.ranking import by_rank, death_by_rank
+from flexdma.opaque import opaque_on_cpu
+from flexdma.stages import staged
+
+# "global" chooses among all keys, later ones too: no prefix has a state.
+STATEFUL_SELECTIONS = ("causal", "threshold")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """Which keys a query sees, in terms of gates and positions; `of` makes one from a call's arguments, and checks them.
+
+    kind: "causal", "global", "threshold" or "sliding": `causal_top_w`, `global_top_w`, `above_threshold`, `sliding_window`.
+    window_size: w, one per head, or None for no bound.
+    sinks, recent: how many keys are visible besides.
+    threshold: of kind "threshold".
+    """
+
+    kind: str
+    window_size: int | tuple[int, ...] | None
+    sinks: int = 0
+    recent: int = 0
+    threshold: float = 0.0
+
+    @classmethod
+    def of(
+        cls, kind: str, window_size: int | Sequence[int] | None, sinks: int, recent: int, *, heads: int,
+        threshold: float = 0.0,
+    ) -> "Selection":  # fmt: skip
+        """From the arguments of a call with this many gate heads; equal arguments make equal selections.
+
+        Raises ValueError or TypeError naming the argument.
+        """
+        checks.one_of("selection", kind, (*checks.SELECTIONS, "sliding"))
+        windows = checks.windows(window_size, heads, needed=kind != "threshold")
+        checks.positive_int("sinks", sinks, 0)
+        checks.positive_int("recent", recent, 0)
+        window = None if not windows else windows[0] if len(windows) == 1 else tuple(windows)
+        return cls(kind, window, sinks, recent, threshold)
+
+    @property
+    def widest(self) -> int | None:
+        """The largest window; None for no bound."""
+        return max(self.window_size) if isinstance(self.window_size, tuple) else self.window_size
+
+    @property
+    def capacity(self) -> int | None:
+        """Upper bound on the keys that one query sees; None = no bound."""
+        return None if self.widest is None else self.widest + self.sinks + self.recent
+
+    def windows(self, device: torch.device) -> Tensor:
+        """[1, 1] or [H, 1] int64; of a window_size that is not None."""
+        assert self.window_size is not None
+        return _on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
+
+    def refuse_without_state(self) -> None:
+        """Raise ValueError unless a state bounds what later queries can see."""
+        if self.kind not in STATEFUL_SELECTIONS:
+            raise ValueError(f"selection: expected one of {STATEFUL_SELECTIONS} with a state, got {self.kind!r}")
+        if self.window_size is None:
+            raise ValueError(
+                "window_size: expected an int or one per gate head with a state, which it bounds, got None"
+            )
+
+    @staged("lifespans")
+    def lifespans(
+        self, gate: Tensor, *, key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None
+    ) -> Lifespans:
+        """Of keys with these gates [B, H, K]; arguments as in `causal_top_w`."""
+        checks.selected_keys(gate, key_padding_mask, document_ids)
+        gate = gate.detach() if gate.dtype == torch.float64 else gate.detach().float()
+        windows = self.window_size if isinstance(self.window_size, tuple) else (self.window_size,)
+        birth, death = _lifespans(
+            gate, self.kind, [w for w in windows if w is not None], self.threshold, self.sinks, self.recent,
+            key_padding_mask, document_ids,
+        )  # fmt: skip
+        return Lifespans(birth, death)
+
+
+def _empty_lifespans(
+    gate: Tensor,
+    kind: str,
+    windows: list[int],
+    threshold: float,
+    sinks: int,
+    recent: int,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> list[Tensor]:
+    return [torch.empty(gate.shape, dtype=torch.int32, device=gate.device) for _ in range(2)]
+
+
+@opaque_on_cpu("lifespans", _empty_lifespans)
+def _lifespans(
+    gate: Tensor,
+    kind: str,
+    windows: list[int],
+    threshold: float,
+    sinks: int,
+    recent: int,
+    key_padding_mask: Tensor | None,
+    document_ids: Tensor | None,
+) -> list[Tensor]:
+    length = gate.shape[-1]
+    positions = torch.arange(length, device=gate.device)
+    if document_ids is None:
+        start, end = positions.new_zeros(1), positions.new_full((1,), length)
+    else:
+        start, end = document_bounds(document_ids)
+    real = gate != float("-inf")
+    if key_padding_mask is not None:
+        real = real & key_padding_mask[:, None]
+    chosen = real & ~(gate <= threshold) if kind == "threshold" else real
+
+    if not windows:
+        death = end
+    elif kind == "sliding":
+        death = torch.minimum(positions + _on_device(windows, gate.device), end)
+    else:
+        ranked = by_rank(gate.masked_fill(~chosen, float("-inf")), start if document_ids is not None else None)
+        death = death_by_rank(ranked, start, end, _on_device(windows, gate.device), shared=kind == "global")
+    death = torch.where(chosen, death, positions)
+    if recent:
+        death = torch.maximum(death, torch.minimum(positions + recent, end))
+    if sinks:
+        count = real.cumsum(-1)  # 1 at the first real key of the row
+        count = count - (count - real.long()).gather(-1, start.expand_as(count))
+        death = torch.where(count <= sinks, end, death)
+    death = torch.where(real, death, positions)
+    return [positions.to(torch.int32).expand(gate.shape), death.to(torch.int32).expand(gate.shape)]
+
+
+def _on_device(windows: Sequence[int], device: torch.device) -> Tensor:
+    """[len(windows), 1] int64, filled on the device: a tensor made from a list would be copied from the host."""
+    return torch.cat([torch.full((1, 1), window, device=device, dtype=torch.int64) for window in windows])
+
+
+def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """First position and one past the last of each position's document: two [B, 1, K] from [B, K]."""
+    length = document_ids.shape[-1]
+    positions = torch.arange(length, device=document_ids.device)
+    changed = document_ids[:, 1:] != document_ids[:, :-1]
+    first = torch.where(pad(changed, (1, 0), value=True), positions, 0)
+    last = torch.where(pad(changed, (0, 1), value=True), positions + 1, length)
+    start = first.cummax(-1).values
+    end = last.flip(-1).cummin(-1).values.flip(-1)
+    return start[:, None], end[:, None]

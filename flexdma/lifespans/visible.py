@@ -1,0 +1,71 @@
+"""What queries see of given lifespans: how many keys at most, and which is the best of them.
+
+Any lifespans: births before or after a key's own position, empty ones, keys in any order.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexdma.lifespans.interval import Lifespans
+from flexdma.lifespans.order_statistics import scattered
+from flexdma.lifespans.ranking import by_rank
+from flexdma.opaque import opaque_on_cpu
+
+
+def seen_by_queries(lifespans: Lifespans, queries: int) -> Lifespans:
+    """The same lifespans in queries, 0 = the first of the last `queries` positions: 0 <= birth, death <= queries."""
+    first_query = lifespans.birth.shape[-1] - queries
+    return Lifespans(*((bound - first_query).clamp(0, queries) for bound in lifespans))
+
+
+def births_are_positions(lifespans: Lifespans) -> bool:
+    """Whether each key that is ever visible is born at its own position.  Reads the device."""
+    position = torch.arange(lifespans.birth.shape[-1], device=lifespans.birth.device)
+    return bool(((lifespans.birth == position) | (lifespans.death <= lifespans.birth)).all())
+
+
+def most_visible(lifespans: Lifespans, queries: int) -> int:
+    """The largest number of keys that one of the last `queries` positions sees.  Reads the device; O(K)."""
+    if not lifespans.birth.numel():
+        return 0
+    born, dies = (bound.long() for bound in seen_by_queries(lifespans, queries))
+    one = (dies > born).int()
+    steps = torch.zeros((*born.shape[:-1], queries + 1), dtype=torch.int32, device=born.device)
+    steps = steps.scatter_add(-1, born, one).scatter_add(-1, dies, -one)
+    return int(steps.cumsum(-1).max())
+
+
+def _empty_best(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> list[Tensor]:
+    return [torch.empty((*bias.shape[:-1], queries), dtype=torch.int64, device=bias.device)]
+
+
+@opaque_on_cpu("best_visible", _empty_best)
+def best_visible(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> list[Tensor]:
+    """One [B, H, Q] int64: the key of the largest finite bias that each of the last Q positions sees; -1 for none.
+
+    bias, birth, death: [B, H, K].  Of equal biases the key of the larger index.
+
+    An interval is the union of two of length 2^level, which may overlap.  From the largest level down, the best of an
+    interval is passed on to its halves: ceil(log2 Q) + 1 rounds of two scatters and one minimum, O(K log Q + K log K) time.
+    """
+    keys = bias.shape[-1]
+    born, dies = (bound.long() for bound in seen_by_queries(Lifespans(birth, death), queries))
+    size = dies - born
+    seen = (size > 0) & bias.isfinite()
+    ranked = by_rank(torch.where(seen, bias, float("-inf")))
+    rank = scattered(torch.arange(keys, dtype=torch.int32, device=bias.device).expand_as(ranked), ranked)
+    rank = torch.where(seen, rank, keys)
+    best = torch.full((*bias.shape[:-1], queries), keys, dtype=torch.int32, device=bias.device)
+    length = 1
+    # A comparison, not bit_length(): a symbolic length is then guarded per power of two.
+    while length < queries:
+        length *= 2
+    while length > 0:
+        # best[i] is that of queries i .. i + 2 length - 1 here, and of i .. i + length - 1 from here on.
+        best = torch.minimum(best, pad(best, (length, 0), value=keys)[..., :queries])
+        here = torch.where((size >= length) & (size < 2 * length), rank, keys)
+        for start in (born.clamp(max=queries - 1), (dies - length).clamp(min=0)):
+            best = best.scatter_reduce(-1, start, here, "amin")
+        length //= 2
+    return [torch.where(best < keys, ranked.gather(-1, best.clamp(max=keys - 1).long()), -1)]

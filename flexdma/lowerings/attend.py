@@ -1,0 +1,123 @@
+"""Attention over given lifespans by one of the lowerings: the choice, and what each of them takes.
+
+All lowerings compute the same and share their arguments: query [B, Hq, Q, D], key, value, a bias [B, Hkv, K] or [B, 1, K] for
+each key (None: nothing is added), lifespans, and two facts about these, which save work:
+
+    in_order    each key that is ever visible is born at its own position
+    ranked      the best-biased key that a query sees leaves only with its document, as in a selection by this bias
+"""
+
+import torch
+from torch import Tensor
+
+from flexdma import checks
+from flexdma.lifespans import Lifespans
+from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
+from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
+from flexdma.lowerings.gather import gather_attend
+from flexdma.reference import dense_lifespan_attention
+from flexdma.signatures import ScoreMod
+from flexdma.transforms import is_recorded, is_transformed, needs_gradient
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    bias: Tensor | None,
+    lifespans: Lifespans,
+    *,
+    in_order: bool | None,
+    ranked: bool,
+    capacity: int | None,
+    scale: float | None,
+    score_mod: ScoreMod | None,
+    lowering: str | None,
+    block_size: int | tuple[int, int] | None,
+    kernel_options: dict | None,
+    sink_logits: Tensor | None,
+) -> Tensor:
+    """Arguments of checked shapes, dtypes and devices.
+
+    in_order: None = not known.  capacity: upper bound on the keys that one query sees, None = K.
+    """
+    chosen = _chosen_lowering(lowering, query)
+    _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
+    if chosen == "dense":
+        return dense_lifespan_attention(
+            query, key, value, lifespans, bias=bias, scale=scale, score_mod=score_mod, sink_logits=sink_logits
+        )
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    capacity = key.shape[2] if capacity is None else capacity
+    # FlexAttention takes no empty batch, and torch.compile no tensors that hold no numbers.
+    if chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
+        block = None if block_size is None else checks.block_sizes(block_size)[0]
+        return gather_attend(
+            query, key, value, bias, lifespans, in_order=in_order, ranked=ranked, capacity=capacity, scale=scale,
+            score_mod=score_mod, block_size=block, sink_logits=sink_logits,
+        )  # fmt: skip
+    trains = needs_gradient(query, key, value, bias, sink_logits)
+    # Tensors captured by score_mod may need gradients too; a tracer cannot tell.
+    may_need_gradient = trains or (torch.is_grad_enabled() and score_mod is not None)
+    if query.device.type == "cpu":
+        _refuse_on_cpu(trains, score_mod, sink_logits)
+        query, key, value = (tensor.detach() for tensor in (query, key, value))
+        bias = None if bias is None else bias.detach()
+    compiled = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
+    default = default_block_size(query.device.type)
+    return compiled(
+        query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, capacity=capacity, scale=scale,
+        score_mod=score_mod, block_size=default if block_size is None else checks.block_sizes(block_size),
+        kernel_options=kernel_options, needs_gradient=may_need_gradient, sink_logits=sink_logits,
+    )  # fmt: skip
+
+
+def _chosen_lowering(lowering: str | None, query: Tensor) -> str:
+    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
+    chosen = lowering or choose_lowering(query.device.type, query.dtype)
+    if chosen == "flex" and is_transformed():
+        if lowering is not None:
+            raise ValueError(
+                "lowering: 'flex' has no rules for torch.func and forward-mode AD; expected 'gather', 'dense' or None"
+            )
+        return "gather"
+    return chosen
+
+
+def _refuse_on_cpu(trains: bool, score_mod: ScoreMod | None, sink_logits: Tensor | None) -> None:
+    """Raise where Inductor's C++ FlexAttention cannot serve the call."""
+    if sink_logits is not None:
+        raise ValueError("lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather' or 'dense' with sink_logits")
+    if trains or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
+        raise ValueError(
+            "lowering: 'flex' has no backward on a CPU; expected 'gather' or 'dense' where gradients are needed"
+        )
+
+
+def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
+    """Whether a tensor that score_mod captures requires a gradient: then so does a score that it makes."""
+    if score_mod is None:
+        return False
+    first = torch.zeros((), dtype=torch.int32)
+    return score_mod(torch.zeros(()), first, first, first, first).requires_grad
+
+
+def _check_lowering_options(
+    lowering: str, dtype: torch.dtype, block_size: int | tuple[int, int] | None, kernel_options: dict | None
+) -> None:
+    if lowering == "flex" and dtype not in FLEX_DTYPES:
+        raise TypeError(f"lowering: 'flex' computes in float32, bfloat16 and float16, got {dtype}; expected 'gather'")
+    if kernel_options is not None and not isinstance(kernel_options, dict):
+        raise TypeError(f"kernel_options: expected a dict, got {type(kernel_options).__name__}")
+    if kernel_options is not None and lowering != "flex":
+        raise ValueError(
+            f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
+        )
+    if block_size is None:
+        return
+    if lowering == "dense":
+        raise ValueError(f"block_size: expected None for lowering='dense', got {block_size!r}")
+    if lowering == "gather":
+        checks.positive_int("block_size", block_size)  # of queries; keys have no blocks here
+    else:
+        checks.block_sizes(block_size)

@@ -1,0 +1,62 @@
+"""The tensors of a state: their shapes and dtypes, and whether a given state has them."""
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from flexdma.state.dynamic_mask_state import DynamicMaskState
+
+# Name -> (shape, dtype).
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+# What the tensors of an empty state hold where it is not 0.
+EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
+
+
+def state_layout(
+    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
+) -> Layout:
+    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
+    batch, rows = slots[:1], slots[:2]
+    return {
+        "key": ((*slots, size), dtype),
+        "value": ((*slots, value_size), dtype),
+        "gate": (slots, gate_dtype),
+        "position": (slots, torch.int64),
+        "length": (batch, torch.int64),
+        "real_length": (batch, torch.int64),
+        "last_padding": (batch, torch.int64),
+        "document": (batch, torch.int64),
+        "last_sink": (rows, torch.int64),
+        "last_loss": (rows, torch.int64),
+        "forgotten": (rows, torch.float64),
+    }
+
+
+def refuse_difference(
+    name: str,
+    state: "DynamicMaskState",
+    layout: Layout,
+    options: dict[str, Any],
+    device: torch.device,
+    *,
+    batch: bool = True,
+) -> None:
+    """Raise unless `state` has this layout, these options and this device; batch: and this number of sequences."""
+    for option, want in options.items():
+        if getattr(state, option) != want:
+            raise ValueError(
+                f"{name}: expected {option}={want!r}, got a state with {option}={getattr(state, option)!r}"
+            )
+    for field, (shape, dtype) in layout.items():
+        have = getattr(state, field)
+        if have.dim() != len(shape):
+            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
+        if have.device != device:
+            raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
+        if have.dtype != dtype:
+            raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}")
+        if tuple(have.shape[1:]) != tuple(shape[1:]):
+            raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
+        if batch and have.shape[0] != shape[0]:
+            raise ValueError(f"{name}: expected batch size {shape[0]}, got {have.shape[0]}")

@@ -1,0 +1,70 @@
+"""A state before its last tokens, where that can be had exactly."""
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from flexdma import checks
+from flexdma.state.carry import kept, with_state_keys
+
+if TYPE_CHECKING:
+    from flexdma.state.dynamic_mask_state import DynamicMaskState
+
+
+def cropped(state: "DynamicMaskState", tokens: int | Tensor) -> "DynamicMaskState":
+    """`DynamicMaskState.crop`."""
+    if isinstance(tokens, Tensor):
+        checks.tensor("tokens", tokens, (state.length.shape[0],), state.length)
+        if tokens.dtype != torch.int64 or (tokens < 0).any():
+            raise ValueError(f"tokens: expected int64 numbers of at least 0, got {tokens}")
+    else:
+        checks.positive_int("tokens", tokens, 0)
+    left = state.length - tokens
+    if (left < 0).any():
+        raise ValueError(f"tokens: expected at most the {state.length.tolist()} tokens of each sequence, got {tokens}")
+    taken = (left < state.length) & (left > 0)
+    gone = (state.last_loss >= left[:, None]) & taken[:, None]
+    if gone.any():
+        at = int(state.last_loss[gone].max())
+        raise ValueError(
+            f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
+            f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
+        )
+    if ((state.last_padding >= left) & taken).any():
+        raise ValueError(
+            f"tokens: expected a rollback past no padded token (the last was at position {int(state.last_padding.max())}, "
+            f"and how many real tokens came before it is not kept), got {tokens}; take state.checkpoint() before tokens "
+            "that may be rolled back"
+        )
+    if (state.forgotten.any(-1) & taken).any():
+        raise ValueError(
+            f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
+            "before tokens that may be rolled back"
+        )
+    return _without_last(state, left)
+
+
+def _without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
+    """The state at this length [B], of which none of its keys has been lost since."""
+    no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
+    keys = with_state_keys(state, *no_keys, None, None)
+    real = (keys.position >= 0) & (keys.position < length[:, None, None])
+    is_sink = real & (keys.position <= state.last_sink[..., None])
+    begins = length == 0
+    return kept(
+        replace(
+            state,
+            length=length,
+            real_length=torch.where(begins, 0, state.real_length - state.length + length),
+            last_padding=state.last_padding.masked_fill(begins, -1),
+            document=state.document.masked_fill(begins, 0),
+            last_sink=torch.where(is_sink, keys.position, -1).amax(-1),
+            last_loss=state.last_loss.masked_fill(begins[:, None], -1),
+            forgotten=state.forgotten.masked_fill(begins[:, None], 0.0),
+        ),
+        keys,
+        real,
+        is_sink,
+    )
