@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from flexdma.tools.demo.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
+from flexdma.tools.byte_models.checkpoint import CheckpointError, load_checkpoint, save_checkpoint
 from tests.view_cases import refused, view
 
 

@@ -18,11 +18,11 @@ from flexdma.atomic_write import atomic_write
 from flexdma.plots import tile_maps
 from flexdma.plots.blocks import FULL, PARTIAL, SKIPPED
 from flexdma.reference import dense_visibility
+from flexdma.tools.byte_models.attentions import KINDS, make_attention
+from flexdma.tools.byte_models.checkpoint import load_checkpoint
+from flexdma.tools.byte_models.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
 from flexdma.tools.demo import command, comparison
-from flexdma.tools.demo.attentions import KINDS, make_attention
-from flexdma.tools.demo.checkpoint import load_checkpoint
 from flexdma.tools.demo.masks import layer_lifespans, visible_keys_per_query
-from flexdma.tools.demo.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
 from flexdma.tools.demo.sampling import sample
 from flexdma.tools.demo.text import TextError, load_text, training_windows, validation_windows
 from flexdma.tools.demo.training import Budget, train

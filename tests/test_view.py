@@ -8,9 +8,9 @@ from html.parser import HTMLParser
 import pytest
 import torch
 
-from flexdma.tools.byte_labels import byte_labels
-from flexdma.tools.demo.attentions import KINDS
-from flexdma.tools.demo.checkpoint import load_checkpoint, save_checkpoint
+from flexdma.tools.byte_models.attentions import KINDS
+from flexdma.tools.byte_models.checkpoint import load_checkpoint, save_checkpoint
+from flexdma.tools.byte_models.labels import byte_labels
 from tests.view_cases import dense_rows, refused, view
 
 

@@ -6,9 +6,9 @@ import torch
 
 from flexdma.__main__ import main
 from flexdma.reference import dense_visibility
-from flexdma.tools.demo.attentions import KINDS
-from flexdma.tools.demo.checkpoint import load_checkpoint, save_checkpoint
-from flexdma.tools.demo.model import ByteModel, ModelSizes, recorded_gates
+from flexdma.tools.byte_models.attentions import KINDS
+from flexdma.tools.byte_models.checkpoint import load_checkpoint, save_checkpoint
+from flexdma.tools.byte_models.model import ByteModel, ModelSizes, recorded_gates
 
 SIZES = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=6)
 HOSTILE = (

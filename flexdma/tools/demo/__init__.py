@@ -1,8 +1,6 @@
-"""The demonstration: `python -m flexdma demo` trains four small language models, alike but for attention.
+"""The demonstration: `python -m flexdma demo` trains four small language models, alike but for attention (`byte_models`).
 
 text        bytes to train and to validate on
-attentions  the four kinds of attention
-model       the language model around them
 training    one budget for all of them
 masks       what the trained gates keep
 pictures    drawings of that

@@ -10,10 +10,10 @@ from rich.panel import Panel
 from rich.text import Text as RichText
 
 from flexdma.atomic_write import atomic_write
+from flexdma.tools.byte_models.attentions import KINDS
+from flexdma.tools.byte_models.checkpoint import save_checkpoint
+from flexdma.tools.byte_models.model import ByteModel, ModelSizes
 from flexdma.tools.demo import masks
-from flexdma.tools.demo.attentions import KINDS
-from flexdma.tools.demo.checkpoint import save_checkpoint
-from flexdma.tools.demo.model import ByteModel, ModelSizes
 from flexdma.tools.demo.pictures import report_figures
 from flexdma.tools.demo.progress import TrainingProgress
 from flexdma.tools.demo.report import Outcome, outcome_table, write_json

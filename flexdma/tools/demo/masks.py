@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flexdma import Lifespans
 from flexdma.plots import TileMaps, never_visible, tile_maps, visited
-from flexdma.tools.demo.model import ByteModel, layer_gates
+from flexdma.tools.byte_models.model import ByteModel, layer_gates
 from flexdma.tools.demo.training import Course
 
 

@@ -9,9 +9,9 @@ from torch import Tensor
 from flexdma import Lifespans, plots
 from flexdma.plots.arguments import head_name
 from flexdma.plots.colours import SERIES
-from flexdma.tools.byte_labels import byte_labels
+from flexdma.tools.byte_models.labels import byte_labels
+from flexdma.tools.byte_models.model import ByteModel, layer_gates
 from flexdma.tools.demo import masks
-from flexdma.tools.demo.model import ByteModel, layer_gates
 from flexdma.tools.demo.report import Outcome
 
 MASK_STRETCH = 256  # bytes in the pictures of the masks: more would be finer than a pixel

@@ -5,7 +5,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexdma.tools.demo.model import ByteModel
+from flexdma.tools.byte_models.model import ByteModel
 
 
 class Sample(NamedTuple):

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flexdma.tools.byte_models.attentions import RECENCIES
+
 
 @dataclass(frozen=True)
 class Defaults:
@@ -19,7 +21,6 @@ class Defaults:
 
 FULL_RUN = Defaults(steps=400, context=512, window=64, stretch=4096, sample=400)
 QUICK_RUN = Defaults(steps=60, context=256, window=32, stretch=2048, sample=200)
-RECENCIES = ("slope", "forget")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flexdma.tools.demo.model import ByteModel, run_block
+from flexdma.tools.byte_models.model import ByteModel, run_block
 from flexdma.tools.demo.text import Text, training_windows
 
 BITS = 1 / math.log(2)  # nats to bits

@@ -4,7 +4,7 @@ import argparse
 from pathlib import Path
 
 from flexdma.atomic_write import atomic_write
-from flexdma.tools.demo.checkpoint import CheckpointError, load_checkpoint
+from flexdma.tools.byte_models.checkpoint import CheckpointError, load_checkpoint
 from flexdma.tools.refusal import RefusedError
 from flexdma.tools.view.page import view_page
 from flexdma.tools.view.record import view_record

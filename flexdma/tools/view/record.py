@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from flexdma.tools.byte_labels import CONTINUATION, byte_labels
-from flexdma.tools.demo.checkpoint import Trained
-from flexdma.tools.demo.model import layer_gates
+from flexdma.tools.byte_models.checkpoint import Trained
+from flexdma.tools.byte_models.labels import CONTINUATION, byte_labels
+from flexdma.tools.byte_models.model import layer_gates
 
 
 def view_record(name: str, content: bytes, start: int, length: int, trained: Iterable[Trained]) -> dict[str, Any]:

@@ -14,9 +14,8 @@ from typing import Any, NamedTuple
 import torch
 
 from flexdma._version import __version__
-from flexdma.tools.demo.attentions import KINDS
-from flexdma.tools.demo.model import ByteModel, ModelSizes
-from flexdma.tools.demo.settings import RECENCIES
+from flexdma.tools.byte_models.attentions import KINDS, RECENCIES
+from flexdma.tools.byte_models.model import ByteModel, ModelSizes
 
 FORMAT = 1
 # What torch.load, the model and load_state_dict raise for files that are cut short, foreign or of other sizes.

@@ -17,6 +17,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexdma import DynamicMaskAttention, Lifespans, causal_top_w, lifespan_attention, sliding_window
 
 KINDS = ("dma", "dma-recency", "full", "window")
+RECENCIES = ("slope", "forget")  # of dma-recency
 
 
 class SlopeGate(nn.Module):
@@ -67,7 +68,7 @@ class WindowAttention(FullAttention):
 def make_attention(
     kind: str, width: int, heads: int, kv_heads: int, window: int, *, recency: str, slopes: list[float]
 ) -> DynamicMaskAttention:
-    """The layer of one of KINDS. recency: of dma-recency; slopes: the initial ones, where it has slopes."""
+    """The layer of one of KINDS. recency: of dma-recency, one of RECENCIES; slopes: the initial ones, where it has slopes."""
     sizes = (width, heads, kv_heads, width // heads, window)
     if kind == "dma":
         return DynamicMaskAttention(*sizes, qk_norm=True)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from flexdma import DynamicMaskAttention, DynamicMaskState, Lifespans
-from flexdma.tools.demo.attentions import lifespans_of, make_attention
+from flexdma.tools.byte_models.attentions import lifespans_of, make_attention
 
 ROTARY_BASE = 10_000.0
 
@@ -96,7 +96,7 @@ class ByteModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, DynamicMaskAttention)]
 
     def forward(self, tokens: Tensor, run_block: RunBlock = run_block) -> Tensor:
-        """Logits of the byte after each; `run_block` may be a compiled one (see training.py)."""
+        """Logits of the byte after each; `run_block` may be a compiled one."""
         hidden = self.embedding(tokens)
         embeddings = rotary_embedding(tokens.shape[1], self.sizes.width // self.sizes.heads, tokens.device)
         for block in self.blocks:

@@ -1,0 +1,7 @@
+"""Byte-level language models: the demo trains and saves them, view shows what they keep.
+
+attentions    four kinds of attention
+model         the language model around them
+checkpoint    trained models as files
+labels        one readable label for each byte
+"""
