@@ -25,7 +25,7 @@ from flexdma.tools.demo import command, comparison
 from flexdma.tools.demo.masks import layer_lifespans, visible_keys_per_query
 from flexdma.tools.demo.sampling import sample
 from flexdma.tools.demo.text import TextError, load_text, training_windows, validation_windows
-from flexdma.tools.demo.training import Budget, train
+from flexdma.tools.demo.training import Hyperparameters, train
 
 TINY = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=4)
 PICTURES = ("masks", "blocks", "lifespans", "lifetimes", "gates", "sparsity", "losses")
@@ -112,8 +112,8 @@ def test_a_run_writes_the_whole_report_and_the_same_seed_writes_the_same_numbers
 
 @pytest.mark.parametrize("recency", ["slope", "forget"])
 def test_training_lowers_the_loss_with_either_recency(recency, text_file):
-    text, budget = load_text(str(text_file), 32), Budget(steps=8, context=32, warmup=1)
-    course = train(tiny_model("dma-recency", recency), text, budget, compiled=False)
+    text, hyperparameters = load_text(str(text_file), 32), Hyperparameters(steps=8, context=32, warmup=1)
+    course = train(tiny_model("dma-recency", recency), text, hyperparameters, compiled=False)
     assert course.losses[-1] < course.losses[0]
     assert course.tokens_per_second > 0
 

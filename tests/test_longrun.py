@@ -6,7 +6,7 @@ import pytest
 
 from flexdma.__main__ import main
 from flexdma.tools.longrun import report
-from flexdma.tools.longrun.course import Course, chunk_sizes
+from flexdma.tools.longrun.measure import Measurements, chunk_sizes
 
 
 def test_chunks_stop_where_something_is_measured():
@@ -15,10 +15,10 @@ def test_chunks_stop_where_something_is_measured():
 
 
 def test_the_report_follows_from_the_numbers():
-    course = Course([(4096, 0.5, 2**20), (65536, 8.0, 100 * 2**20), (131072, 16.0, 103 * 2**20)], 2**20, 2**27,
+    measured = Measurements([(4096, 0.5, 2**20), (65536, 8.0, 100 * 2**20), (131072, 16.0, 103 * 2**20)], 2**20, 2**27,
                     {"4,096": 0.002, "131,072": 0.0021})  # fmt: skip
-    assert course.growth == pytest.approx(1.03)
-    text = report.table(course)
+    assert measured.growth == pytest.approx(1.03)
+    text = report.table(measured)
     assert "| 65,536 | 8.0 | 8,192 | 100 |" in text
     assert "Peak memory at the end / at 65,536 tokens: 1.030 (+3.0 MiB)" in text
     assert "State: 1.00 MiB; a full cache would hold 128 MiB" in text

@@ -1,4 +1,4 @@
-"""The demonstration itself: four models, one budget; then table, sample, pictures and results.json."""
+"""The demonstration itself: four models, one set of hyperparameters; then table, sample, pictures and results.json."""
 
 import argparse
 from collections.abc import Callable
@@ -19,7 +19,7 @@ from flexdma.tools.demo.progress import TrainingProgress
 from flexdma.tools.demo.report import Outcome, outcome_table, write_json
 from flexdma.tools.demo.sampling import sample
 from flexdma.tools.demo.text import Text, validation_windows
-from flexdma.tools.demo.training import Budget, Course, train, validate
+from flexdma.tools.demo.training import Course, Hyperparameters, train, validate
 from flexdma.tools.machine import machine
 
 VALIDATION_WINDOWS = 64
@@ -38,8 +38,8 @@ def compare(options: argparse.Namespace, text: Text) -> None:
         "full": "full + slope",
         "window": "window + slope",
     }
-    budget = Budget(options.steps, options.context, seed=options.seed)
-    models, outcomes = _train_all(options, text, budget, labels, console)
+    hyperparameters = Hyperparameters(options.steps, options.context, seed=options.seed)
+    models, outcomes = _train_all(options, text, hyperparameters, labels, console)
     out = Path(options.out)
     save_checkpoint(out / "checkpoint", models, labels)
 
@@ -48,7 +48,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
         outcome_table(
             outcomes,
             f"{text.name}: {len(text.training):,} bytes to train on; w = {options.window}, context {options.context}, "
-            f"{options.steps} steps of {budget.batch * budget.context:,} bytes, seed {options.seed}",
+            f"{options.steps} steps of {hyperparameters.batch * hyperparameters.context:,} bytes, seed {options.seed}",
         )
     )
     written = sample(
@@ -89,7 +89,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
                 "validation_bytes": len(text.validation),
                 "validation_windows": len(validation_windows(text, options.context, VALIDATION_WINDOWS)),
             },
-            "budget": vars(budget),
+            "budget": vars(hyperparameters),
             "sizes": vars(models["dma"].sizes),
             "models": {kind: outcome.numbers() for kind, outcome in outcomes.items()},
             "tiles_visited": tiles,
@@ -105,7 +105,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
 
 
 def _train_all(
-    options: argparse.Namespace, text: Text, budget: Budget, labels: dict[str, str], console: Console
+    options: argparse.Namespace, text: Text, hyperparameters: Hyperparameters, labels: dict[str, str], console: Console
 ) -> tuple[dict[str, ByteModel], dict[str, Outcome]]:
     models, outcomes = {}, {}
     sizes = ModelSizes(window=options.window)
@@ -121,7 +121,7 @@ def _train_all(
             watchers: list[Callable[[Course], None]] = [progress.step]
             if kind in DYNAMIC:
                 watchers.append(masks.SparsityRecord(model, windows[:1], options.steps, every))
-            course = train(model, text, budget, compiled=compiled, watchers=watchers)
+            course = train(model, text, hyperparameters, compiled=compiled, watchers=watchers)
             bits = validate(model, windows)
             progress.end(labels[kind], course, bits)
             models[kind] = model

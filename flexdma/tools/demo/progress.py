@@ -3,9 +3,9 @@
 from types import TracebackType
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from flexdma.tools.demo.training import Course
+from flexdma.tools.progress import progress_bars
 
 
 class TrainingProgress:
@@ -13,16 +13,7 @@ class TrainingProgress:
 
     def __init__(self, console: Console, *, models: int, steps: int, compiled: bool) -> None:
         self.console, self.steps, self.compiled = console, steps, compiled
-        self.bars = Progress(
-            SpinnerColumn(),
-            TextColumn("{task.description}"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}"),
-            console=console,
-            disable=not console.is_terminal,
-        )
+        self.bars = progress_bars(console, disable=not console.is_terminal)
         self.total = self.bars.add_task("all models", total=models * steps, note="")
 
     def __enter__(self) -> "TrainingProgress":

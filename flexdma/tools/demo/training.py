@@ -1,4 +1,4 @@
-"""Training and validation: one budget, one schedule, one order of batches for every kind of attention."""
+"""Training and validation: one set of hyperparameters, one schedule, one order of batches for every kind of attention."""
 
 import math
 import time
@@ -16,7 +16,7 @@ BITS = 1 / math.log(2)  # nats to bits
 
 
 @dataclass(frozen=True)
-class Budget:
+class Hyperparameters:
     """What every model gets.  No parameter has a learning rate of its own."""
 
     steps: int
@@ -44,7 +44,7 @@ class Course:
 def train(
     model: ByteModel,
     text: Text,
-    budget: Budget,
+    hyperparameters: Hyperparameters,
     *,
     compiled: bool,
     watchers: Sequence[Callable[[Course], None]] = (),
@@ -54,14 +54,17 @@ def train(
     # By the block: the layers are alike, so one compilation serves them all.
     block = torch.compile(run_block, fullgraph=True, dynamic=False) if compiled else run_block
     optimizer = torch.optim.AdamW(
-        model.parameters(), lr=budget.learning_rate, betas=(0.9, 0.95), weight_decay=budget.weight_decay
+        model.parameters(),
+        lr=hyperparameters.learning_rate,
+        betas=(0.9, 0.95),
+        weight_decay=hyperparameters.weight_decay,
     )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, budget))
-    generator = torch.Generator().manual_seed(budget.seed)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: learning_rate_factor(step, hyperparameters))
+    generator = torch.Generator().manual_seed(hyperparameters.seed)
     course = Course()
-    for step in range(budget.steps):
+    for step in range(hyperparameters.steps):
         started = time.perf_counter()
-        windows = training_windows(text, budget.context, budget.batch, generator).to(device)
+        windows = training_windows(text, hyperparameters.context, hyperparameters.batch, generator).to(device)
         loss = _loss(model(windows[:, :-1], block), windows)
         optimizer.zero_grad()
         loss.backward()
@@ -72,17 +75,17 @@ def train(
         if step == 0:
             course.compile_seconds = course.seconds
         else:
-            trained = step * budget.batch * budget.context
+            trained = step * hyperparameters.batch * hyperparameters.context
             course.tokens_per_second = trained / (course.seconds - course.compile_seconds)
         for watch in watchers:
             watch(course)
     return course
 
 
-def learning_rate_factor(step: int, budget: Budget) -> float:
+def learning_rate_factor(step: int, hyperparameters: Hyperparameters) -> float:
     """Linear warm-up, then a cosine down to a tenth."""
-    warmup = min(1.0, (step + 1) / min(budget.warmup, max(1, budget.steps // 4)))
-    return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * step / budget.steps)))
+    warmup = min(1.0, (step + 1) / min(hyperparameters.warmup, max(1, hyperparameters.steps // 4)))
+    return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * step / hyperparameters.steps)))
 
 
 @torch.no_grad()

@@ -3,7 +3,7 @@
 A layer reads as many tokens as asked, chunk by chunk, and hands one `DynamicMaskState` on (arXiv 2508.02124); then it
 decodes, from the state that they left and, in turns, from the one that the first few thousand left.
 
-course.py     the work           chunks in, measurements out
+measure.py    the work           chunks in, measurements out
 report.py     what it leaves     the table, JSON, the picture
 command.py    the command line
 """

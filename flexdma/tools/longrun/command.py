@@ -15,8 +15,7 @@ from flexdma.atomic_write import atomic_write
 from flexdma.checks import LARGEST
 from flexdma.gates import RECENCIES
 from flexdma.tools.longrun import report
-from flexdma.tools.longrun.course import Course, Sizes, make_layer
-from flexdma.tools.longrun.course import run as run_course
+from flexdma.tools.longrun.measure import Measurements, Sizes, make_layer, measure
 from flexdma.tools.machine import machine
 from flexdma.tools.refusal import RefusedError
 
@@ -52,37 +51,27 @@ def run(arguments: argparse.Namespace) -> int:
         torch.set_num_threads(arguments.threads)
     sizes = Sizes(**{name: getattr(arguments, name) for name in Sizes.__dataclass_fields__})
     layer = make_layer(sizes, arguments.device)
-    course = _with_progress(layer, sizes)
+    measured = _with_progress(layer, sizes)
     about = machine(arguments.device)
     print(", ".join(f"{name} {value}" for name, value in (about | asdict(sizes)).items() if value is not None) + "\n")
-    print(report.table(course))
+    print(report.table(measured))
     if arguments.json is not None:
-        numbers = json.dumps({"machine": about, "sizes": asdict(sizes), **course.numbers()}, indent=1) + "\n"
+        numbers = json.dumps({"machine": about, "sizes": asdict(sizes), **measured.numbers()}, indent=1) + "\n"
         atomic_write(arguments.json, partial(Path.write_text, data=numbers))
     if arguments.plot is not None:
-        report.write_plot(arguments.plot, course)
+        report.write_plot(arguments.plot, measured)
     return 0
 
 
-def _with_progress(layer: DynamicMaskAttention, sizes: Sizes) -> Course:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
+def _with_progress(layer: DynamicMaskAttention, sizes: Sizes) -> Measurements:
+    from flexdma.tools.progress import progress_bars
 
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(),
-               TimeRemainingColumn())  # fmt: skip
-    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+    with progress_bars(transient=True) as bars:
         tasks = {
-            "prefill": progress.add_task("prefill", total=sizes.tokens),
-            "decode": progress.add_task("decode", total=sizes.decode),
+            "prefill": bars.add_task("prefill", total=sizes.tokens, note=""),
+            "decode": bars.add_task("decode", total=sizes.decode, note=""),
         }
-        return run_course(layer, sizes, lambda what, done, _of: progress.update(tasks[what], completed=done))
+        return measure(layer, sizes, lambda what, done: bars.update(tasks[what], completed=done))
 
 
 def _problem(arguments: argparse.Namespace) -> str | None:

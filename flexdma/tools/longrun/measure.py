@@ -34,7 +34,7 @@ class Sizes:
 
 
 @dataclass
-class Course:
+class Measurements:
     """What was measured.  Marks are (tokens read, seconds so far, peak bytes so far)."""
 
     marks: list[tuple[int, float, int]] = field(default_factory=list)
@@ -70,30 +70,30 @@ def make_layer(sizes: Sizes, device: str) -> DynamicMaskAttention:
 
 
 @torch.no_grad()
-def run(layer: DynamicMaskAttention, sizes: Sizes, tick: Callable[[str, int, int], None]) -> Course:
-    """Prefill and decode; `tick(what, done, of)` after every chunk and token."""
+def measure(layer: DynamicMaskAttention, sizes: Sizes, tick: Callable[[str, int], None]) -> Measurements:
+    """Prefill and decode; `tick(what, done)` after every chunk and token."""
     device = layer.k_proj.weight.device
     generator = torch.Generator(device).manual_seed(sizes.seed)
 
     def tokens(count: int) -> Tensor:
         return torch.randn(1, count, sizes.hidden_size, device=device, generator=generator)
 
-    course, state, early, read = Course(), layer.empty_state(1), None, 0
+    measured, state, early, read = Measurements(), layer.empty_state(1), None, 0
     start = time.perf_counter()
     for size in chunk_sizes(sizes.tokens, sizes.chunk):
         _output, state = layer(tokens(size), state=state, return_state=True)
         synchronise()
         read += size
-        course.marks.append((read, time.perf_counter() - start, peak_memory(device)))
+        measured.marks.append((read, time.perf_counter() - start, peak_memory(device)))
         if read == DECODE_FROM:
             early = state.checkpoint()
-        tick("prefill", read, sizes.tokens)
-    course.state_bytes = state.nbytes
-    course.full_cache_bytes = 2 * sizes.kv_heads * sizes.head_dim * state.key.element_size() * sizes.tokens
+        tick("prefill", read)
+    measured.state_bytes = state.nbytes
+    measured.full_cache_bytes = 2 * sizes.kv_heads * sizes.head_dim * state.key.element_size() * sizes.tokens
 
     states = {f"{sizes.tokens:,}": state} if early is None else {f"{DECODE_FROM:,}": early, f"{sizes.tokens:,}": state}
-    course.decode_seconds = _decode(layer, states, tokens, sizes.decode, tick)
-    return course
+    measured.decode_seconds = _decode(layer, states, tokens, sizes.decode, tick)
+    return measured
 
 
 def chunk_sizes(tokens: int, chunk: int) -> Iterator[int]:
@@ -111,7 +111,7 @@ def _decode(
     states: dict[str, DynamicMaskState],
     tokens: Callable[[int], Tensor],
     count: int,
-    tick: Callable[[str, int, int], None],
+    tick: Callable[[str, int], None],
 ) -> dict[str, float]:
     """Median seconds per token from each state, all states taking turns token by token."""
     seconds: dict[str, list[float]] = {name: [] for name in states}
@@ -122,7 +122,7 @@ def _decode(
             _output, states[name] = layer(token, state=state, return_state=True)
             synchronise()
             seconds[name].append(time.perf_counter() - start)
-        tick("decode", number + 1, count)
+        tick("decode", number + 1)
     return {name: statistics.median(times) for name, times in seconds.items() if times}
 
 
