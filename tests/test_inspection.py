@@ -81,6 +81,15 @@ def test_the_backward_of_a_module_is_seen():
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
+def test_the_operator_is_known_where_it_calls_only_operators_of_torch():
+    query, key, gate = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64)
+    seen = flexdma.inspect_kernels(
+        flexdma.dynamic_mask_attention, query, key, key, gate, window_size=8, lowering="dense"
+    )
+    assert seen.launches("forward") > 0
+    assert not any("flexdma" in name for name in seen.other_calls["forward"])
+
+
 def test_a_report_survives_json_and_is_saved(report, tmp_path):
     again = KernelReport.from_json(report.to_json())
     assert again == report

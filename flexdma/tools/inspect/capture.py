@@ -14,8 +14,10 @@ from typing import Any
 
 import torch
 
+from flexdma import dynamic_mask_attention
 from flexdma.tools.inspect.kernel import Kernel
 
+CALLED_BY = f", in {dynamic_mask_attention.__name__}\n"  # in the stack trace of a node
 OTHER_CALL = re.compile(r"(?:torch\.ops\.)?((?:aten|extern_kernels|flexdma)\.[\w.]+)\(")
 
 
@@ -165,8 +167,9 @@ def _cuda_graph_obstacles(graph: Any) -> list[str]:
 
 
 def _is_attention(node: torch.fx.Node) -> bool:
-    trace = node.meta.get("stack_trace") or ""
-    return "flex_attention" in str(node.target) or "flexdma" in str(node.target) or "/flexdma/attention.py" in trace
+    """FlexAttention, an operator of flexdma's, or one of PyTorch's that `dynamic_mask_attention` calls."""
+    called = str(node.target)
+    return "flex_attention" in called or "flexdma" in called or CALLED_BY in (node.meta.get("stack_trace") or "")
 
 
 def _call_body(module: str) -> str:
