@@ -21,7 +21,7 @@ from flexdma.packing import pack, packed_layout
 from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
 from flexdma.tools.bench.timing import peak_bytes
-from flexdma.tools.explain import counts
+from flexdma.tools.cost_model import counts
 from flexdma.tools.inspect.device_guard import TESTED
 
 ROOT = Path(__file__).parent.parent

@@ -13,9 +13,11 @@ from flexdma.__main__ import main
 from flexdma.reference import dense_visibility
 from flexdma.tools.bench.shapes import Shape, inputs
 from flexdma.tools.bench.suites import SUITES
-from flexdma.tools.explain import calibration, costs
-from flexdma.tools.explain.costs import Problem, Rates, break_even_length, break_even_window, resized, speedup
-from flexdma.tools.explain.counts import causal_blocks
+from flexdma.tools.cost_model import measured
+from flexdma.tools.cost_model.counts import causal_blocks
+from flexdma.tools.cost_model.measured import Problem, Rates
+from flexdma.tools.explain import calibration
+from flexdma.tools.explain.break_even import break_even_length, break_even_window, speedup
 from flexdma.tools.gate_families import gate_families
 
 
@@ -132,23 +134,23 @@ def test_a_short_context_is_told_what_would_pay():
 # The cost model: its arithmetic and its shape, no timing
 
 RATES = Rates("a test", causal=1.0, gather=2.0, gather_selection=10.0, flex=3.0, flex_selection=20.0)
-PROBLEM = Problem(length=4096, window=256, always=0, group=4, visited_pairs_per_query=350.0)
+PROBLEM = Problem(length=4096, window=256, always=0, group=4, rho=1.4)
+SHOWN = 256 * 257 / 2 + (4096 - 256) * 256  # the first 256 queries see 1, 2, 3, ... keys
 
 
 def test_the_model_is_its_formula():
     causal = 4 * 4096 * 4097 / 2
     assert speedup(RATES, "gather", PROBLEM) == pytest.approx(causal / (4 * 4096 * (256 + 128) * 2 + 4096 * 12 * 10))
-    assert speedup(RATES, "flex", PROBLEM) == pytest.approx(causal / (4 * 4096 * 350 * 3 + 4096 * 12 * 20))
-    assert resized(PROBLEM, 4096, 256) == PROBLEM
+    assert speedup(RATES, "flex", PROBLEM) == pytest.approx(causal / (4 * 1.4 * SHOWN * 3 + 4096 * 12 * 20))
 
 
 @pytest.mark.parametrize("lowering", ["gather", "flex"])
 def test_longer_contexts_and_smaller_windows_pay_more(lowering):
-    by_length = [speedup(RATES, lowering, resized(PROBLEM, n, 256)) for n in (64, 512, 4096, 4097, 65536)]
-    by_window = [speedup(RATES, lowering, resized(PROBLEM, 4096, w)) for w in (1, 16, 255, 256, 1024, 4096)]
+    by_length = [speedup(RATES, lowering, replace(PROBLEM, length=n)) for n in (64, 512, 4096, 4097, 65536)]
+    by_window = [speedup(RATES, lowering, replace(PROBLEM, window=w)) for w in (1, 16, 255, 256, 1024, 4096)]
     assert by_length == sorted(by_length)
     assert by_window == sorted(by_window, reverse=True)
-    denser = replace(PROBLEM, visited_pairs_per_query=300.0)
+    denser = replace(PROBLEM, rho=1.2)
     assert speedup(RATES, "flex", denser) > speedup(RATES, "flex", PROBLEM)
 
 
@@ -156,10 +158,10 @@ def test_longer_contexts_and_smaller_windows_pay_more(lowering):
 def test_break_even_is_where_the_speed_up_crosses_one(lowering):
     length = break_even_length(RATES, lowering, PROBLEM)
     window = break_even_window(RATES, lowering, PROBLEM)
-    assert speedup(RATES, lowering, resized(PROBLEM, length, 256)) >= 1
-    assert speedup(RATES, lowering, resized(PROBLEM, length - 1, 256)) < 1
-    assert speedup(RATES, lowering, resized(PROBLEM, 4096, window)) >= 1
-    assert speedup(RATES, lowering, resized(PROBLEM, 4096, window + 1)) < 1
+    assert speedup(RATES, lowering, replace(PROBLEM, length=length)) >= 1
+    assert speedup(RATES, lowering, replace(PROBLEM, length=length - 1)) < 1
+    assert speedup(RATES, lowering, replace(PROBLEM, window=window)) >= 1
+    assert speedup(RATES, lowering, replace(PROBLEM, window=window + 1)) < 1
 
 
 def test_where_nothing_pays_the_break_even_is_none():
@@ -168,8 +170,8 @@ def test_where_nothing_pays_the_break_even_is_none():
 
 
 def test_the_rates_that_ship_say_where_they_are_from():
-    assert ("cpu", "inference") in costs.RATES
-    for rates in costs.RATES.values():
+    assert ("cpu", "inference") in measured.RATES
+    for rates in measured.RATES.values():
         assert "torch" in rates.measured_on
         # A pair costs a lowering no less than it costs SDPA; else the measurement went wrong.
         assert rates.gather >= rates.causal > 0
@@ -186,8 +188,11 @@ def test_the_rates_that_ship_reproduce_the_benchmark_of_the_docs():
         for prediction in report.predictions:
             name = {"gather": calibration.EAGER, "flex": calibration.COMPILED}[prediction.lowering]
             if (prediction.phase == "training") == shape.backward:
-                measured = call["seconds"][calibration.CAUSAL] / call["seconds"][name]
-                assert prediction.speedup == pytest.approx(measured, rel=0.15), (call["shape"], name)
+                took = call["seconds"]
+                assert prediction.speedup == pytest.approx(took[calibration.CAUSAL] / took[name], rel=0.15), (
+                    call["shape"],
+                    name,
+                )
                 compared += 1
     assert compared == 6
 
@@ -195,9 +200,10 @@ def test_the_rates_that_ship_reproduce_the_benchmark_of_the_docs():
 def test_calibration_finds_the_rates_that_explain_its_seconds():
     shape = Shape(4096, 256, False, 8, 2, 64)
     causal, gather, flex = (
-        cost(RATES, PROBLEM) * shape.heads / 1e9 for cost in (costs.causal_cost, costs.gather_cost, costs.flex_cost)
+        cost(RATES, PROBLEM) * shape.heads / 1e9
+        for cost in (measured.causal_cost, measured.gather_cost, measured.flex_cost)
     )
-    sorting = costs.sorted_keys(PROBLEM) * shape.heads / 1e9
+    sorting = measured.sorted_keys(PROBLEM.length) * shape.heads / 1e9
     stages = {
         "gather": {
             "gate": 1.0, "ranking": sorting, "lifespans": sorting * 4, "reference gates": sorting,
@@ -215,7 +221,7 @@ def test_calibration_finds_the_rates_that_explain_its_seconds():
         calibration.EAGER: gather,
         calibration.COMPILED: flex,
     }
-    found = calibration.rates_from(shape, seconds, selection, PROBLEM.visited_pairs_per_query, "a test")
+    found = calibration.rates_from(shape, seconds, selection, 1.4 * SHOWN / 4096, "a test")
     for name in ("causal", "gather", "gather_selection", "flex", "flex_selection"):
         assert getattr(found, name) == pytest.approx(getattr(RATES, name))
     without = calibration.rates_from(shape, {calibration.CAUSAL: causal}, selection, 350.0, "a test")
@@ -233,8 +239,7 @@ def test_the_fit_is_the_geometric_mean_over_the_shapes_of_a_phase():
     fitted = calibration.fitted_rates(results)
     assert set(fitted) == {("cpu", "inference"), ("cpu", "training")}
     for rates, shape in zip(fitted.values(), shapes, strict=True):
-        gate = inputs(shape, "cpu", torch.float32)[3].detach()
-        problem = Problem(shape.length, shape.window, 0, 4, calibration.visited_pairs(shape, gate))
+        problem = Problem(shape.length, shape.window, 0, 4, rho=1.0)  # which the gather lowering does not depend on
         assert speedup(rates, "gather", problem) == pytest.approx(2.0)
         assert rates.flex is None
     two = calibration._mean([RATES, replace(RATES, causal=4.0, flex=None)])

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from flexdma.tools.explain.counts import BlockCounts, KeyCounts
+from flexdma.tools.cost_model.counts import BlockCounts, KeyCounts
 from flexdma.tools.explain.report import Prediction
 
 STATIC = 1.5  # a selection that ever shows fewer keys than this times what one query sees hardly moves

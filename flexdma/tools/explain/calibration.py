@@ -19,8 +19,9 @@ from flexdma.tools.bench.stages import BEFORE_ATTENTION, profile
 from flexdma.tools.bench.suites import SUITES
 from flexdma.tools.bench.tables import fastest_causal
 from flexdma.tools.bench.timing import interleaved
-from flexdma.tools.explain.costs import Problem, Rates, causal_cost, gather_cost, sorted_keys
-from flexdma.tools.explain.counts import block_counts
+from flexdma.tools.cost_model.counts import block_counts
+from flexdma.tools.cost_model.measured import Rates, sorted_keys
+from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
 from flexdma.tools.machine import machine
 
 # Long enough that attention, not launching kernels, is what takes the time.
@@ -81,7 +82,7 @@ def fitted_rates(results: dict[str, Any]) -> dict[tuple[str, str], Rates]:
 
 def selection_rates(stages: Mapping[str, Mapping[str, float]], shape: Shape) -> dict[str, float]:
     """Lowering -> nanoseconds per N log2 N key of a KV head, of everything before its attention."""
-    sorting = sorted_keys(Problem(shape.length, shape.window, 0, 1, 0.0)) * shape.heads
+    sorting = sorted_keys(shape.length) * shape.heads
     return {
         lowering: sum(seconds[stage] for stage in BEFORE_ATTENTION[lowering]) * 1e9 / sorting
         for lowering, seconds in stages.items()
@@ -92,22 +93,20 @@ def rates_from(
     shape: Shape, seconds: Mapping[str, float], selection: Mapping[str, float], visited: float, measured_on: str
 ) -> Rates:
     """The rates under which the cost model gives these seconds for this shape; `selection` as `selection_rates` gives it."""
-    problem = Problem(shape.length, shape.window, 0, shape.query_heads // shape.heads, visited)
-    sorting = sorted_keys(problem) * shape.heads
+    sorting = sorted_keys(shape.length) * shape.heads
     causal = fastest_causal(dict(seconds))
     if causal is None:
         raise ValueError(f"seconds: expected {CAUSAL!r} of {shape}, got {sorted(seconds)}")
-    one = Rates(measured_on, 1.0, 1.0, 0.0, 1.0, 0.0)
     gather = flex = None
     if EAGER in seconds:
         attending = seconds[EAGER] * 1e9 - selection["gather"] * sorting
-        gather = attending / (gather_cost(one, problem) * shape.heads)
+        gather = attending / (shape.query_heads * float(gathered_pairs(shape.length, shape.window)))
     if COMPILED in seconds:
         attending = seconds[COMPILED] * 1e9 - selection["flex"] * sorting
         flex = attending / (shape.query_heads * shape.length * visited)
     return Rates(
         measured_on,
-        causal=causal * 1e9 / (causal_cost(one, problem) * shape.heads),
+        causal=causal * 1e9 / (shape.query_heads * float(shown_pairs(shape.length, shape.length))),
         gather=gather,
         gather_selection=selection.get("gather", 0.0),
         flex=flex,

@@ -10,10 +10,12 @@ from torch import Tensor
 from flexdma import checks, lifespans
 from flexdma.lifespans import Selection
 from flexdma.lowerings.flex import default_block_size
-from flexdma.tools.explain import counts
+from flexdma.tools.cost_model import counts
+from flexdma.tools.cost_model.counts import BlockCounts, KeyCounts
+from flexdma.tools.cost_model.measured import RATES, Problem, Rates
+from flexdma.tools.cost_model.pairs import shown_pairs
 from flexdma.tools.explain.advice import Situation, advise
-from flexdma.tools.explain.costs import RATES, Problem, Rates, break_even_length, break_even_window, speedup
-from flexdma.tools.explain.counts import BlockCounts, KeyCounts
+from flexdma.tools.explain.break_even import break_even_length, break_even_window, speedup
 from flexdma.tools.explain.report import Explanation, Prediction
 
 Counts = TypeVar("Counts", KeyCounts, BlockCounts)
@@ -75,7 +77,8 @@ def explain(
     keys = _mean(keys_per_head)
     packed = _mean(packed_per_head)
     natural = _mean(counts.block_counts(alive, group, size))
-    problem = Problem(length, widest, always, group, packed.visited * size[0] * size[1] / (length * group))
+    pairs = group * float(shown_pairs(length, widest + always))
+    problem = Problem(length, widest, always, group, packed.visited * size[0] * size[1] / pairs)
     predictions = _predictions(RATES if rates is None else rates, device, problem)
 
     everything = lifespans.sliding_window(gate, length, **options)
@@ -98,7 +101,7 @@ def _predictions(known: dict[tuple[str, str], Rates], device: str, problem: Prob
         rates = known.get((device, phase))
         if rates is None or rates.of(lowering) is None:
             continue
-        if not problem.visited_pairs_per_query:
+        if not problem.rho:
             continue  # nothing is visible: there is nothing to predict from
         predictions.append(
             Prediction(

@@ -4,7 +4,7 @@ import dataclasses
 import json
 from dataclasses import dataclass
 
-from flexdma.tools.explain.counts import BlockCounts, KeyCounts
+from flexdma.tools.cost_model.counts import BlockCounts, KeyCounts
 
 # Heads are listed when one sees, or visits, this many times what another does.
 DIFFERENT = 1.5

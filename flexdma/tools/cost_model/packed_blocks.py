@@ -1,4 +1,4 @@
-"""Pairs that a mask shows, places of packed keys, and blocks that are visited: exact, in closed form.
+"""Places of packed keys, and blocks that are visited: exact, in closed form.
 
 A block is `rows` rows by `columns` keys; with G = Hq / Hkv query heads folded into rows it spans T = rows / G positions.
 Keys are packed as `flexdma.packing.packed_layout` packs a whole sequence, Q = K = N, of which a query sees at most w.
@@ -7,10 +7,10 @@ Keys are packed as `flexdma.packing.packed_layout` packs a whole sequence, Q = K
 from math import gcd
 
 import sympy
-from sympy import Expr, Max, Min, Piecewise, ceiling, floor
+from sympy import Expr, Max, Piecewise, ceiling, floor
 
 from flexdma.packing import PERIOD, PERIOD_BLOCKS
-from flexdma.tools.cost.symbols import Hkv, Hq, N, columns, rows, w
+from flexdma.tools.cost_model.symbols import Hkv, Hq, N, columns, rows, w
 
 GROUP = Hq / Hkv
 SPAN = rows * Hkv / Hq  # positions of a block's rows
@@ -30,12 +30,6 @@ class CommonDivisor(sympy.Function):
 STEP = rows / CommonDivisor(rows, GROUP)  # the fewest positions that fill whole row blocks
 PERIOD_LENGTH = STEP * ceiling(Max(PERIOD * w, PERIOD_BLOCKS * columns) / STEP)  # positions, where there are several
 ONE_PERIOD = sympy.Le(N, w + PERIOD_LENGTH)
-
-
-def shown_pairs() -> Expr:
-    """Pairs of query and key that a causal top-w shows, per head: query i sees min(i + 1, w) keys."""
-    width = Min(w, N)
-    return N * width - width * (width - 1) / 2
 
 
 def visited_blocks() -> Expr:

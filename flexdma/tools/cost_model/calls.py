@@ -9,17 +9,17 @@ from dataclasses import dataclass, fields
 
 from sympy import And, Expr, Integer, Max, Piecewise, ceiling, log, sympify
 
-from flexdma.tools.cost import symbols
-from flexdma.tools.cost.blocks import (
+from flexdma.tools.cost_model import symbols
+from flexdma.tools.cost_model.packed_blocks import (
     GROUP,
     key_blocks,
     periods,
     places,
     row_blocks,
     row_blocks_of_a_period,
-    shown_pairs,
 )
-from flexdma.tools.cost.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
+from flexdma.tools.cost_model.pairs import shown_pairs
+from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
 
 # Bytes per key of lifespans' rest, reference gates and packing, and per key and round of ranking: two bits a round up to
 # 2^21 keys, one above.  False, True: without and with what the backward needs.
@@ -41,7 +41,7 @@ NOTHING = Integer(0)
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call on one device; expressions in the symbols of flexdma.tools.cost.symbols.
+    """Of one call on one device; expressions in the symbols of `symbols.py`.
 
     flops: executed, on visited blocks; at rho = 1 those of the pairs that the mask shows.
     bytes: moved in the device's memory, if each kernel reads its inputs and writes its outputs once.
@@ -84,7 +84,7 @@ def forward(*, training: bool = False) -> Cost:
     held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
     lists = LISTS_PEAK * _places() + LISTS_PEAK_PER_TILE[training] * _tiles()
     return Cost(
-        flops=2 * B * Hq * rho * shown_pairs() * (D + Dv),
+        flops=2 * (D + Dv) * _computed_pairs(),
         bytes=2 * folded + unfolded + key + value + _packed() + attention + _bookkeeping(training),
         metadata=metadata(training=training),
         peak=Max(held, PACKING_PEAK * _places(), lists),
@@ -103,7 +103,7 @@ def backward() -> Cost:
     bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * _keys()
     bookkeeping += BACKWARD_PER_PLACE * _places() + BACKWARD_PER_TILE * _tiles()
     return Cost(
-        flops=2 * B * Hq * rho * shown_pairs() * (4 * D + 3 * Dv),
+        flops=2 * (4 * D + 3 * Dv) * _computed_pairs(),
         bytes=rows + 3 * _packed() + key + value + bookkeeping,
         metadata=metadata(training=True),
         peak=metadata(training=True) + 2 * _packed() + _if_unfolded(2 * query + output, query),
@@ -150,7 +150,7 @@ def full_attention() -> Cost:
     """The forward of causal attention to everything, for comparison; over ranks each receives all keys of the others."""
     query, key, value, output = _tensors()
     return Cost(
-        flops=B * Hq * N * (N + 1) * (D + Dv) / ranks,
+        flops=2 * (D + Dv) * B * Hq * shown_pairs(N, N) / ranks,
         bytes=(query + output) / ranks + key + value,
         metadata=NOTHING,
         peak=(key + value) * (1 - 1 / ranks),
@@ -168,6 +168,10 @@ def metadata(*, training: bool) -> Expr:
     if training:
         return 16 * _places() + 4 * B * Hkv * (N + 1) + 8 * B * Hkv * (by_row + by_key)
     return 12 * _places() + 8 * B * Hkv * by_row
+
+
+def _computed_pairs() -> Expr:
+    return B * Hq * rho * shown_pairs()
 
 
 def _tensors() -> tuple[Expr, Expr, Expr, Expr]:

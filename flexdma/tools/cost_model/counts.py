@@ -7,9 +7,8 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
-from flexdma.packing.block_index import block_index
+from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.schedule import schedule
-from flexdma.rounding import ceil_div
 
 
 @dataclass(frozen=True)
@@ -47,23 +46,28 @@ def key_counts(lifespans: Lifespans) -> list[KeyCounts]:
     return counts
 
 
+def blocks(lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None) -> BlockIndex:
+    """The blocks that a kernel visits; `group` query heads are folded into the rows of a block.
+
+    capacity: upper bound on keys visible to one query; keys are packed.  None: keys stay in the order given.
+    """
+    length = lifespans.birth.shape[-1]
+    if capacity is None:
+        return block_index(*lifespans, queries=length, group=group, block_size=block_size)
+    sizes: dict[str, Any] = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
+    _, index = schedule(lifespans, **sizes, transposed=False)
+    return index
+
+
 def block_counts(
     lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None
 ) -> list[BlockCounts]:
-    """One per head; `group` query heads are folded into the rows of a block.
-
-    capacity: no query sees more keys, which are packed; None: they stay in the order given.
-    """
+    """One per head; arguments as of `blocks`."""
     rows, columns = block_size
-    length = lifespans.birth.shape[-1]
-    if capacity is None:
-        index = block_index(*lifespans, queries=length, group=group, block_size=block_size)
-    else:
-        sizes: dict[str, Any] = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
-        _, index = schedule(lifespans, **sizes, transposed=False)
+    index = blocks(lifespans, group, block_size, capacity)
     visited, full = (number.sum(-1).double().mean(0) for number in (index.visited(), index.full_num))
     ideal = (lifespans.death - lifespans.birth).long().sum(-1).double().mean(0) * group / (rows * columns)
-    causal = causal_blocks(length, group, block_size)
+    causal = causal_blocks(lifespans.birth.shape[-1], group, block_size)
     return [
         BlockCounts(each, whole, each / at_best if at_best else 0.0, each / causal)
         for each, whole, at_best in zip(visited.tolist(), full.tolist(), ideal.tolist(), strict=True)
@@ -72,10 +76,9 @@ def block_counts(
 
 def causal_blocks(length: int, group: int, block_size: tuple[int, int]) -> int:
     """Blocks of the mask j <= i, per head."""
-    rows, columns = block_size
-    blocks = range(ceil_div(length * group, rows))
-    # The last position of a block of rows sees the keys up to itself.
-    return sum((min((r + 1) * rows, length * group) - 1) // group // columns + 1 for r in blocks)
+    birth = torch.arange(length, dtype=torch.int32).view(1, 1, -1)
+    everything = Lifespans(birth, torch.full_like(birth, length))
+    return int(blocks(everything, group, block_size).visited().sum())
 
 
 def evictions(lifespans: Lifespans, everything: Lifespans) -> int:

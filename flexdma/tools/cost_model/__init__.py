@@ -1,0 +1,10 @@
+"""The cost model: the work of a call, and the rates at which devices do it.
+
+symbols         the sizes that formulas are in
+pairs           pairs of query and key that a mask shows and that the lowerings compute
+packed_blocks   places of packed keys, and the blocks that a sliding window visits, in closed form
+calls           FLOPs, bytes, memory and communication of each call, as formulas
+counts          keys seen and blocks visited by given lifespans, counted
+data_sheets     rates of devices by their vendors, and the least time that they allow
+measured        rates measured on a machine, and the time that they predict
+"""

@@ -1,0 +1,89 @@
+"""Nanoseconds of attention to everything and of each lowering, at rates that were measured.
+
+For one KV head with G query heads, N positions, capacity C = w + sinks + recent:
+
+    causal  = G shown_pairs(N, N)       * rates.causal                                   SDPA, is_causal=True
+    gather  = G gathered_pairs(N, C)    * rates.gather + N log2 N * rates.gather_selection
+    flex    = G rho shown_pairs(N, C)   * rates.flex   + N log2 N * rates.flex_selection
+
+gathered_pairs counts a block's own keys, all of which training gathers; inference gathers those that are born, for more
+queries.  Rates are measured, not derived: a tile of flexdma costs more than a tile of SDPA because it loads gates and
+applies a mask, and on a CPU because Inductor's matrix products are slower.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from math import log2
+
+from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Nanoseconds per pair of query and key of one query head, and per N log2 N keys of one KV head."""
+
+    measured_on: str
+    causal: float
+    gather: float | None  # None: not offered there
+    gather_selection: float
+    flex: float | None
+    flex_selection: float
+
+    def of(self, lowering: str) -> float | None:
+        """The rate of a lowering by name."""
+        return {"gather": self.gather, "flex": self.flex}[lowering]
+
+
+EPYC = "AMD EPYC, 2 threads, torch 2.13.0+cpu, float32, D=64"
+# (device, phase): the geometric means over the two shapes of each phase of docs/benchmarks.md, whose contenders took turns;
+# they reproduce its rows within 15 %.  `python -m flexdma explain --fit docs/results/bench-cpu.json` prints them.
+# CUDA has not been measured: `python -m flexdma explain --calibrate` does it where there is a GPU.
+RATES = {
+    ("cpu", "inference"): Rates(EPYC, causal=1.88, gather=2.44, gather_selection=24.8, flex=4.33, flex_selection=28.2),
+    ("cpu", "training"): Rates(EPYC, causal=7.49, gather=12.5, gather_selection=24.8, flex=None, flex_selection=28.2),
+}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What the model is asked about: sizes of one KV head, and how densely packing fills the blocks."""
+
+    length: int
+    window: int
+    always: int  # sinks + recent
+    group: int  # query heads per KV head
+    rho: float  # pairs in the visited blocks over shown_pairs(length, capacity)
+
+    @property
+    def capacity(self) -> int:
+        """The most keys that a query sees."""
+        return self.window + self.always
+
+
+def causal_cost(rates: Rates, problem: Problem) -> float:
+    """Nanoseconds of causal attention to everything."""
+    return problem.group * float(shown_pairs(problem.length, problem.length)) * rates.causal
+
+
+def gather_cost(rates: Rates, problem: Problem) -> float:
+    """Nanoseconds of the gather lowering; it does not depend on the gates."""
+    if rates.gather is None:
+        raise ValueError("rates: expected a rate of the gather lowering, got None")
+    pairs = problem.group * float(gathered_pairs(problem.length, problem.capacity))
+    return pairs * rates.gather + sorted_keys(problem.length) * rates.gather_selection
+
+
+def flex_cost(rates: Rates, problem: Problem) -> float:
+    """Nanoseconds of the flex lowering over the blocks it visits."""
+    if rates.flex is None:
+        raise ValueError("rates: expected a rate of the flex lowering, got None")
+    pairs = problem.group * problem.rho * float(shown_pairs(problem.length, problem.capacity))
+    return pairs * rates.flex + sorted_keys(problem.length) * rates.flex_selection
+
+
+COSTS: dict[str, Callable[[Rates, Problem], float]] = {"gather": gather_cost, "flex": flex_cost}
+
+
+def sorted_keys(length: int) -> float:
+    """N log2 N, what selecting takes."""
+    return length * log2(max(2, length))
