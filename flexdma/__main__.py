@@ -8,6 +8,7 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from flexdma._version import __version__
 from flexdma.tools.refusal import RefusedError
@@ -39,6 +40,13 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
         return super()._get_help_string(action) if unsaid else action.help
 
 
+class _CommandParser(argparse.ArgumentParser):
+    """Refuses an option as commands refuse what they find out later: "--window: expected at least 1, got 0"."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RefusedError(message.removeprefix("argument "))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code: 0 done, 2 a request that cannot be met, 130 interrupted."""
     arguments = list(sys.argv[1:] if argv is None else argv)
@@ -46,26 +54,26 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="python -m flexdma", description="Dynamic Mask Attention, from a command line."
     )
     parser.add_argument("--version", action="version", version=f"flexdma {__version__}")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_CommandParser)
     for name, (module, summary) in COMMANDS.items():
         subparser = commands.add_parser(name, help=summary, description=summary, formatter_class=_HelpFormatter)
         if arguments[:1] == [name]:
             chosen = importlib.import_module(module)
             chosen.add_arguments(subparser)
-    parsed = parser.parse_args(arguments)
     try:
+        parsed = parser.parse_args(arguments)
         code = chosen.run(parsed)
         sys.stdout.flush()
         return code
     except RefusedError as error:
-        print(f"python -m flexdma {parsed.command}: {error}", file=sys.stderr)
+        print(f"python -m flexdma {arguments[0]}: {error}", file=sys.stderr)
         return CANNOT
     except BrokenPipeError:
         # `... | head` has seen enough; Python would complain once more when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except KeyboardInterrupt:
-        print(f"python -m flexdma {parsed.command}: interrupted", file=sys.stderr)
+        print(f"python -m flexdma {arguments[0]}: interrupted", file=sys.stderr)
         return INTERRUPTED
 
 

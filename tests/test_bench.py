@@ -1,8 +1,8 @@
 """The benchmark, without a timing: medians, memory, failures, budgets, the contenders' results, a suite, pages."""
 
 import contextlib
-import json
-import math
+import weakref
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,26 +13,27 @@ import flexdma
 from flexdma.__main__ import CANNOT, INTERRUPTED, main
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 from flexdma.stages import observed
-from flexdma.tools.bench import contenders as contenders_module
-from flexdma.tools.bench import limits, masks, measure, report, timing
-from flexdma.tools.bench.contenders import COMPILED, COMPILED_GATHER, DENSE, FLEX_CAUSAL, contenders, visited_over_ideal
+from flexdma.tools import budget, timing
+from flexdma.tools.bench import command, report, sections
+from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, contenders
 from flexdma.tools.bench.dense_mask import check_fits, dense_mask_attention
-from flexdma.tools.bench.gradients import WITHOUT
-from flexdma.tools.bench.limits import Budget
-from flexdma.tools.bench.shapes import Shape, inputs
-from flexdma.tools.bench.stages import BEFORE_ATTENTION, Ledger, profile
-from flexdma.tools.bench.suites import FORWARD, SUITES, TRAINING
-from flexdma.tools.bench.timing import Prepared, UnavailableError, interleaved, peak_bytes
+from flexdma.tools.bench.gradients import WITHOUT, gradient_shares
+from flexdma.tools.bench.masks import build_masks
+from flexdma.tools.bench.sections import Setting, begun, planned
+from flexdma.tools.bench.suites import FORWARD, SECTIONS, SUITES, TRAINING
+from flexdma.tools.bench.visited import living_pairs, packing_ratios, visited_over_ideal
+from flexdma.tools.budget import Budget
 from flexdma.tools.gate_families import _autoregressive, gate_families
+from flexdma.tools.records import Results
+from flexdma.tools.shapes import Shape, inputs
+from flexdma.tools.stages import BEFORE_ATTENTION, WHOLE, Ledger, profile
+from flexdma.tools.timing import Prepared, Turns, UnavailableError, interleaved, peak_bytes
+from flexdma.tools.whole_calls import COMPILED, COMPILED_GATHER
 from tests.hand_moved_clock import HandMovedClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 RESULTS = Path(__file__).parent.parent / "docs/results/bench-cpu.json"
-
-
-def silent(name):
-    """A tick."""
 
 
 # Timing
@@ -41,7 +42,7 @@ def silent(name):
 def test_contenders_take_turns_and_the_first_round_is_not_counted():
     order = []
     calls = {name: lambda name=name: order.append(name) for name in "ab"}
-    measured = interleaved(calls, 2, silent, memory=False)
+    measured = interleaved(calls, Turns(2), memory=False)
     assert order == ["a", "b"] * 3
     assert set(measured.seconds) == {"a", "b"}
     assert measured.rounds == {"a": 2, "b": 2}
@@ -58,18 +59,34 @@ def test_a_failing_contender_is_recorded_and_loses_no_other():
     def absent():
         raise UnavailableError("not installed")
 
-    measured = interleaved({"late": fails_later, "absent": absent, "good": lambda: None}, 3, silent)
+    measured = interleaved({"late": fails_later, "absent": absent, "good": lambda: None}, Turns(3))
     assert measured.failed == {"late": "RuntimeError: out of memory", "absent": "not installed"}
     assert set(measured.seconds) == {"good"}
 
 
-def test_a_spent_budget_ends_the_runs_and_keeps_those_made(monkeypatch):
+def test_what_a_failed_contender_held_is_gone_when_memory_is_released(monkeypatch):
+    held, gone = [], []
+
+    def fails():
+        tensor = torch.zeros(3)
+        held.append(weakref.ref(tensor))
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(timing, "release", lambda: gone.append(held[0]() is None))
+    measured = interleaved({"fails": fails}, Turns(1), memory=False)
+    assert measured.failed == {"fails": "OutOfMemoryError: CUDA out of memory"}
+    assert gone == [True]
+
+
+def test_no_run_begins_that_the_budget_does_not_last_for(monkeypatch):
     clock = HandMovedClock()
-    monkeypatch.setattr(limits, "SHARE", 1)
     runs = {name: lambda: clock.take(1) for name in "ab"}  # the first two are not counted
-    measured = interleaved(runs, 9, silent, Budget(6.5, clock=clock), memory=False)
+    measured = interleaved(runs, Turns(9, budget=Budget(30, clock)), memory=False)
+    assert measured.rounds == {"a": 6, "b": 6}  # of a share of 7.5 seconds each
+    monkeypatch.setattr(budget, "SHARE", 1)
+    measured = interleaved(runs, Turns(9, budget=Budget(6.5, clock)), memory=False)
     assert measured.rounds == {"a": 2, "b": 2}
-    assert interleaved(runs, 9, silent, Budget(0)).failed == dict.fromkeys(
+    assert interleaved(runs, Turns(9, budget=Budget(0))).failed == dict.fromkeys(
         runs, "skipped: the suite's 0 seconds are spent"
     )
 
@@ -77,14 +94,14 @@ def test_a_spent_budget_ends_the_runs_and_keeps_those_made(monkeypatch):
 def test_slow_contenders_run_fewer_times():
     clock = HandMovedClock()
     runs = {"slow": lambda: clock.take(5), "good": lambda: None}
-    measured = interleaved(runs, 50, silent, Budget(math.inf, clock=clock), memory=False)
+    measured = interleaved(runs, Turns(50, budget=Budget(now=clock)), memory=False)
     assert measured.rounds == {"slow": timing.LEAST, "good": 50}
 
 
 def test_only_the_run_of_a_prepared_contender_is_timed():
     clock = HandMovedClock()
     prepared = Prepared(lambda: clock.take(7), lambda made: clock.take(1))
-    measured = interleaved({"a": prepared}, 1, silent, Budget(math.inf, clock=clock), memory=False)
+    measured = interleaved({"a": prepared}, Turns(1, budget=Budget(now=clock)), memory=False)
     assert measured.seconds == {"a": 1.0}
 
 
@@ -103,13 +120,13 @@ def test_peak_memory_counts_what_is_freed_again():
 def test_masks_and_metadata_are_far_from_a_dense_mask():
     shape = Shape(8192, 128, False)
     gate = inputs(shape, "cpu", torch.float32)[3]
-    for build in masks.mask_memory(shape, gate).values():
-        assert peak_bytes(build) < shape.length**2 / 4
+    for lowering in ("flex", "gather"):
+        assert peak_bytes(lambda lowering=lowering: build_masks(lowering, shape, gate)) < shape.length**2 / 4
 
 
 def test_there_are_seven_families_and_packing_helps_in_each():
     assert len(gate_families(256)) == 7
-    for natural, packed in masks.packing_ratios(4096, 256, 64, 64).values():
+    for natural, packed in packing_ratios(4096, 256, 64, 64).values():
         assert 1 <= packed < natural
 
 
@@ -171,7 +188,7 @@ def test_living_pairs_are_the_keys_that_a_block_sees():
     gate = torch.randn(2, 2, 100)
     seen = dense_visibility(gate, window_size=12)
     blocks = [rows.any(2).sum().item() * 32 for rows in seen.split(32, 2)]
-    assert contenders_module._living_pairs(flexdma.causal_top_w(gate, 12), 32) == sum(blocks)
+    assert living_pairs(flexdma.causal_top_w(gate, 12), 32) == sum(blocks)
 
 
 # Stages
@@ -179,7 +196,7 @@ def test_living_pairs_are_the_keys_that_a_block_sees():
 
 def test_a_ledger_counts_what_runs_inside_a_stage_once(monkeypatch):
     clock = iter([0.0, 1.0, 3.0, 10.0])
-    monkeypatch.setattr("flexdma.tools.bench.stages.time.perf_counter", lambda: next(clock))
+    monkeypatch.setattr("flexdma.tools.stages.time.perf_counter", lambda: next(clock))
     ledger = Ledger(runs=[{}])
     with ledger.stage("outer"), ledger.stage("inner"):
         pass
@@ -207,94 +224,122 @@ def test_stages_are_observed_while_asked_for():
 @pytest.mark.parametrize("lowering", ["gather", "flex"])
 def test_every_stage_is_timed(lowering, uncompiled_flex):
     shape = Shape(300, 24, lowering == "gather", 4, 2, 16)
-    entry = profile(shape, inputs(shape, "cpu", torch.float32), lowering, 1, silent, compiler=uncompiled_flex)
+    measured = profile(shape, inputs(shape, "cpu", torch.float32), lowering, Turns(1), uncompiled_flex)
     backward = ("attention backward", "gate gradient", "gate, its own backward") if shape.backward else ()
     stages = ("gate", *BEFORE_ATTENTION[lowering], "key/value gather", "attention forward", *backward)
-    assert tuple(entry["seconds"]) == stages
-    assert entry["whole"] > 0
-    assert entry["failed"] == {}
+    assert tuple(measured.seconds) == (WHOLE, *stages)
+    assert measured.failed == {}
 
 
 # A suite
 
 
+def smaller(suite, factor):
+    """The same cases at 1 / factor of every N and w: to run through them, not to measure."""
+
+    def each(shape):
+        return replace(shape, length=max(16, shape.length // factor), window=max(4, shape.window // factor))
+
+    return replace(
+        suite,
+        **{name: tuple(map(each, getattr(suite, name))) for name in SECTIONS},
+        stages=tuple((lowering, each(shape)) for lowering, shape in suite.stages),
+        packing=(max(256, suite.packing[0] // factor), max(16, suite.packing[1] // factor)),
+    )
+
+
 def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled_flex):
-    """On a CPU, 1024 times smaller: all of it but the device."""
-    suite = SUITES["gpu"].smaller(1024)
-    results = measure.begun(suite, "gpu", 1, "float32", "cpu")
-    saved = []
-    measure.measure(
-        suite, results, rounds=1, dtype=torch.float32, device="cpu", compiler=uncompiled_flex, budget=Budget(math.inf),
-        save=lambda results: saved.append(json.dumps(results)),
-    )  # fmt: skip
-    assert results["failed"] == {}
-    assert results["skipped"] == []
-    assert all(results[section] for section in measure.SECTIONS)
-    assert len(saved) == sum(len(results[section]) for section in measure.SECTIONS)
+    """On a CPU, 1024 times smaller, in this process: all of it but the device and the processes."""
+    suite, setting = smaller(SUITES["gpu"], 1024), Setting("cpu", torch.float32, compiler=uncompiled_flex)
+    results = begun(suite, "gpu", 1, setting)
+    for case in planned(suite, "cpu"):
+        results.add(case.section, case.title, case.measure(setting, Turns(1)))
+    results = Results.from_json(results.to_json())
     # FlexAttention has no backward on a CPU: that stage fails, and the others of the same case do not.
-    (stages,) = results["stages"]
-    assert "no backward on a CPU" in stages["failed"]["whole"]
-    assert stages["seconds"]["attention forward"] > 0
-    assert {"atomics (default)", "transposed", "column"} == results["gate_gradient"][0]["share"].keys()
-    text = report.markdown(json.loads(saved[-1]))
-    for words in ("not installed", "no backward on a CPU", "launches by the host", "Forward against N", "| 1,024 |"):
+    (stages,) = results.cases("stages")
+    assert "no backward on a CPU" in stages.metric("failed")[WHOLE]
+    assert stages.seconds["attention forward"] > 0
+    (gradient,) = results.cases("gate gradient")
+    assert {"atomics (default)", "transposed", "column"} == gradient_shares(gradient.seconds).keys()
+    text = report.markdown(results)
+    for words in (
+        "not installed", "no backward on a CPU", "launches by the host", "Forward against N", "| 1,024 |",
+        "Beside other ways", "Gate gradient, by route", "Forward against w", "Visited blocks / ideal", "a Q x K mask",
+    ):  # fmt: skip
         assert words in text
 
 
-def test_a_case_that_fails_or_has_no_time_is_recorded(monkeypatch):
-    suite = SUITES["quick"].smaller(64)
-    monkeypatch.setattr(measure, "contenders", lambda *arguments: 1 / 0)
-    results = measure.begun(suite, "quick", 1, "float32", "cpu")
-    options = {"rounds": 1, "dtype": torch.float32, "device": "cpu"}
-    measure.measure(suite, results, **options, budget=Budget(math.inf))
-    assert results["failed"]["calls: forward, N=64 w=4"] == "ZeroDivisionError: division by zero"
-    assert results["memory"]
-    later = measure.begun(suite, "quick", 1, "float32", "cpu")
-    measure.measure(suite, later, **options, budget=Budget(0))
-    assert "calls: forward, N=64 w=4" in later["skipped"]
-    assert "Cases skipped, as the time was spent:" in report.markdown(later)
+def test_ratios_that_fail_lose_no_times(monkeypatch):
+    def out_of_memory(*arguments):
+        raise torch.OutOfMemoryError("no")
+
+    monkeypatch.setattr(sections, "contenders", lambda *arguments: {"good": lambda: None})
+    monkeypatch.setattr(sections, "visited_over_ideal", out_of_memory)
+    rows = list(sections.measure_calls(Shape(16, 4, False), Setting("cpu", torch.float32), Turns(1)))
+    assert ("visited / ideal", "failed", "OutOfMemoryError: no") in rows
+    assert ("good", "rounds", 1) in rows
 
 
 def test_an_interruption_leaves_what_is_measured(monkeypatch, tmp_path, capsys):
-    def interrupted(suite, results, *, save, **options):
-        results["packing"].append(measure._packing(512, 32, 32, 32, "tiles,", silent))
+    def interrupted(cases, results, setting, turns, *, save, progress):
+        results.add(
+            "packing", "N=512 w=32", [("heavy hitters", "natural order", 3.0), ("heavy hitters", "packed", 2.0)]
+        )
         save(results)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(measure, "measure", interrupted)
+    monkeypatch.setattr(command, "measure_all", interrupted)
     assert main(["bench", "--suite", "quick", "--out", str(tmp_path)]) == INTERRUPTED
-    assert "heavy hitters" in capsys.readouterr().out
-    assert "heavy hitters" in json.loads((tmp_path / "bench-quick.json").read_text())["packing"][0]["ratios"]
-    assert "heavy hitters" in (tmp_path / "bench-quick.md").read_text()
+    row = "| heavy hitters | 3.00 | 2.00 |"
+    assert row in capsys.readouterr().out
+    assert row in report.markdown(Results.from_json((tmp_path / "bench-quick.json").read_text()))
+    assert row in (tmp_path / "bench-quick.md").read_text()
 
 
 # Pages and pictures
 
 
+def results_of(suite, **sections):
+    """Results with these {case title: {contender: seconds}} by section, made up."""
+    results = begun(SUITES[suite], suite, 5, Setting("cpu", torch.bfloat16))
+    for section, cases in sections.items():
+        for title, seconds in cases.items():
+            results.add(section.replace("_", " "), title, ((name, "seconds", s) for name, s in seconds.items()))
+    return results
+
+
 def test_the_report_divides_by_the_fastest_causal_attention():
-    case = {
-        "shape": "s", "seconds": {"SDPA causal, flash": 3.0, "SDPA causal, efficient": 9.0, "flexdma": 1.5},
-        "peak_bytes": {"SDPA causal, flash": 0, "SDPA causal, efficient": 0, "flexdma": 1 << 20},
-        "failed": {"SDPA causal, cudnn": "RuntimeError: no"}, "visited_over_ideal": {}, "useful_flops": 3e9,
-        "causal_flops": 6e9,
-    }  # fmt: skip
-    results = measure.begun(SUITES["quick"], "quick", 1, "float32", "cpu") | {"calls": [case]}
+    shape = SUITES["quick"].calls[0]
+    flash, efficient, seconds = "SDPA causal, flash", "SDPA causal, efficient", shape.useful_flops() / 2e9
+    times = {flash: 2 * seconds, efficient: 6 * seconds, "flexdma": seconds}
+    results = results_of("quick", calls={str(shape): times})
+    results.add(
+        "calls", str(shape), [("flexdma", "peak_bytes", 1 << 20), ("SDPA causal, cudnn", "failed", "Error: no")]
+    )
     text = report.markdown(results)
-    assert "| s | flexdma | 1.5000 | 2.00 x | 2 |  | 1.0 MiB |" in text
-    assert "| s | SDPA causal, flash | 3.0000 | 1.00 x | 2 |" in text
-    assert "| s | SDPA causal, cudnn | RuntimeError: no |" in text
+    assert f"| {shape} | flexdma | {seconds:.4f} | 2.00 x | 2 |  | 1.0 MiB |" in text
+    assert f"| {shape} | {flash} | {2 * seconds:.4f} | 1.00 x | 8 |" in text  # N / 2 keys in place of 256
+    assert f"| {shape} | SDPA causal, cudnn | Error: no |" in text
+
+
+def test_cases_that_fail_or_are_skipped_are_listed():
+    results = results_of("quick")
+    results.add("calls", "a", [("", "failed", "ZeroDivisionError: division by zero")])
+    results.add("stages of flex", "b", [("", "skipped", "skipped: the suite's 1 seconds are spent")])
+    text = report.markdown(results)
+    assert "Cases that failed:\n\n- calls: a: ZeroDivisionError: division by zero\n" in text
+    assert "Cases skipped, as the time was spent:\n\n- stages of flex: b\n" in text
 
 
 def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):
     page, picture, source = (tmp_path / name for name in ("page.md", "scaling.svg", "bench-cpu.json"))
-    sizes = [{"length": n, "window": 8, "seconds": {"flexdma": n, "SDPA causal": n * n}} for n in (64, 128)]
-    sizes = [size | {"failed": {}, "useful_flops": 1.0} for size in sizes]
-    source.write_text(json.dumps(json.loads(RESULTS.read_text()) | {"lengths": sizes}))
+    lengths = {str(s): {"flexdma": s.length, "SDPA causal": 8 * s.length} for s in SUITES["cpu"].lengths[:2]}
+    source.write_text(results_of("cpu", lengths=lengths).to_json())
     page.write_text("above\n<!-- bench cpu -->\nold\n<!-- end of bench cpu -->\nbelow\n")
     assert main(["bench", "--from", str(source), "--markdown", str(page), "--plot", str(picture)]) == 0
     printed = capsys.readouterr().out.strip()
     assert page.read_text() == f"above\n<!-- bench cpu -->\n\n{printed}\n\n<!-- end of bench cpu -->\nbelow\n"
-    assert "| 128 | 128000.0 | 16384000.0 | 128.00 x |" in printed
+    assert "| 8,192 | 8192000.0 | 65536000.0 | 8.00 x |" in printed
     assert "<svg" in picture.read_text()
 
 
@@ -302,36 +347,23 @@ def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):
 def test_the_page_of_the_docs_shows_the_results_beside_it(suite):
     page = (RESULTS.parent.parent / "benchmarks.md").read_text()
     source = RESULTS.with_name(f"bench-{suite}.json")
-    text = report.markdown(json.loads(source.read_text()) if source.exists() else {"suite": suite})
+    text = report.markdown(Results.from_json(source.read_text()) if source.exists() else Results({"suite": suite}))
     assert report.between(page, suite, text) == page, "python -m flexdma bench --from ... --markdown docs/benchmarks.md"
 
 
 def gpu_results(forward=0.001):
     """What the GPU suite measures of its targets, made up."""
-    sdpa, flops = (
-        {"SDPA causal, flash": 0.007, "SDPA causal, cudnn": 0.006},
-        {"useful_flops": 1e9, "causal_flops": 16e9},
+    sdpa = {"SDPA causal, flash": 0.007, "SDPA causal, cudnn": 0.006}
+    lengths = enumerate(SUITES["gpu"].lengths)
+    return results_of(
+        "gpu",
+        calls={
+            str(FORWARD): sdpa | {COMPILED: forward, FLEX_CAUSAL: 0.01},
+            str(TRAINING): sdpa | {COMPILED: 0.0002},
+        },
+        gate_gradient_of_flex={str(TRAINING): {WITHOUT: 0.008, "atomics (default)": 0.01, "column": 0.016}},
+        lengths={str(s): {"flexdma": 0.01, "selection": 0.0004 * (n + 1)} for n, s in lengths},
     )
-    about = flops | {"peak_bytes": {}, "failed": {}, "visited_over_ideal": {}}
-    calls = [
-        {"shape": str(FORWARD), "seconds": sdpa | {COMPILED: forward, FLEX_CAUSAL: 0.008}},
-        {"shape": str(TRAINING), "seconds": sdpa | {COMPILED: 0.0002}},
-    ]
-    seconds = {WITHOUT: 0.008, "atomics (default)": 0.01, "column": 0.016}
-    gradient = {
-        "shape": "s",
-        "lowering": "flex",
-        "seconds": seconds,
-        "share": {"atomics (default)": 0.2, "column": 0.5},
-    }
-    lengths = [
-        {"length": shape.length, "window": 1024, "seconds": {"flexdma": 0.01, "selection": 0.0004 * (n + 1)}}
-        for n, shape in enumerate(SUITES["gpu"].lengths)
-    ]
-    results = {"calls": calls, "gate_gradient": [gradient], "lengths": lengths}
-    return measure.begun(SUITES["gpu"], "gpu", 5, "bfloat16", "cpu") | {
-        section: [about | case for case in cases] for section, cases in results.items()
-    }
 
 
 def test_the_table_of_targets_is_filled_by_the_gpu_suite():
@@ -342,21 +374,20 @@ def test_the_table_of_targets_is_filled_by_the_gpu_suite():
         "| gate gradient, of the backward: at most 20 % | 20.0% by atomics (default), 50.0% by column |",
         "| ranking + lifespans, of the forward, N = 4k to 1M: at most 10 % | **missed**: 4.0% at N=4096, 8.0% at N=32768,"
         " 12.0% at N=262144, 16.0% at N=1048576 |",
-        "| useful rate / that of FlexAttention causal in the same run: at least 0.5 | 0.50 |",
+        "| useful rate / that of FlexAttention causal in the same run: at least 0.5 | 0.62 |",
     ):
         assert row in text
     assert "| **missed**: 3.0 |" in report.markdown(gpu_results(forward=0.002))
 
 
 def test_the_gpu_suite_begins_with_its_targets():
-    cases = measure._cases(SUITES["gpu"], 5, torch.bfloat16, "cuda", None, Budget(0))
-    sections = [(section, title) for section, title, _ in cases]
-    assert sections[:3] == [
+    cases = [(section, title) for section, title, _ in planned(SUITES["gpu"], "cuda")]
+    assert cases[:3] == [
         ("calls", str(FORWARD)),
         ("calls", str(TRAINING)),
-        ("gate_gradient", "forward + backward, N=32768 w=1024"),
+        ("gate gradient of flex", "forward + backward, N=32768 w=1024"),
     ]
-    assert [section for section, _ in sections[3:7]] == ["lengths"] * 4
+    assert [section for section, _ in cases[3:7]] == ["lengths"] * 4
     assert FORWARD.flex
 
 
@@ -366,8 +397,10 @@ def test_the_gpu_suite_begins_with_its_targets():
         (["--rounds", "0"], "--rounds: expected at least 1, got 0"),
         (["--budget", "-1"], "--budget: expected more than 0, got -1.0"),
         (["--from", "absent.json"], "absent.json"),
-        (["--from", __file__], "--from: expected JSON that this command wrote"),
+        (["--from", __file__], "--from: expected JSON that this version of the benchmark wrote"),
         (["--from", str(RESULTS), "--markdown", __file__], "expected the lines '<!-- bench cpu -->'"),
+        (["--suite", "quick", "--plot", "scaling.svg"], "--plot: expected a suite that measures several lengths"),
+        (["--plot", "scaling.bad"], "--plot: expected a file name that ends in one of"),
         pytest.param(
             ["--suite", "gpu"],
             "expected a CUDA device, found none",

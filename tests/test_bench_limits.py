@@ -1,247 +1,228 @@
-"""The benchmark's limits: calls that never end, that bring their process down, that cost it its GPU; and the GPU's clock."""
+"""The benchmark's limits: cases that never end, that bring their process down, that cost it its GPU; and the GPU's clock."""
 
 import contextlib
-import json
-import multiprocessing
 import os
-import signal
-import threading
+import subprocess
+import sys
 import time
-import weakref
-from functools import partial
 
 import pytest
 import torch
 
-from flexdma.__main__ import main
-from flexdma.tools.bench import command, limits, measure, timing, worker
-from flexdma.tools.bench.contenders import COMPILED, EAGER
-from flexdma.tools.bench.limits import Budget, TimeIsUpError, within
-from flexdma.tools.bench.shapes import Shape
-from flexdma.tools.bench.suites import Suite
-from flexdma.tools.bench.timing import LostDeviceError, interleaved, timed
+from flexdma.tools import timing
+from flexdma.tools.bench import processes
+from flexdma.tools.bench.processes import Ended, follow, measure_all
+from flexdma.tools.bench.sections import Planned, Setting
+from flexdma.tools.budget import Budget
+from flexdma.tools.records import Results
+from flexdma.tools.timing import LostDeviceError, Turns, interleaved, timed
 from tests.hand_moved_clock import HandMovedClock
 
-OPTIONS = {"rounds": 1, "dtype": torch.float32, "device": "cpu"}
-LONG = 1e6  # seconds; a limit of none at all sets no alarm
+SETTING = Setting("cpu", torch.float32, threads=1)
+LONG = 1e6  # seconds
 
 
-def silent(name):
+def silent(*news):
     """A tick."""
+
+
+# In processes of their own.  These run in another process, so they are functions of this module.
 
 
 def endless():
     while True:
-        pass
-
-
-def stubborn():
-    """Ends neither, and takes every exception for an error of its own."""
-    while True:
-        with contextlib.suppress(Exception):
+        with contextlib.suppress(BaseException):
             time.sleep(10)
 
 
-def interrupted():
-    """Never ends; the alarm rings while it runs, however long that took to begin."""
-    signal.raise_signal(signal.SIGALRM)
+def with_an_endless_one(setting, turns):
+    return interleaved({"good": good, "endless": endless, "better": good}, turns, memory=False).rows()
+
+
+def crashing(setting, turns):
+    return interleaved({"good": good, "bad": os.abort, "worse": lose_the_device}, turns, memory=False).rows()
+
+
+def good():
+    return torch.ones(3) + 1
+
+
+def lose_the_device():
+    timing.synchronise = lambda: 1 / 0
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def wrong(setting, turns):
+    raise ZeroDivisionError("division by zero")
+
+
+def threads(setting, turns):
+    yield "torch", "threads", torch.get_num_threads()
+
+
+def stop_silently(setting, turns):
+    os._exit(3)
+
+
+def with_a_child(setting, turns):
+    """Tells its number and that of a process that it has started, as a compiler is."""
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
+    turns.tick(f"{os.getpid()} {child.pid}")
     endless()
 
 
-# The alarm
+def measured(*cases, budget=LONG, progress=silent, save=silent):
+    results = Results({"suite": "quick"})
+    planned = [Planned("calls", case.__name__, case) for case in cases]
+    measure_all(planned, results, SETTING, Turns(1, budget=Budget(budget)), save=save, progress=progress)
+    return results
 
 
-@pytest.mark.parametrize("call", [endless, stubborn])
-def test_a_call_that_never_ends_is_interrupted(call):
-    with pytest.raises(TimeIsUpError):
-        within(0.1, call)
+def is_running(pid):
+    """Whether there is such a process; one that only waits to be asked for its exit code has ended."""
+    try:
+        with open(f"/proc/{pid}/stat") as stat:
+            return stat.read().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
-def test_an_alarm_that_is_swallowed_rings_again(monkeypatch):
-    monkeypatch.setattr(limits, "AGAIN", 0.05)
-    swallowed = []
-
-    def deaf_once():
-        try:
-            endless()
-        except TimeIsUpError:
-            swallowed.append(1)
-        endless()
-
-    while not swallowed:  # the alarm may ring before the call has begun
-        with pytest.raises(TimeIsUpError):
-            within(0.05, deaf_once)
-
-
-def test_the_shorter_of_two_limits_holds_and_no_alarm_is_left():
-    def inner():
-        with pytest.raises(TimeIsUpError):
-            within(0.05, endless)
-        return within(LONG, endless)  # the outer one ends it
-
-    with pytest.raises(TimeIsUpError):
-        within(0.3, inner)
-    assert within(LONG, lambda: within(2 * LONG, lambda: 3)) == 3
-    assert limits.signal.getitimer(limits.signal.ITIMER_REAL) == (0, 0)
-    assert limits.signal.getsignal(limits.signal.SIGALRM) == limits.signal.SIG_DFL
-
-
-def test_other_threads_run_without_an_alarm():
-    found = []
-    thread = threading.Thread(target=lambda: found.append(within(0.01, lambda: time.sleep(0.1) or 3)))
-    thread.start()
-    thread.join()
-    assert found == [3]
-
-
-def test_a_compilation_is_interrupted_and_the_next_one_works():
-    def slow_backend(graph, inputs):
-        return interrupted()
-
-    with pytest.raises(TimeIsUpError):
-        within(LONG, lambda: torch.compile(torch.sin, backend=slow_backend)(torch.ones(3)))
-    torch._dynamo.reset()
-    torch.testing.assert_close(torch.compile(torch.sin, backend="eager")(torch.ones(3)), torch.ones(3).sin())
-
-
-def test_a_backward_is_interrupted():
-    class Endless(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, gradient):
-            return interrupted()
-
-    output = Endless.apply(torch.ones(3, requires_grad=True))
-    measured = interleaved({"a": lambda: output.sum().backward()}, 1, silent, Budget(LONG), memory=False)
-    assert "share of the suite's time, 250000 seconds" in measured.failed["a"]
-
-
-# In the benchmark
-
-
-def test_a_contender_that_never_ends_loses_its_share_and_no_other():
-    clock = HandMovedClock()
-    runs = {"endless": clock.take, "slower": lambda: clock.take(0.6), "good": lambda: clock.take(0.2)}
-    measured = interleaved(runs, 5, silent, Budget(6, clock=clock), memory=False)
-    assert measured.failed == {"endless": "stopped: took its share of the suite's time, 1.5 seconds"}
-    assert measured.rounds == {"slower": 1, "good": 5}  # one run more of each is not counted
-
-
-def test_what_a_failed_contender_held_is_gone_when_memory_is_released(monkeypatch):
-    held, gone = [], []
-
-    def fails():
-        tensor = torch.zeros(3)
-        held.append(weakref.ref(tensor))
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(timing, "release", lambda: gone.append(held[0]() is None))
-    measured = interleaved({"fails": fails}, 1, silent, memory=False)
-    assert measured.failed == {"fails": "OutOfMemoryError: CUDA out of memory"}
-    assert gone == [True]
-
-
-def test_a_suite_whose_time_is_up_in_a_call_is_written_down(monkeypatch, tmp_path, capsys):
-    clock = HandMovedClock()
-    monkeypatch.setattr(command, "Budget", partial(Budget, clock=clock))
-    monkeypatch.setattr(measure, "contenders", lambda *arguments: {"good": lambda: None, "endless": clock.take})
-    monkeypatch.setattr(limits, "SHARE", 1)
-    assert main(["bench", "--suite", "quick", "--budget", "1", "--out", str(tmp_path)]) == 0
-    results = json.loads((tmp_path / "bench-quick.json").read_text())
-    spent = "skipped: the suite's 1 seconds are spent"
-    assert results["calls"][0]["failed"] == {"good": spent, "endless": spent}
-    assert "calls: forward + backward, N=2048 w=128" in results["skipped"]
-    printed = capsys.readouterr().out
-    assert f"| forward, N=4096 w=256 | endless | {spent} |" in printed
-
-
-def test_a_case_without_contenders_is_interrupted_too(monkeypatch):
-    clock = HandMovedClock()
-    monkeypatch.setattr(measure, "_packing", lambda *arguments: clock.take())
-    suite = Suite("cpu", "float32", 1, calls=(Shape(32, 4, False),))
-    results = measure.begun(suite, "quick", 1, "float32", "cpu")
-    budget = Budget(1, clock=clock)
-    measure.measure(suite, results, **OPTIONS, budget=budget, compiler=lambda function: function, start=1)
-    assert results["skipped"][0] == "packing: 128 x 128"
-    assert clock.now() == 1 + limits.GRACE
-
-
-# In processes of their own
-
-
-def crashing(function, mode=None):
-    """A compiler whose code brings the process down."""
-    return lambda *arguments, **options: os.abort()
-
-
-def test_what_ends_its_process_is_left_out_and_the_others_are_measured(monkeypatch):
-    monkeypatch.setattr(worker, "PATIENCE", LONG)
-    suite = Suite("cpu", "float32", 1, calls=(Shape(64, 8, False),), packing=(256, 16))
-    results = measure.begun(suite, "quick", 1, "float32", "cpu")
+def test_what_ends_its_process_is_left_out_and_everything_else_is_measured():
     saved = []
-    worker.measure_apart(suite, results, **OPTIONS, budget=Budget(LONG), compiler=crashing, save=saved.append)
-    (case,) = results["calls"]
-    assert case["failed"] == {COMPILED: "its process ended, SIGABRT"}
-    assert case["seconds"][EAGER] > 0
-    assert len(results["packing"]) == 3
-    assert not results["failed"]
-    assert not results["skipped"]
-    assert saved[-1] is results
+    results = measured(crashing, wrong, stop_silently, threads, save=lambda results: saved.append(len(results.records)))
+    (case, last) = results.cases("calls")
+    assert case.metric("failed") == {
+        "bad": "its process ended, SIGABRT",
+        "worse": "RuntimeError: CUDA error: an illegal memory access was encountered; the GPU took no more calls",
+    }
+    assert case.metric("rounds") == {"good": 1}
+    assert dict(results.whole_cases("failed")) == {
+        "calls: wrong": "ZeroDivisionError: division by zero",
+        "calls: stop_silently": "its process ended, exit code 3",
+    }
+    assert last.metric("threads") == {"torch": 1}
+    assert saved == [4, 5, 6, 7]
 
 
-@pytest.fixture
-def ends(monkeypatch):
-    """What a process that measures has to say, and where it is heard."""
-    monkeypatch.setattr(worker, "PATIENCE", 0.1)
-    receiver, sender = multiprocessing.Pipe(duplex=False)
-    sender.send(("progress", "calls: a", "b", 3, 9))
-    return receiver, sender
+def test_a_contender_that_never_ends_loses_its_share_and_no_other(monkeypatch):
+    def progress(case, contender, done, of):  # no patience with this one alone, however slow the others are
+        monkeypatch.setattr(processes, "GRACE", -LONG if contender == "endless" else LONG)
+
+    results = measured(with_an_endless_one, progress=progress)
+    (case,) = results.cases("calls")
+    assert case.metric("failed") == {"endless": "stopped: took its share of the suite's time, 250000 seconds"}
+    assert case.metric("rounds") == {"good": 1, "better": 1}
 
 
-def heard(receiver, budget):
-    heard_of = []
-    running, why = worker._follow(receiver, {}, budget, None, lambda *news: heard_of.append(news))
-    assert heard_of == [("calls: a", "b", 3, 9)]
-    assert running == ("calls: a", "b", 3)
-    return why
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_ctrl_c_leaves_finished_cases_whole_and_nothing_running():
+    started, results = [], Results({"suite": "quick"})
+
+    def progress(case, contender, done, of):
+        if contender:
+            started.extend(map(int, contender.split()))
+            raise KeyboardInterrupt
+
+    cases = [Planned("calls", case.__name__, case) for case in (threads, with_a_child)]
+    saved = []
+    with pytest.raises(KeyboardInterrupt):
+        measure_all(
+            cases, results, SETTING, Turns(1), progress=progress, save=lambda found: saved.append(found.to_json())
+        )
+    assert [record.shape for record in results.records] == ["threads"]
+    assert len(saved) == 1
+    for pid in started:
+        wait_for_the_end_of(pid)
 
 
-def test_a_process_that_says_nothing_any_more_is_given_up(ends):
-    receiver, _sender = ends
-    # Given up after real seconds, by a clock that stands still: the suite's time is not over.
-    assert (
-        heard(receiver, Budget(0.4, clock=HandMovedClock()))
-        == "stopped: took its share of the suite's time, 0.1 seconds"
-    )
+def wait_for_the_end_of(pid):
+    while is_running(pid):
+        time.sleep(0.01)
 
 
-def test_a_process_that_ends_without_a_word_is_noticed(ends):
-    receiver, sender = ends
-    sender.close()
-    assert heard(receiver, Budget(LONG)) == ""
+DRIVER = """
+from tests.test_bench_limits import measured, with_a_child
+if __name__ == "__main__":
+    measured(with_a_child, progress=lambda case, contender, done, of: print(contender, flush=True))
+"""
 
 
-def test_a_process_without_its_gpu_says_so(ends, monkeypatch):
-    def lose(*arguments, **options):
-        raise LostDeviceError("b", "an illegal memory access")
+@pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
+def test_no_process_outlives_the_command(tmp_path):
+    (tmp_path / "driver.py").write_text(DRIVER)
+    command = [sys.executable, str(tmp_path / "driver.py")]
+    environment = os.environ | {"PYTHONPATH": os.getcwd()}
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        pids = next(line for line in process.stdout if line.strip()).split()
+        process.kill()
+    for pid in pids:
+        wait_for_the_end_of(pid)
 
-    receiver, sender = ends
-    monkeypatch.setattr(worker, "measure", lose)
-    monkeypatch.setattr(worker.signal, "signal", lambda *arguments: None)
-    worker._work(sender, None, {}, {})
-    assert heard(receiver, Budget(LONG)) == "an illegal memory access; the GPU took no more calls"
+
+# What is heard of such a process
+
+
+class Heard:
+    """A connection over which these messages come, each after so many seconds; then it is silent, or closed."""
+
+    def __init__(self, clock, *messages, closed=False):
+        self.clock, self.messages, self.closed = clock, list(messages), closed
+
+    def poll(self, seconds):
+        if self.messages and self.messages[0][0] <= seconds:
+            self.clock.take(self.messages[0][0])
+            return True
+        self.clock.take(0 if self.closed else seconds)
+        return self.closed
+
+    def recv(self):
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop(0)[1:]
+
+
+@pytest.mark.parametrize(
+    ("messages", "closed", "ended", "seconds"),
+    [
+        ([(1, "contender", "a"), (2, "rows", [])], False, Ended([]), 3),
+        ([(1, "failed", "why")], False, Ended([("", "failed", "why")]), 1),
+        ([(1, "contender", "a"), (2, "lost", "why")], False, Ended(None, "why; the GPU took no more calls", "a"), 3),
+        ([(1, "contender", "a")], True, Ended(None, "", "a"), 1),
+        # All runs of a contender count together, those of others apart.
+        (
+            [(1, "contender", "a"), (20, "contender", "b"), (20, "contender", "a")], False,
+            Ended(None, "stopped: took its share of the suite's time, 25 seconds", "a"), 41 + 5 + processes.GRACE,
+        ),
+        (
+            [(20, "contender", name) for name in "abcde"], False,
+            Ended(None, "skipped: the suite's 100 seconds are spent", "e"), 100 + processes.GRACE,
+        ),
+    ],
+)  # fmt: skip
+def test_a_process_is_followed_to_its_end_or_to_a_limit(messages, closed, ended, seconds):
+    clock, ticks = HandMovedClock(), []
+    assert follow(Heard(clock, *messages, closed=closed), Budget(100, clock), ticks.append) == ended
+    assert clock() == seconds
+    assert ticks == [message[2] for message in messages if message[1] == "contender"]
+
+
+def test_cases_after_the_budget_are_skipped():
+    results = measured(threads, wrong, budget=0)
+    assert set(results.whole_cases("skipped")) == {
+        (f"calls: {name}", "skipped: the suite's 0 seconds are spent") for name in ("threads", "wrong")
+    }
+
+
+def test_a_contender_that_is_left_out_does_not_run():
+    measured = interleaved({"bad": endless, "good": good}, Turns(1, without={"bad": "it crashed"}), memory=False)
+    assert measured.failed == {"bad": "it crashed"}
+    assert measured.rounds == {"good": 1}
 
 
 def test_a_lost_gpu_ends_the_case(monkeypatch):
-    def illegal():
-        monkeypatch.setattr(timing, "synchronise", lambda: 1 / 0)
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
+    monkeypatch.setattr(timing, "synchronise", timing.synchronise)  # which the contender replaces
     with pytest.raises(LostDeviceError) as lost:
-        interleaved({"illegal": illegal, "next": lambda: None}, 1, silent, memory=False)
+        interleaved({"illegal": lose_the_device, "next": lambda: None}, Turns(1), memory=False)
     assert lost.value.args == ("illegal", "RuntimeError: CUDA error: an illegal memory access was encountered")
 
 

@@ -20,9 +20,9 @@ from flexdma.lifespans import Lifespans
 from flexdma.packing import pack, packed_layout
 from flexdma.packing.block_index import block_index
 from flexdma.packing.schedule import schedule
-from flexdma.tools.bench.timing import peak_bytes
 from flexdma.tools.cost_model import counts
 from flexdma.tools.inspect.device_guard import TESTED
+from flexdma.tools.timing import peak_bytes
 
 ROOT = Path(__file__).parent.parent
 SIZES = {"B": 2, "Hq": 8, "Hkv": 2, "D": 64, "Dv": 64, "rows": 128, "columns": 128, "element": 2, "rho": 1.3}

@@ -11,14 +11,15 @@ import torch
 import flexdma
 from flexdma.__main__ import main
 from flexdma.reference import dense_visibility
-from flexdma.tools.bench.shapes import Shape, inputs
-from flexdma.tools.bench.suites import SUITES
 from flexdma.tools.cost_model import measured
 from flexdma.tools.cost_model.counts import causal_blocks
 from flexdma.tools.cost_model.measured import Problem, Rates
 from flexdma.tools.explain import calibration
 from flexdma.tools.explain.break_even import break_even_length, break_even_window, speedup
 from flexdma.tools.gate_families import gate_families
+from flexdma.tools.records import Results
+from flexdma.tools.shapes import Shape, inputs
+from flexdma.tools.whole_calls import CAUSAL, COMPILED, EAGER
 
 
 def dense_blocks(visible, group, rows, columns):
@@ -178,21 +179,17 @@ def test_the_rates_that_ship_say_where_they_are_from():
 
 
 def test_the_rates_that_ship_reproduce_the_benchmark_of_the_docs():
-    calls = json.loads((Path(__file__).parent.parent / "docs/results/bench-cpu.json").read_text())["calls"]
-    shapes = {str(shape): shape for shape in SUITES["cpu"].calls}
+    results = Results.from_json((Path(__file__).parent.parent / "docs/results/bench-cpu.json").read_text())
     compared = 0
-    for call in calls:
-        shape = shapes[call["shape"]]
+    for case in results.cases("calls"):
+        shape = case.shape
         gate = inputs(shape, "cpu", torch.float32)[3].detach()
         report = flexdma.explain(gate, shape.window, num_query_heads=shape.query_heads)
         for prediction in report.predictions:
-            name = {"gather": calibration.EAGER, "flex": calibration.COMPILED}[prediction.lowering]
+            name = {"gather": EAGER, "flex": COMPILED}[prediction.lowering]
             if (prediction.phase == "training") == shape.backward:
-                took = call["seconds"]
-                assert prediction.speedup == pytest.approx(took[calibration.CAUSAL] / took[name], rel=0.15), (
-                    call["shape"],
-                    name,
-                )
+                took = case.seconds[CAUSAL] / case.seconds[name]
+                assert prediction.speedup == pytest.approx(took, rel=0.15), (case.title, name)
                 compared += 1
     assert compared == 6
 
@@ -218,24 +215,24 @@ def test_calibration_finds_the_rates_that_explain_its_seconds():
     seconds = {
         "SDPA causal, flash": causal,
         "SDPA causal, cudnn": 2 * causal,
-        calibration.EAGER: gather,
-        calibration.COMPILED: flex,
+        EAGER: gather,
+        COMPILED: flex,
     }
     found = calibration.rates_from(shape, seconds, selection, 1.4 * SHOWN / 4096, "a test")
     for name in ("causal", "gather", "gather_selection", "flex", "flex_selection"):
         assert getattr(found, name) == pytest.approx(getattr(RATES, name))
-    without = calibration.rates_from(shape, {calibration.CAUSAL: causal}, selection, 350.0, "a test")
+    without = calibration.rates_from(shape, {CAUSAL: causal}, selection, 350.0, "a test")
     assert (without.gather, without.flex) == (None, None)
 
 
 def test_the_fit_is_the_geometric_mean_over_the_shapes_of_a_phase():
-    shapes = SUITES["quick"].calls
-    stages = dict.fromkeys(("ranking", "lifespans", "reference gates", "living keys"), 0.001)
-    results = {
-        "suite": "quick", "dtype": "float32", "machine": {"device": "d", "threads": 2, "torch": "t"},
-        "stages": [{"shape": str(shapes[0]), "lowering": "gather", "seconds": stages}],
-        "calls": [{"shape": str(shape), "seconds": {"SDPA causal": 1.0, calibration.EAGER: 0.5}} for shape in shapes],
-    }  # fmt: skip
+    shapes = [Shape(4096, 256, False), Shape(2048, 128, True)]
+    about = {"device": "cpu", "dtype": "float32", "machine": {"device": "d", "threads": 2, "torch": "t"}}
+    results = Results(about, {str(shape): shape for shape in shapes})
+    stages = ("ranking", "lifespans", "reference gates", "living keys")
+    results.add("stages of gather", str(shapes[0]), ((stage, "seconds", 0.001) for stage in stages))
+    for shape in shapes:
+        results.add("calls", str(shape), [(CAUSAL, "seconds", 1.0), (EAGER, "seconds", 0.5)])
     fitted = calibration.fitted_rates(results)
     assert set(fitted) == {("cpu", "inference"), ("cpu", "training")}
     for rates, shape in zip(fitted.values(), shapes, strict=True):
@@ -292,10 +289,12 @@ def test_the_command_predicts_with_rates_measured_here(capsys, monkeypatch):
     ("arguments", "message"),
     [
         (["--gates", "nothing"], "--gates: expected a file or one of iid"),
-        (["--window", "0", "--length", "64"], "window_size: expected at least 1, got 0"),
+        (["--window", "0", "--length", "64"], "--window: expected at least 1, got 0"),
         (["--length", "0"], "--length: expected at least 1, got 0"),
         (["--query-heads", "3", "--length", "64"], "num_query_heads: expected a multiple of gate's 2 heads, got 3"),
-        (["--document", "-1", "--length", "64"], "--document: expected at least 1, got -1"),
+        (["--document", "-1", "--length", "64"], "--document: expected at least 0, got -1"),
+        (["--fit", "no-such-file"], "--fit: expected a file that can be read, got no-such-file"),
+        (["--fit", __file__], "--fit: expected JSON that this version of the benchmark wrote"),
         (["--gates", __file__], "--gates: expected a tensor that torch.save wrote"),
     ],
 )

@@ -18,7 +18,9 @@ def scaling_figure(results: dict[str, Any]) -> Figure:
     results: what `python -m flexdma bench --out FOLDER` wrote as JSON, of a suite that measures both.
     Raises ValueError where they hold neither.
     """
-    panels = [panel for panel in PANELS if results.get(panel[0])]
+    records = [dict(zip(results["columns"], record, strict=True)) for record in results["records"]]
+    times = [record for record in records if record["metric"] == "seconds"]
+    panels = [panel for panel in PANELS if any(record["section"] == panel[0] for record in times)]
     if not panels:
         raise ValueError(
             "results: expected times by length or by window, got none; the suite or its time did not reach them"
@@ -26,24 +28,26 @@ def scaling_figure(results: dict[str, Any]) -> Figure:
     figure = Figure(figsize=(1.2 + 5.2 * len(panels), 4.2), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
     for axes, (section, varies, constant) in zip(row, panels, strict=True):
-        _panel(axes, results[section], varies)
-        axes.set_title(f"forward, {NAMES[constant]} = {results[section][0][constant]:,}")
+        lines: dict[str, list[tuple[int, float]]] = {}
+        for record in times:
+            if record["section"] == section:
+                shape = results["shapes"][record["shape"]]
+                lines.setdefault(record["contender"], []).append((shape[varies], 1e3 * record["value"]))
+        _panel(axes, lines, NAMES[varies])
+        axes.set_title(f"forward, {NAMES[constant]} = {shape[constant]:,}")
     row[0].set_ylabel("milliseconds")
     machine = results["machine"]
     figure.suptitle(f"{machine['device']}, {results['dtype']}, {results['heads']}", fontsize=10)
     return figure
 
 
-def _panel(axes: Axes, cases: list[dict[str, Any]], varies: str) -> None:
-    names = list(dict.fromkeys(name for case in cases for name in case["seconds"]))
-    for index, name in enumerate(names):
-        points = [(case[varies], 1e3 * case["seconds"][name]) for case in cases if name in case["seconds"]]
+def _panel(axes: Axes, lines: dict[str, list[tuple[int, float]]], across: str) -> None:
+    for index, (name, points) in enumerate(lines.items()):
         label = "ranking + lifespans" if name == "selection" else name
-        across, up = zip(*points, strict=True)
         style: dict[str, Any] = {"marker": "o", "markersize": 4, **series_style(index)}
-        axes.plot(across, up, label=label, **style)
+        axes.plot(*zip(*points, strict=True), label=label, **style)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
-    axes.set_xlabel(NAMES[varies])
+    axes.set_xlabel(across)
     axes.grid(alpha=0.25, which="both")
     axes.legend(fontsize=9)

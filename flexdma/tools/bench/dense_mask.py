@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexdma.tools.bench.shapes import Shape
-from flexdma.tools.bench.timing import UnavailableError
+from flexdma.tools.shapes import Shape
+from flexdma.tools.timing import UnavailableError
 
 GIB = 2**30
 CPU_LONGEST = 8192  # 20 seconds a run at twice that

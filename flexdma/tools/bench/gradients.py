@@ -4,26 +4,24 @@ The backward alone is timed, on a forward that has just been made; the share is 
 needs no gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import Any
 
 from torch import Tensor
 
 from flexdma import dynamic_mask_attention
 from flexdma.lowerings import gate_gradient
-from flexdma.tools.bench.contenders import Compile
-from flexdma.tools.bench.limits import Budget
-from flexdma.tools.bench.shapes import Shape
-from flexdma.tools.bench.timing import Prepared, backward_of, interleaved
+from flexdma.tools.shapes import Shape
+from flexdma.tools.timing import Measured, Prepared, Turns, backward_of, interleaved
+from flexdma.tools.whole_calls import Compile
 
 WITHOUT, DEFAULT = "no gate gradient", " (default)"
 Route = Callable[[], AbstractContextManager]
 
 
 def routes() -> dict[str, Route]:
-    """Name -> a context in which the gate's gradient takes that route; the one that is taken by default says so."""
+    """Name -> a context in which the gate's gradient takes that route; the name of the default one ends in DEFAULT."""
     default = gate_gradient.chosen_route(True, False)
     return {
         name + DEFAULT if name == default else name: partial(gate_gradient.gate_gradient_route, name)
@@ -31,16 +29,10 @@ def routes() -> dict[str, Route]:
     }
 
 
-def gate_gradient_share(
-    shape: Shape,
-    tensors: list[Tensor],
-    lowering: str,
-    rounds: int,
-    tick: Callable[[str], None],
-    budget: Budget | None,
-    compiler: Compile,
-) -> dict[str, Any]:
-    """{"seconds": {route: of the whole backward}, "share": {route: of the gate's gradient in it}, ...}."""
+def gate_gradient_routes(
+    shape: Shape, tensors: list[Tensor], lowering: str, turns: Turns, compiler: Compile
+) -> Measured:
+    """Of the whole backward, WITHOUT the gate's gradient and by each route."""
     query, key, value, gate = tensors
 
     def backward(gate: Tensor, route: Route) -> Prepared:
@@ -57,8 +49,10 @@ def gate_gradient_share(
         return Prepared(prepare, run)
 
     calls = {WITHOUT: backward(gate.detach(), nullcontext)}
-    calls |= {name: backward(gate, route) for name, route in routes().items()}
-    measured = interleaved(calls, rounds, tick, budget)
-    base = measured.seconds.get(WITHOUT)
-    share = {name: 1 - base / s for name, s in measured.seconds.items() if base is not None and name != WITHOUT}
-    return {"shape": str(shape), "lowering": lowering, "share": share, **vars(measured)}
+    return interleaved(calls | {name: backward(gate, route) for name, route in routes().items()}, turns)
+
+
+def gradient_shares(seconds: Mapping[str, float]) -> dict[str, float]:
+    """Route -> what the gate's gradient takes of the backward, where the backward without it was timed."""
+    base = seconds.get(WITHOUT)
+    return {} if base is None else {name: 1 - base / s for name, s in seconds.items() if name != WITHOUT}

@@ -10,8 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from flexdma.tools.bench.shapes import Shape
-from flexdma.tools.bench.timing import UnavailableError
+from flexdma.tools.shapes import Shape
+from flexdma.tools.timing import UnavailableError
 
 NSA_GROUP = 16  # its kernels take multiples of 16 query heads per KV head
 NSA_BLOCK = 64

@@ -1,29 +1,25 @@
 """Results as the Markdown of docs/benchmarks.md: a function of what was measured, so that no figure is copied by hand."""
 
-from typing import Any
-
-from flexdma.tools.bench import tables
+from flexdma.tools.bench.tables import all_tables
 from flexdma.tools.bench.targets import targets
+from flexdma.tools.records import Results
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """The tables; where nothing is measured, {"suite": its name}, what must be reached."""
-    reached = targets(results["suite"], results)
-    if "machine" not in results:
+def markdown(results: Results) -> str:
+    """The tables; where nothing is measured, what must be reached."""
+    about, reached = results.about, targets(results)
+    if "machine" not in about:
         return "\n".join(reached) + "\n"
-    about = ", ".join(f"{name} {value}" for name, value in results["machine"].items() if value is not None)
+    where = ", ".join(f"{name} {value}" for name, value in about["machine"].items() if value is not None)
     lines = [
-        f"Measured with {about}; {results['dtype']}, B=1, {results['heads']}, medians of up to {results['rounds']} "
+        f"Measured with {where}; {about['dtype']}, B=1, {about['heads']}, medians of up to {about['rounds']} "
         "interleaved runs.",
     ]
-    lines += ["", *reached] if reached else []
-    for section, table in tables.TABLES.items():
-        if results.get(section):
-            lines += ["", *table(results[section])]
-    if results["failed"]:
-        lines += ["", "Cases that failed:", "", *(f"- {case}: {why}" for case, why in results["failed"].items())]
-    if results["skipped"]:
-        lines += ["", "Cases skipped, as the time was spent:", "", *(f"- {case}" for case in results["skipped"])]
+    lines += (["", *reached] if reached else []) + all_tables(results)
+    failed = [f"- {case}: {why}" for case, why in results.whole_cases("failed")]
+    skipped = [f"- {case}" for case, _ in results.whole_cases("skipped")]
+    lines += ["", "Cases that failed:", "", *failed] if failed else []
+    lines += ["", "Cases skipped, as the time was spent:", "", *skipped] if skipped else []
     return "\n".join(lines) + "\n"
 
 

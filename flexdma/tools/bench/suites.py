@@ -1,8 +1,11 @@
 """The suites: which cases are measured, in order of importance, as a suite stops when its budget of seconds is spent."""
 
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 
-from flexdma.tools.bench.shapes import Shape
+from flexdma.tools.shapes import Shape
+
+SECTIONS = ("calls", "gate_gradient", "lengths", "others", "launches", "windows")
 
 
 @dataclass(frozen=True)
@@ -13,31 +16,19 @@ class Suite:
     dtype: str
     budget: float  # seconds
     calls: tuple[Shape, ...]  # whole calls, side by side
-    gate_gradient: Shape | None = None  # its share of the backward, by route
+    gate_gradient: tuple[Shape, ...] = ()  # its share of the backward, by route
     lengths: tuple[Shape, ...] = ()  # time, and the share of selecting, against N
     stages: tuple[tuple[str, Shape], ...] = ()  # (lowering, shape): time by stage
     others: tuple[Shape, ...] = ()  # whole calls again, where the slow ways can wait
-    launches: Shape | None = None  # kernel launches, with and without CUDA graphs
+    launches: tuple[Shape, ...] = ()  # kernel launches, with and without CUDA graphs
     windows: tuple[Shape, ...] = ()  # time against w
     packing: tuple[int, int] = (32768, 1024)  # N, w of visited blocks over the families
 
-    def smaller(self, factor: int) -> "Suite":
-        """The same cases at 1 / factor of every N and w: to run through them, not to measure."""
-
-        def each(shapes: tuple[Shape, ...]) -> tuple[Shape, ...]:
-            return tuple(shape.smaller(factor) for shape in shapes)
-
-        return replace(
-            self,
-            calls=each(self.calls),
-            gate_gradient=self.gate_gradient and self.gate_gradient.smaller(factor),
-            lengths=each(self.lengths),
-            stages=tuple((lowering, shape.smaller(factor)) for lowering, shape in self.stages),
-            others=each(self.others),
-            launches=self.launches and self.launches.smaller(factor),
-            windows=each(self.windows),
-            packing=(max(256, self.packing[0] // factor), max(16, self.packing[1] // factor)),
-        )
+    def shapes(self) -> Iterator[Shape]:
+        """All, of every section that has shapes."""
+        for name in SECTIONS:
+            yield from getattr(self, name)
+        yield from (shape for _, shape in self.stages)
 
 
 def _gpu(length: int, window: int, backward: bool, **beside: bool) -> Shape:
@@ -70,11 +61,11 @@ SUITES = {
         budget=440,  # the rest of eight minutes begins and ends the processes
         # First what docs/benchmarks.md sets as a target; most of the time is compilation.
         calls=(FORWARD, TRAINING),
-        gate_gradient=_gpu(32768, 1024, True),
+        gate_gradient=(_gpu(32768, 1024, True),),
         lengths=tuple(_gpu(n, 1024, False) for n in (4096, 32768, 262144, 1048576)),
         stages=(("flex", _gpu(32768, 1024, True)),),
         others=(_gpu(32768, 1024, False, every=True), _gpu(8192, 1024, True, every=True)),
-        launches=_gpu(32768, 1024, False),
+        launches=(_gpu(32768, 1024, False),),
         windows=tuple(_gpu(32768, w, False) for w in (256, 1024, 4096)),
     ),
     "quick": Suite(

@@ -1,14 +1,17 @@
-"""One Markdown table per section of the results."""
+"""One Markdown table per section of the results: pivots of its records."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from functools import partial
 
-from flexdma.tools.bench.contenders import CAUSAL, COMPILED, FLEX_CAUSAL, TO_EVERYTHING
-from flexdma.tools.bench.gradients import WITHOUT
-from flexdma.tools.bench.stages import BEFORE_ATTENTION, SELECTION, WHOLE
+from flexdma.tools.bench.contenders import FLEX_CAUSAL, TO_EVERYTHING
+from flexdma.tools.bench.gradients import gradient_shares
+from flexdma.tools.bench.sections import FLEXDMA, SELECTION, VISITED
+from flexdma.tools.records import Case, Results
+from flexdma.tools.stages import BACKWARD, BEFORE_ATTENTION, FORWARD, RANKING_AND_LIFESPANS, WHOLE
+from flexdma.tools.whole_calls import CAUSAL, COMPILED, fastest_causal
 
 MIB = 2**20
-Entries = list[dict[str, Any]]
+Cases = list[Case]
 
 
 def table(*rows: Iterable[str]) -> list[str]:
@@ -17,181 +20,159 @@ def table(*rows: Iterable[str]) -> list[str]:
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
 
 
-def fastest_causal(seconds: dict[str, float]) -> float | None:
-    """Seconds of causal SDPA by the fastest of the backends that were tried."""
-    return min((s for name, s in seconds.items() if name.startswith(CAUSAL)), default=None)
+def all_tables(results: Results) -> list[str]:
+    """Of every section that has results, each after an empty line."""
+    return [
+        line for section, lines in TABLES.items() if (cases := results.cases(section)) for line in ("", *lines(cases))
+    ]
 
 
-def useful_rate_over_flex(case: dict[str, Any]) -> float | None:
+def useful_rate_over_flex(case: Case) -> float | None:
     """The useful rate of flexdma's kernel over that of the same compiler's causal attention, where both were timed."""
-    ours, causal = case["seconds"].get(COMPILED), case["seconds"].get(FLEX_CAUSAL)
-    return (case["useful_flops"] / ours) / (case["causal_flops"] / causal) if ours and causal else None
+    ours, causal = case.seconds.get(COMPILED), case.seconds.get(FLEX_CAUSAL)
+    return (
+        (case.shape.useful_flops() / ours) / (case.shape.useful_flops("causal") / causal) if ours and causal else None
+    )
 
 
-def share_of_selecting(case: dict[str, Any]) -> float | None:
+def share_of_selecting(case: Case) -> float | None:
     """Ranking + lifespans, of the whole forward, where both were timed."""
-    selection, whole = case["seconds"].get("selection"), case["seconds"].get("flexdma")
+    selection, whole = case.seconds.get(SELECTION), case.seconds.get(FLEXDMA)
     return selection / whole if selection and whole else None
 
 
-def _calls(cases: Entries) -> list[str]:
-    rows = []
+def _calls(cases: Cases) -> list[str]:
+    rows = [["", "", "seconds", "faster than causal SDPA", "useful GFLOP/s", "visited / ideal", "peak memory"]]
     for case in cases:
-        base = fastest_causal(case["seconds"])
-        for name, seconds in case["seconds"].items():
+        base, visited = fastest_causal(case.seconds), case.metric(VISITED)
+        for name, seconds in case.seconds.items():
             everything = name.startswith(TO_EVERYTHING)
-            flops = case["causal_flops" if everything else "useful_flops"]
-            ratio = case["visited_over_ideal"].get(CAUSAL if everything else name)
-            rows.append(
-                [
-                    case["shape"], name, f"{seconds:.4f}", "" if base is None else f"{base / seconds:.2f} x",
-                    f"{flops / seconds / 1e9:,.0f}", "" if ratio is None else f"{ratio:.2f}",
-                    _mebibytes(case["peak_bytes"].get(name)),
-                ]
-            )  # fmt: skip
-        rows += [[case["shape"], name, why, "", "", "", ""] for name, why in case["failed"].items()]
-    head = ["", "", "seconds", "faster than causal SDPA", "useful GFLOP/s", "visited / ideal", "peak memory"]
-    return [*table(head, *rows), *(line for case in cases for line in _rate_against_flex(case))]
+            rate = case.shape.useful_flops("causal" if everything else "selected") / seconds / 1e9
+            ratio = visited.get(CAUSAL if everything else name)
+            faster, peak = _shown(base and base / seconds, ".2f", " x"), _memory_of(case, name)
+            rows.append([case.title, name, f"{seconds:.4f}", faster, f"{rate:,.0f}", _shown(ratio, ".2f"), peak])
+        rows += [[case.title, name, why, "", "", "", ""] for name, why in case.metric("failed").items()]
+    lines = table(*rows)
+    for case in cases:
+        if (rate_over_flex := useful_rate_over_flex(case)) is not None:
+            lines += ["", f"{case.title}: useful rate of {COMPILED} / that of {FLEX_CAUSAL} = {rate_over_flex:.2f}"]
+    return lines
 
 
-def _rate_against_flex(case: dict[str, Any]) -> list[str]:
-    ratio = useful_rate_over_flex(case)
-    if ratio is None:
-        return []
-    return ["", f"{case['shape']}: useful rate of {COMPILED} / that of {FLEX_CAUSAL} = {ratio:.2f}"]
-
-
-def _others(cases: Entries) -> list[str]:
+def _others(cases: Cases) -> list[str]:
     return ["Beside other ways to the same or similar result:", "", *_calls(cases)]
 
 
-def _stages(profiles: Entries) -> list[str]:
-    return [line for profile in profiles for line in ("", *_one_profile(profile))][1:]
+def _stages(cases: Cases) -> list[str]:
+    return [line for case in cases for line in ("", *_one_profile(case))][1:]
 
 
-def _one_profile(profile: dict[str, Any]) -> list[str]:
-    whole, stages, peaks = profile["whole"], profile["seconds"], profile["peak_bytes"]
-    lines = [f"Stages of {profile['lowering']}, {profile['shape']}, the gate's projection included:", ""]
+def _one_profile(case: Case) -> list[str]:
+    lowering, stages = case.section.removeprefix("stages of "), case.seconds
+    whole, forward = stages.pop(WHOLE, None), case.shape.forward().useful_flops()
+    useful = {FORWARD: forward, BACKWARD: case.shape.useful_flops() - forward}
 
-    def row(name: str, seconds: float, of: float | None) -> list[str]:
-        flops = profile["useful_flops"].get(name)
-        rate = f"{flops / seconds / 1e9:,.0f}" if flops and seconds > 0 else ""
-        share = "" if of is None else f"{seconds / of:.1%}"
-        return [name, f"{seconds * 1e3:.2f}", share, rate, _mebibytes(peaks.get(name))]
+    def row(name: str, seconds: float) -> list[str]:
+        rate = useful[name] / seconds / 1e9 if useful.get(name) and seconds > 0 else None
+        share = _shown(whole and seconds / whole, ".1%")
+        return [name, f"{seconds * 1e3:.2f}", share, _shown(rate, ",.0f"), _memory_of(case, name)]
 
-    rows = [row(name, seconds, whole) for name, seconds in stages.items()]
-    total = sum(stages.values())
-    rows.append(row("sum of the stages", total, whole))
+    def together(parts: Iterable[str]) -> float:
+        return sum(stages.get(part, 0.0) for part in parts)
+
+    total = together(stages)
+    rows = [*stages.items(), ("sum of the stages", total)]
     if whole is not None:
-        rows += [row(WHOLE, whole, whole), row("whole - sum", whole - total, whole)]
-        rows += [
-            row(f"*{name}*", sum(stages.get(part, 0.0) for part in parts), whole)
-            for name, parts in (
-                ("ranking + lifespans", SELECTION),
-                ("all before attention", BEFORE_ATTENTION[profile["lowering"]]),
-            )
-        ]
-    lines += table(["stage", "milliseconds", "of the whole", "useful GFLOP/s", "peak memory"], *rows)
-    return lines + _failures(profile)
+        rows += [(WHOLE, whole), ("whole - sum", whole - total)]
+        rows += [("*ranking + lifespans*", together(RANKING_AND_LIFESPANS))]
+        rows += [("*all before attention*", together(BEFORE_ATTENTION[lowering]))]
+    head = ["stage", "milliseconds", "of the whole", "useful GFLOP/s", "peak memory"]
+    lines = [f"Stages of {lowering}, {case.title}, the gate's projection included:", ""]
+    return lines + table(head, *(row(*of) for of in rows)) + _failures([case])
 
 
-def _gate_gradient(cases: Entries) -> list[str]:
-    lines = ["Gate gradient, by route, of the backward:", ""]
-    rows = []
+def _gate_gradient(cases: Cases) -> list[str]:
+    rows = [["", "route", "backward, milliseconds", "gate gradient's share", "peak memory"]]
     for case in cases:
-        for name, seconds in case["seconds"].items():
-            share = "" if name == WITHOUT else f"{case['share'].get(name, float('nan')):.1%}"
-            peak = _mebibytes(case["peak_bytes"].get(name))
-            rows.append([f"{case['lowering']}, {case['shape']}", name, f"{seconds * 1e3:.2f}", share, peak])
-    head = ["", "route", "backward, milliseconds", "gate gradient's share", "peak memory"]
-    return [*lines, *table(head, *rows), *(line for case in cases for line in _failures(case))]
+        shares, where = gradient_shares(case.seconds), f"{case.section.removeprefix('gate gradient of ')}, {case.title}"
+        for name, seconds in case.seconds.items():
+            share = _shown(shares.get(name), ".1%")
+            rows.append([where, name, f"{seconds * 1e3:.2f}", share, _memory_of(case, name)])
+    return ["Gate gradient, by route, of the backward:", "", *table(*rows), *_failures(cases)]
 
 
-def _launches(cases: Entries) -> list[str]:
-    rows = []
+def _launches(cases: Cases) -> list[str]:
+    rows = [["", "", "milliseconds", "launches by the host", "kernels run", "device busy, ms", "in attention, ms"]]
     for case in cases:
-        for name, work in case["device_work"].items():
-            seconds = case["seconds"][name]
-            rows.append(
-                [
-                    case["shape"], name, f"{seconds * 1e3:.2f}", f"{work['launches']:.0f}", f"{work['kernels']:.0f}",
-                    f"{work['device_seconds'] * 1e3:.2f}", f"{work['attention_seconds'] * 1e3:.2f}",
-                ]
-            )  # fmt: skip
-    head = ["", "", "milliseconds", "launches by the host", "kernels run", "device busy, ms", "in attention, ms"]
-    return ["Launches:", "", *table(head, *rows), *(line for case in cases for line in _failures(case))]
+        for name, found in case.rows.items():
+            if "launches" in found:
+                times = [f"{found[metric] * 1e3:.2f}" for metric in ("seconds", "device_seconds", "attention_seconds")]
+                rows.append(
+                    [case.title, name, times[0], f"{found['launches']:.0f}", f"{found['kernels']:.0f}", *times[1:]]
+                )
+    return ["Launches:", "", *table(*rows), *_failures(cases)]
 
 
-def _lengths(cases: Entries) -> list[str]:
-    rows = []
+def _sizes(letter: str, varies: str, constant: str, cases: Cases) -> list[str]:
+    """Time against N or w, and where it was measured the share of selecting."""
+    selects = any(SELECTION in case.rows for case in cases)
+    head = [letter, "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s"]
+    rows = [head + ["ranking + lifespans, ms", "of flexdma"] * selects]
     for case in cases:
-        share = share_of_selecting(case)
-        selection = _milliseconds(case["seconds"].get("selection"))
-        rows.append([f"{case['length']:,}", *_compared(case), selection, "" if share is None else f"{share:.1%}"])
-    head = ["N", "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s", "ranking + lifespans, ms", "of flexdma"]
-    lines = [f"Forward against N, w={cases[0]['window']}:", "", *table(head, *rows)]
-    return [*lines, *(line for case in cases for line in _failures(case))]
+        ours, causal, selection = case.seconds.get(FLEXDMA), fastest_causal(case.seconds), case.seconds.get(SELECTION)
+        row = [f"{getattr(case.shape, varies):,}", _milliseconds(ours) or case.metric("failed").get(FLEXDMA, "")]
+        row += [_milliseconds(causal), _shown(ours and causal and causal / ours, ".2f", " x")]
+        row += [_shown(ours and case.shape.useful_flops() / ours / 1e9, ",.0f")]
+        rows.append(row + [_milliseconds(selection), _shown(share_of_selecting(case), ".1%")] * selects)
+    fixed = f"{'w' if letter == 'N' else 'N'}={getattr(cases[0].shape, constant)}"
+    return [f"Forward against {letter}, {fixed}:", "", *table(*rows), *_failures(cases)]
 
 
-def _windows(cases: Entries) -> list[str]:
-    rows = [[f"{case['window']:,}", *_compared(case)] for case in cases]
-    head = ["w", "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s"]
-    lines = [f"Forward against w, N={cases[0]['length']}:", "", *table(head, *rows)]
-    return [*lines, *(line for case in cases for line in _failures(case))]
-
-
-def _compared(case: dict[str, Any]) -> list[str]:
-    """Of one length or window: time, time of causal SDPA, their ratio, the useful rate."""
-    ours, causal = case["seconds"].get("flexdma"), fastest_causal(case["seconds"])
-    return [
-        _milliseconds(ours) or case["failed"].get("flexdma", ""), _milliseconds(causal),
-        f"{causal / ours:.2f} x" if ours and causal else "",
-        f"{case['useful_flops'] / ours / 1e9:,.0f}" if ours else "",
-    ]  # fmt: skip
-
-
-def _packing(cases: Entries) -> list[str]:
+def _packing(cases: Cases) -> list[str]:
     lines = []
     for case in cases:
-        ratios = case["ratios"]
-        means = [sum(ratio[n] for ratio in ratios.values()) / len(ratios) for n in (0, 1)]
-        rows = [[name, f"{natural:.2f}", f"{packed:.2f}"] for name, (natural, packed) in ratios.items()]
-        rows.append(["**mean**", f"{means[0]:.2f}", f"**{means[1]:.2f}**"])
-        lines += ["", f"Visited blocks / ideal, N={case['length']} w={case['window']}, {case['tile']}:", ""]
-        lines += table(["gates", "natural order", "packed"], *rows)
+        orders = [case.metric(order) for order in ("natural order", "packed")]
+        rows = [[family, *(f"{order[family]:.2f}" for order in orders)] for family in case.rows]
+        natural, packed = (f"{sum(order.values()) / len(order):.2f}" for order in orders)
+        rows.append(["**mean**", natural, f"**{packed}**"])
+        lines += ["", f"Visited blocks / ideal, {case.title}:", "", *table(["gates", "natural order", "packed"], *rows)]
     return lines[1:]
 
 
-def _memory(cases: Entries) -> list[str]:
-    rows = [
-        [case["shape"], case["lowering"], f"{case['bytes'] / MIB:.1f} MiB", f"{case['dense'] / MIB:.0f} MiB"]
-        for case in cases
-    ]
-    head = ["", "lowering", "peak", "a Q x K mask of bytes"]
-    return ["Peak memory of building masks and metadata:", "", *table(head, *rows)]
+def _memory(cases: Cases) -> list[str]:
+    rows = [["", "lowering", "peak", "a Q x K mask of bytes"]]
+    for case in cases:
+        dense = f"{case.shape.query_heads * case.shape.length**2 / MIB:.0f} MiB"
+        rows += [[case.title, lowering, _memory_of(case, lowering), dense] for lowering in case.rows]
+    return ["Peak memory of building masks and metadata:", "", *table(*rows)]
+
+
+def _shown(value: float | None, form: str, unit: str = "") -> str:
+    return "" if value is None else f"{value:{form}}{unit}"
 
 
 def _milliseconds(seconds: float | None) -> str:
-    return "" if seconds is None else f"{seconds * 1e3:.1f}"
+    return _shown(seconds and seconds * 1e3, ".1f")
 
 
-def _mebibytes(number: int | None) -> str:
-    return "" if number is None else f"{number / MIB:,.1f} MiB"
+def _memory_of(case: Case, contender: str) -> str:
+    peak = case.metric("peak_bytes").get(contender)
+    return _shown(None if peak is None else peak / MIB, ",.1f", " MiB")
 
 
-def _failures(case: dict[str, Any]) -> list[str]:
-    why = [f"- {case['shape']}, {name}: {why}" for name, why in case["failed"].items()]
+def _failures(cases: Cases) -> list[str]:
+    why = [f"- {case.title}, {name}: {why}" for case in cases for name, why in case.metric("failed").items()]
     return ["", *why] if why else []
 
 
-TABLES: dict[str, Callable[[Entries], list[str]]] = {
+TABLES: dict[str, Callable[[Cases], list[str]]] = {
     "calls": _calls,
     "others": _others,
     "stages": _stages,
-    "gate_gradient": _gate_gradient,
+    "gate gradient": _gate_gradient,
     "launches": _launches,
-    "lengths": _lengths,
-    "windows": _windows,
+    "lengths": partial(_sizes, "N", "length", "window"),
+    "windows": partial(_sizes, "w", "window", "length"),
     "packing": _packing,
     "memory": _memory,
 }

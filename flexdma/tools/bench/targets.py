@@ -1,49 +1,46 @@
 """What a suite must reach, and what it has reached: the table that opens its page."""
 
 from collections.abc import Callable
-from typing import Any
 
-from flexdma.tools.bench.contenders import COMPILED
-from flexdma.tools.bench.gradients import DEFAULT
+from flexdma.tools.bench.gradients import DEFAULT, gradient_shares
 from flexdma.tools.bench.suites import FORWARD, TRAINING
-from flexdma.tools.bench.tables import fastest_causal, share_of_selecting, table, useful_rate_over_flex
+from flexdma.tools.bench.tables import share_of_selecting, table, useful_rate_over_flex
+from flexdma.tools.records import Case, Results
+from flexdma.tools.shapes import Shape
+from flexdma.tools.whole_calls import COMPILED, fastest_causal
 
 NOT_MEASURED = "not measured"
-Results = dict[str, Any]
 
 
-def targets(suite: str, results: Results) -> list[str]:
-    """Markdown lines, none for a suite without targets.  results: {} where nothing is measured."""
-    if suite not in TARGETS:
-        return []
-    return table(
-        ["must reach", "reached"],
-        *([what, reached(results) or NOT_MEASURED] for what, reached in TARGETS[suite].items()),
-    )
+def targets(results: Results) -> list[str]:
+    """Markdown lines, none for a suite without targets."""
+    reached = TARGETS.get(results.about["suite"], {})
+    rows = ([what, found(results) or NOT_MEASURED] for what, found in reached.items())
+    return table(["must reach", "reached"], *rows) if reached else []
 
 
-def _call(results: Results, shape: object) -> dict[str, Any] | None:
-    return next((case for case in results.get("calls", ()) if case["shape"] == str(shape)), None)
+def _call(results: Results, shape: Shape) -> Case | None:
+    return next((case for case in results.cases("calls") if case.title == str(shape)), None)
 
 
-def _faster(shape: object, times: float, results: Results) -> str:
+def _faster(shape: Shape, times: float, results: Results) -> str:
     case = _call(results, shape)
-    base, ours = (fastest_causal(case["seconds"]), case["seconds"].get(COMPILED)) if case else (None, None)
+    base, ours = (fastest_causal(case.seconds), case.seconds.get(COMPILED)) if case else (None, None)
     return _judged(f"{base / ours:.1f}", base / ours >= times) if base and ours else ""
 
 
 def _gate_gradient(results: Results) -> str:
-    shares: dict[str, float] = next((case["share"] for case in results.get("gate_gradient", ())), {})
+    shares = next((gradient_shares(case.seconds) for case in results.cases("gate gradient")), {})
     found = ", ".join(f"{share:.1%} by {route}" for route, share in shares.items())
     enough = any(share <= 0.20 for route, share in shares.items() if route.endswith(DEFAULT))
     return _judged(found, enough) if found else ""
 
 
 def _selecting(results: Results) -> str:
-    shares = {case["length"]: share_of_selecting(case) for case in results.get("lengths", ())}
+    shares = {case.shape.length: share_of_selecting(case) for case in results.cases("lengths")}
     found = {length: share for length, share in shares.items() if share is not None}
-    said = ", ".join(f"{share:.1%} at N={length}" for length, share in found.items())
-    return _judged(said, max(found.values()) <= 0.10) if found else ""
+    listed = ", ".join(f"{share:.1%} at N={length}" for length, share in found.items())
+    return _judged(listed, max(found.values()) <= 0.10) if found else ""
 
 
 def _rate(results: Results) -> str:

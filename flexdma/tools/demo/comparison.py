@@ -40,7 +40,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     }
     hyperparameters = Hyperparameters(options.steps, options.context, seed=options.seed)
     models, outcomes = _train_all(options, text, hyperparameters, labels, console)
-    out = Path(options.out)
+    out: Path = options.out
     save_checkpoint(out / "checkpoint", models, labels)
 
     console.print()
@@ -81,7 +81,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     write_json(
         out / "results.json",
         {
-            "arguments": {key: value for key, value in vars(options).items() if key != "command"},
+            "arguments": {key: value for key, value in vars(options).items() if key != "command"} | {"out": str(out)},
             "machine": machine(options.device),
             "text": {
                 "name": text.name,

@@ -3,8 +3,7 @@
 import argparse
 from dataclasses import dataclass
 
-import torch
-
+from flexdma.tools import arguments as types
 from flexdma.tools.byte_models.attentions import RECENCIES
 
 
@@ -32,7 +31,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     # Two defaults each, so the help says them itself.
     def sized(flag: str, name: str, meaning: str) -> None:
         parser.add_argument(
-            flag, type=_positive, metavar="N", default=argparse.SUPPRESS, help=f"{meaning} ({default(name)})"
+            flag, type=types.positive_int, metavar="N", default=argparse.SUPPRESS, help=f"{meaning} ({default(name)})"
         )
 
     parser.add_argument("--quick", action="store_true", help="a smaller run, to see that everything works")
@@ -41,6 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--out",
+        type=types.output_folder,
         metavar="DIR",
         default="demo-report",
         help="folder for pictures and results.json (default: %(default)s)",
@@ -55,9 +55,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     sized("--context", "context", "bytes a model sees at a time")
     sized("--window", "window", "w: keys a query sees")
     parser.add_argument(
-        "--seed", type=int, metavar="N", default=0, help="of weights, batches and sample (default: %(default)s)"
+        "--seed", type=types.seed, metavar="N", default=0, help="of weights, batches and sample (default: %(default)s)"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)")
+    parser.add_argument(
+        "--device", type=types.device(), default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)"
+    )
     parser.add_argument(
         "--no-compile", action="store_true", help="train without torch.compile: starts at once, runs slower"
     )
@@ -67,21 +69,3 @@ def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
     """The arguments with every default filled in."""
     defaults = QUICK_RUN if arguments.quick else FULL_RUN
     return argparse.Namespace(**{**vars(defaults), **vars(arguments)})
-
-
-def device_problem(name: str) -> str | None:
-    """One line on why this device cannot be used, None if it can."""
-    try:
-        device = torch.device(name)
-        torch.zeros(1, device=device).item()
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).strip().splitlines()[0]
-        return f"--device: expected a device that this torch can use, got {name} ({reason})"
-    return None
-
-
-def _positive(text: str) -> int:
-    number = int(text)
-    if number < 1:
-        raise argparse.ArgumentTypeError(f"expected a number of 1 or more, got {text}")
-    return number

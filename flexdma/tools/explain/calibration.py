@@ -13,16 +13,15 @@ from torch import Tensor
 
 from flexdma.lifespans import causal_top_w
 from flexdma.lowerings.flex import BLOCK_SIZE
-from flexdma.tools.bench.contenders import CAUSAL, COMPILED, EAGER, contenders
-from flexdma.tools.bench.shapes import Shape, inputs
-from flexdma.tools.bench.stages import BEFORE_ATTENTION, profile
-from flexdma.tools.bench.suites import SUITES
-from flexdma.tools.bench.tables import fastest_causal
-from flexdma.tools.bench.timing import interleaved
 from flexdma.tools.cost_model.counts import block_counts
 from flexdma.tools.cost_model.measured import Rates, sorted_keys
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
 from flexdma.tools.machine import machine
+from flexdma.tools.records import Results
+from flexdma.tools.shapes import Shape, inputs
+from flexdma.tools.stages import BEFORE_ATTENTION, profile
+from flexdma.tools.timing import Turns, interleaved
+from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_GATHER, EAGER, as_steps, fastest_causal, whole_calls
 
 # Long enough that attention, not launching kernels, is what takes the time.
 SHAPES = {"cpu": (4096, 256, 8, 2, 64, torch.float32), "cuda": (16384, 1024, 16, 4, 128, torch.bfloat16)}
@@ -35,49 +34,39 @@ def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]
     length, window, query_heads, heads, size, dtype = SHAPES[device]
     forward, both = (Shape(length, window, backward, query_heads, heads, size) for backward in (False, True))
     measured_on = f"{_where(machine(device), dtype)}, N={length} w={window} D={size}"
-    profiles = [
-        profile(forward, inputs(forward, device, dtype), lowering, rounds, lambda name: None)
-        for lowering in LOWERINGS[device]
-    ]
-    selection = selection_rates({one["lowering"]: one["seconds"] for one in profiles}, forward)
+    turns, tensors = Turns(rounds), inputs(forward, device, dtype)
+    profiles = {name: profile(forward, tensors, name, turns).seconds for name in LOWERINGS[device]}
+    selection = selection_rates(profiles, forward)
     rates = {}
     for phase, shape in zip(PHASES, (forward, both), strict=True):
         tensors = inputs(shape, device, dtype)
-        calls = {
-            name: call
-            for name, call in contenders(shape, tensors).items()
-            if name.startswith(CAUSAL) or name in (EAGER, COMPILED)
-        }
-        seconds = interleaved(calls, rounds, lambda name: None, memory=False).seconds
+        calls = whole_calls(shape, tensors)
+        calls.pop(COMPILED_GATHER, None)  # the cost model has no rate for it
+        seconds = interleaved(as_steps(calls, shape, tensors), turns, memory=False).seconds
         rates[device, phase] = rates_from(shape, seconds, selection, visited_pairs(shape, tensors[3]), measured_on)
     return rates
 
 
-def fitted_rates(results: dict[str, Any]) -> dict[tuple[str, str], Rates]:
+def fitted_rates(results: Results) -> dict[tuple[str, str], Rates]:
     """(device, phase) -> Rates that best reproduce what `python -m flexdma bench --out FOLDER` wrote as JSON.
 
     Each rate is the geometric mean of those of the shapes of its phase.  Raises ValueError where a part is missing.
     """
-    suite = SUITES[results["suite"]]
-    staged = next(shape for _, shape in suite.stages)
-    profiles = {one["lowering"]: one["seconds"] for one in results["stages"] if one["shape"] == str(staged)}
-    if not profiles:
-        raise ValueError(f"results: expected the stages of {staged}, got none")
-    selection = selection_rates(profiles, staged)
-    shapes = {str(shape): shape for shape in suite.calls}
-    rates = {}
-    for phase in PHASES:
-        found = []
-        for case in results["calls"]:
-            shape = shapes[case["shape"]]
-            if shape.backward == (phase == "training"):
-                gate = inputs(shape, "cpu", torch.float32)[3].detach()
-                visited = visited_pairs(shape, gate, BLOCK_SIZE[suite.device])
-                where = f"{_where(results['machine'], results['dtype'])}, D={shape.size}"
-                found.append(rates_from(shape, case["seconds"], selection, visited, where))
-        if found:
-            rates[suite.device, phase] = _mean(found)
-    return rates
+    about, staged = results.about, results.cases("stages")
+    if not staged:
+        raise ValueError("results: expected stages, got none")
+    first = staged[0].shape
+    profiles = {case.section.removeprefix("stages of "): case.seconds for case in staged if case.shape == first}
+    selection = selection_rates(profiles, first)
+    found: dict[str, list[Rates]] = {}
+    for case in results.cases("calls"):
+        shape = case.shape
+        gate = inputs(shape, "cpu", torch.float32)[3].detach()
+        visited = visited_pairs(shape, gate, BLOCK_SIZE[about["device"]])
+        where = f"{_where(about['machine'], about['dtype'])}, D={shape.size}"
+        rates = rates_from(shape, case.seconds, selection, visited, where)
+        found.setdefault(PHASES[shape.backward], []).append(rates)
+    return {(about["device"], phase): _mean(found[phase]) for phase in PHASES if phase in found}
 
 
 def selection_rates(stages: Mapping[str, Mapping[str, float]], shape: Shape) -> dict[str, float]:

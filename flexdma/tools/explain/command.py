@@ -1,7 +1,6 @@
 """`python -m flexdma explain`: what gates of a kind, or saved gates, select and cost."""
 
 import argparse
-import json
 import pickle
 from pathlib import Path
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexdma.checks import SELECTIONS
+from flexdma.tools import arguments as types
 from flexdma.tools.explain.call import explain
 from flexdma.tools.gate_families import gate_families
 from flexdma.tools.refusal import refusing
@@ -18,23 +18,28 @@ FAMILIES = [name.replace(" ", "-") for name in gate_families(1)]
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.add_argument("--length", type=int, default=32768, help="N")
-    parser.add_argument("--window", type=int, default=1024, help="w, the keys that a query sees")
+    parser.add_argument("--length", type=types.positive_int, default=32768, help="N")
+    parser.add_argument("--window", type=types.positive_int, default=1024, help="w, the keys that a query sees")
     parser.add_argument(
         "--gates", default="iid", help=f"{', '.join(FAMILIES)}, constant; or a file that torch.save wrote: [B, Hkv, K]"
     )
-    parser.add_argument("--kv-heads", type=int, default=2, help="heads of the gates")
-    parser.add_argument("--query-heads", type=int, default=8, help="query heads")
+    parser.add_argument("--kv-heads", type=types.positive_int, default=2, help="heads of the gates")
+    parser.add_argument("--query-heads", type=types.positive_int, default=8, help="query heads")
     parser.add_argument("--selection", choices=SELECTIONS, default="causal", help="how keys are selected")
-    parser.add_argument("--sinks", type=int, default=0, help="first keys that stay visible")
-    parser.add_argument("--recent", type=int, default=0, help="last keys that are always visible")
-    parser.add_argument("--document", type=int, default=0, help="length of packed documents; 0 = one document")
-    parser.add_argument("--block-size", type=int, default=0, help="of the mask; 0 = the lowering's own")
+    parser.add_argument("--sinks", type=types.natural, default=0, help="first keys that stay visible")
+    parser.add_argument("--recent", type=types.natural, default=0, help="last keys that are always visible")
+    parser.add_argument(
+        "--document", type=types.natural, default=0, help="length of packed documents; 0 = one document"
+    )
+    parser.add_argument("--block-size", type=types.natural, default=0, help="of the mask; 0 = the lowering's own")
     parser.add_argument(
         "--calibrate", action="store_true", help="measure the cost model's rates on this machine first: a minute or two"
     )
     parser.add_argument(
-        "--fit", type=Path, default=None, help="print the rates that reproduce a bench-SUITE.json, and nothing else"
+        "--fit",
+        type=types.bench_results,
+        default=None,
+        help="print the rates that reproduce a bench-SUITE.json, and nothing else",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -45,14 +50,14 @@ def run(arguments: argparse.Namespace) -> int:
         if arguments.fit is not None:
             from flexdma.tools.explain.calibration import fitted_rates
 
-            for phase, fitted in fitted_rates(json.loads(arguments.fit.read_text())).items():
+            for phase, fitted in fitted_rates(arguments.fit).items():
                 print(f"{phase}: {fitted}")
             return 0
         gate = _gates(arguments)
         documents = None
         if arguments.document:
             positions = torch.arange(gate.shape[-1]).expand(gate.shape[0], -1)
-            documents = positions // _at_least_one("--document", arguments.document)
+            documents = positions // arguments.document
         rates = None
         if arguments.calibrate:
             from flexdma.tools.explain.calibration import measured_rates
@@ -76,7 +81,7 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _gates(arguments: argparse.Namespace) -> Tensor:
-    length, heads = _at_least_one("--length", arguments.length), _at_least_one("--kv-heads", arguments.kv_heads)
+    length, heads = arguments.length, arguments.kv_heads
     if arguments.gates == "constant":
         return torch.zeros(1, heads, length)
     if arguments.gates in FAMILIES:
@@ -92,9 +97,3 @@ def _gates(arguments: argparse.Namespace) -> Tensor:
     if not isinstance(gate, Tensor):
         raise TypeError(f"--gates: expected a tensor [B, Hkv, K] in {path}, got {type(gate).__name__}")
     return gate
-
-
-def _at_least_one(name: str, value: int) -> int:
-    if value < 1:
-        raise ValueError(f"{name}: expected at least 1, got {value}")
-    return value

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from flexdma import DynamicMaskAttention, DynamicMaskState
 from flexdma.tools.machine import synchronise
+from flexdma.tools.timing import timed
 
 # Where peak memory is compared with that at the end, and where decoding is.
 MEMORY_FROM, DECODE_FROM = 65536, 4096
@@ -118,10 +119,11 @@ def _decode(
     for number in range(count):
         token = tokens(1)
         for name, state in states.items():
-            start = time.perf_counter()
-            _output, states[name] = layer(token, state=state, return_state=True)
-            synchronise()
-            seconds[name].append(time.perf_counter() - start)
+
+            def step(name: str = name, state: DynamicMaskState = state, token: Tensor = token) -> None:
+                _output, states[name] = layer(token, state=state, return_state=True)
+
+            seconds[name].append(timed(step, host=True))
         tick("decode", number + 1)
     return {name: statistics.median(times) for name, times in seconds.items() if times}
 

@@ -32,13 +32,6 @@ def table(measured: Measurements) -> str:
     return "\n".join(lines)
 
 
-def picture_formats() -> list[str]:
-    """Endings of the files that `write_plot` can write."""
-    from matplotlib.backend_bases import FigureCanvasBase
-
-    return sorted(FigureCanvasBase.get_supported_filetypes())
-
-
 def write_plot(path: Path, measured: Measurements) -> None:
     """Tokens per second and peak memory against the tokens read."""
     from matplotlib.figure import Figure

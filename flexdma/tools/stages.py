@@ -9,7 +9,7 @@ import functools
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
@@ -27,10 +27,9 @@ from flexdma.packing import pack, packed_layout
 from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.schedule import schedule
 from flexdma.stages import observed
-from flexdma.tools.bench.contenders import Compile, compile_whole
-from flexdma.tools.bench.limits import Budget
-from flexdma.tools.bench.shapes import Shape
-from flexdma.tools.bench.timing import Measured, Prepared, backward_of, interleaved
+from flexdma.tools.shapes import Shape
+from flexdma.tools.timing import Measured, Prepared, Turns, backward_of, interleaved
+from flexdma.tools.whole_calls import Compile, compile_whole
 
 WHOLE, GATE, RANKING, LIFESPANS, REFERENCE = "whole", "gate", "ranking", "lifespans", "reference gates"
 PACKING, METADATA, LIVING, TAKE = "packing", "mask metadata", "living keys", "key/value gather"
@@ -38,7 +37,7 @@ FORWARD, BACKWARD, GATE_GRADIENT, GATE_BACKWARD = (
     "attention forward", "attention backward", "gate gradient", "gate, its own backward",
 )  # fmt: skip
 IN_STAGES = "in stages"
-SELECTION = (RANKING, LIFESPANS)
+RANKING_AND_LIFESPANS = (RANKING, LIFESPANS)
 BEFORE_ATTENTION = {
     "gather": (RANKING, LIFESPANS, REFERENCE, LIVING),
     "flex": (RANKING, LIFESPANS, REFERENCE, PACKING, METADATA),
@@ -74,15 +73,9 @@ class Ledger:
 
 
 def profile(
-    shape: Shape,
-    tensors: list[Tensor],
-    lowering: str,
-    rounds: int,
-    tick: Callable[[str], None],
-    budget: Budget | None = None,
-    compiler: Compile = compile_whole,
-) -> dict[str, Any]:
-    """{"seconds": {stage: s}, "whole": s, "peak_bytes": ..., "failed": ...} of gate and attention, by stage.
+    shape: Shape, tensors: list[Tensor], lowering: str, turns: Turns, compiler: Compile = compile_whole
+) -> Measured:
+    """Gate and attention, by stage, and WHOLE.
 
     lowering: "gather", called eagerly, or "flex", compiled.
     """
@@ -120,8 +113,8 @@ def profile(
         calls[IN_STAGES] = in_stages
     if shape.backward:
         calls |= _backward_stages(query, key, value, module, gate, forward)
-    measured = interleaved(calls, rounds, tick, budget)
-    return _as_entry(shape, lowering, measured, ledger)
+    measured = interleaved(calls, turns)
+    return _by_stage(lowering, measured, ledger)
 
 
 def _backward_stages(
@@ -145,7 +138,7 @@ def _flex_stages(
     shape: Shape, qkv: tuple[Tensor, ...], module: ValueGate, gate: Tensor, compiler: Compile
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
-    group = shape.query_heads // shape.heads
+    group = shape.group
     block_size = flex.default_block_size(query.device.type)
     sizes: dict[str, Any] = {
         "queries": shape.length,
@@ -205,7 +198,7 @@ def _packed_attention(
     return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
 
 
-def _as_entry(shape: Shape, lowering: str, measured: Measured, ledger: Ledger) -> dict[str, Any]:
+def _by_stage(lowering: str, measured: Measured, ledger: Ledger) -> Measured:
     """Differences taken: lifespans = selection - ranking, gate gradient = backward with it - backward without."""
     found = measured.seconds | ledger.medians(measured.rounds.get(IN_STAGES, 0))
     if "selection" in found and RANKING in found:
@@ -215,21 +208,11 @@ def _as_entry(shape: Shape, lowering: str, measured: Measured, ledger: Ledger) -
     peaks = measured.peak_bytes
     if "selection" in peaks:
         peaks[LIFESPANS] = peaks["selection"]
-    forward_flops = replace(shape, backward=False).useful_flops()
     names = (
-        *dict.fromkeys((GATE, *BEFORE_ATTENTION[lowering], METADATA)),
-        TAKE,
-        FORWARD,
-        BACKWARD,
-        GATE_GRADIENT,
-        GATE_BACKWARD,
+        WHOLE, GATE, *BEFORE_ATTENTION[lowering], TAKE, FORWARD, BACKWARD, GATE_GRADIENT, GATE_BACKWARD,
+    )  # fmt: skip
+    return Measured(
+        seconds={name: found[name] for name in names if name in found},
+        peak_bytes={name: peaks[name] for name in names if name in peaks},
+        failed=measured.failed,
     )
-    return {
-        "shape": str(shape),
-        "lowering": lowering,
-        "whole": found.get(WHOLE),
-        "seconds": {name: found[name] for name in names if name in found},
-        "peak_bytes": {name: peaks[name] for name in (WHOLE, *names) if name in peaks},
-        "failed": measured.failed,
-        "useful_flops": {FORWARD: forward_flops, BACKWARD: shape.useful_flops() - forward_flops},
-    }

@@ -4,16 +4,17 @@ One contender's failure (out of memory, a compile error, too slow) is recorded a
 """
 
 import gc
+import os
 import statistics
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
 
-from flexdma.tools.bench.limits import Budget, TimeIsUpError
+from flexdma.tools.budget import Budget
 from flexdma.tools.machine import synchronise
 
 # A contender is run at most until its own runs have taken this long, but at least LEAST times.
@@ -42,6 +43,19 @@ class Prepared:
 Contender = Callable[[], object] | Prepared
 
 
+@dataclass(frozen=True)
+class Turns:
+    """How contenders take turns: rounds, the time they may take, and who is left out and why.
+
+    `tick(name)` is called before every run.
+    """
+
+    rounds: int
+    tick: Callable[[str], None] = lambda name: None
+    budget: Budget = field(default_factory=Budget)
+    without: Mapping[str, str] = field(default_factory=dict)
+
+
 @dataclass
 class Measured:
     """By contender: median seconds, how many runs they are of, peak bytes; and why there are none."""
@@ -51,43 +65,44 @@ class Measured:
     peak_bytes: dict[str, int] = field(default_factory=dict)
     failed: dict[str, str] = field(default_factory=dict)
 
+    def rows(self) -> Iterator[tuple[str, str, Any]]:
+        """(contender, metric, value)."""
+        for metric, values in vars(self).items():
+            for name, value in values.items():
+                yield name, metric, value
+
 
 def interleaved(
     contenders: Mapping[str, Contender],
-    rounds: int,
-    tick: Callable[[str], None],
-    budget: Budget | None = None,
+    turns: Turns,
     *,
     memory: bool = True,
     warm_up: bool = True,
     host: bool = False,
 ) -> Measured:
-    """Median seconds of each contender over `rounds` rounds in which each runs once.
+    """Median seconds of each contender over `turns.rounds` rounds in which each runs once.
 
     Interleaving shares the machine's slow moments among all.  Two runs are not counted: the first (`warm_up`), which
-    compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH); a run under way is stopped
-    where the budget is spent, or the contender's share of it, and none begins after.
-    `tick(name)` precedes every run.  host: see `timed`.
+    compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH).  No run begins that would,
+    if it took as long as the one before, exceed the budget or the contender's share of it.  host: see `timed`.
     """
-    budget = budget or Budget(float("inf"))
-    clock = budget.clock
+    budget = turns.budget
     measured, times = Measured(), {name: list[float]() for name in contenders}
-    left = dict.fromkeys(contenders, budget.share)
-    ended = {name: why for name, why in budget.refused.items() if name in contenders}  # those that run no more
+    spent = dict.fromkeys(contenders, 0.0)
+    ended = {name: why for name, why in turns.without.items() if name in contenders}  # those that run no more
 
     def attempt(name: str, step: Callable[[Contender], object]) -> None:
-        tick(name)
-        start = clock.now()
+        needed = times[name][-1] if times[name] else 0.0
+        if name in ended or budget.over or needed > min(budget.left, budget.share - spent[name]):
+            return
+        turns.tick(name)
+        start = budget.now()
         try:
-            # In this thread also where it goes backward: an alarm interrupts no other.
-            with torch.autograd.set_multithreading_enabled(False):
-                clock.within(min(left[name], budget.left), lambda: step(contenders[name]))
-        except TimeIsUpError:
-            ended[name] = budget.reason()  # and the runs before this one count
+            step(contenders[name])
         except Exception as error:  # whatever a kernel, a compiler or a peer may raise
             ended[name] = in_one_line(error)
             times[name].clear()
-        left[name] -= clock.now() - start
+        spent[name] += budget.now() - start
         # Not above, where the exception still holds what the contender has made.
         if name in ended:
             if is_lost():
@@ -96,20 +111,18 @@ def interleaved(
 
     def first(name: str, contender: Contender) -> None:
         if warm_up:
-            timed(contender, host=host, now=clock.now)
+            timed(contender, host=host)
         if memory:
             measured.peak_bytes[name] = peak_bytes(contender)
 
     def again(taken: list[float], contender: Contender) -> None:
-        taken.append(timed(contender, host=host, now=clock.now))
+        taken.append(timed(contender, host=host, now=budget.now))
 
     for name in contenders:
-        if not (name in ended or budget.over):
-            attempt(name, partial(first, name))
-    for _ in range(rounds):
+        attempt(name, partial(first, name))
+    for _ in range(turns.rounds):
         for name, taken in times.items():
-            slow = len(taken) >= LEAST and sum(taken) * (1 + 1 / len(taken)) > SECONDS_EACH
-            if not (name in ended or slow or budget.over):
+            if len(taken) < LEAST or sum(taken) * (1 + 1 / len(taken)) <= SECONDS_EACH:
                 attempt(name, partial(again, taken))
     for name, taken in times.items():
         if taken:
@@ -125,18 +138,17 @@ def timed(contender: Contender, *, host: bool = False, now: Callable[[], float] 
     On a GPU by its own clock, which starts when the host has had time to queue the call: what the GPU needs, and what a
     model sees whose host is ahead of it.  host: by the host's clock `now`, from the call until the GPU has finished.
     """
-    prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
-    run = contender.run if isinstance(contender, Prepared) else contender
+    run = _prepared(contender)
     synchronise()
     if host or not _on_cuda():
         start = now()
-        run(*prepared)
+        run()
         synchronise()
         return now() - start
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     torch.cuda._sleep(HEAD_START)
     begin.record()
-    run(*prepared)
+    run()
     end.record()
     synchronise()
     return begin.elapsed_time(end) / 1e3
@@ -158,25 +170,29 @@ def in_one_line(error: BaseException) -> str:
 
 def peak_bytes(contender: Contender) -> int:
     """The most memory that PyTorch held at any moment of the call, above what it held before."""
-    prepared = () if not isinstance(contender, Prepared) else (contender.prepare(),)
-    run = contender.run if isinstance(contender, Prepared) else contender
+    run = _prepared(contender)
     if _on_cuda():
         synchronise()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        run(*prepared)
+        run()
         synchronise()
         return torch.cuda.max_memory_allocated() - before
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints two lines each time
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
-        run(*prepared)
+        run()
     events = profile.profiler.kineto_results.events()
     held = peak = 0
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         held += event.nbytes()
         peak = max(peak, held)
     return peak
+
+
+def _prepared(contender: Contender) -> Callable[[], object]:
+    return partial(contender.run, contender.prepare()) if isinstance(contender, Prepared) else contender
 
 
 def _on_cuda() -> bool:

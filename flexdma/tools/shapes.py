@@ -1,6 +1,6 @@
 """The problems that are measured, and their random inputs."""
 
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -23,13 +23,22 @@ class Shape:
     flex: bool = False  # also against causal FlexAttention
     every: bool = False  # against that and the slow ways: unpacked FlexAttention, dense masks, peers
 
+    @property
+    def group(self) -> int:
+        """Query heads per KV head."""
+        return self.query_heads // self.heads
+
     def __str__(self) -> str:
         what = "forward + backward" if self.backward else "forward"
         return f"{what}, N={self.length} w={self.window}"
 
-    def smaller(self, factor: int) -> "Shape":
-        """1 / factor of the positions and the window."""
-        return replace(self, length=max(16, self.length // factor), window=max(4, self.window // factor))
+    def sizes(self) -> dict[str, Any]:
+        """What the problem is, without what it is compared with."""
+        return {name: value for name, value in asdict(self).items() if name not in ("flex", "every")}
+
+    def forward(self) -> "Shape":
+        """Without the backward."""
+        return replace(self, backward=False)
 
     def useful_flops(self, pairs: str = "selected") -> float:
         """4 D per pair of a query and a key that it has to attend to, and 2.5 times that again for the backward.
