@@ -182,9 +182,9 @@ def test_the_command_answers_for_a_device_and_for_ranks(capsys):
     ("arguments", "message"),
     [
         (["--tokens", "0"], "--tokens: expected at least 1, got 0"),
-        (["--query-heads", "3"], "--query-heads: expected a multiple of 4, got 3"),
+        (["--query-heads", "3"], "--query-heads: expected a multiple of --kv-heads 4, got 3"),
         (["--ranks", "3"], "--ranks: expected a divisor of 1048576 tokens, got 3"),
-        (["--achieved", "2"], "--achieved: expected a share in (0, 1], got 2.0"),
+        (["--achieved", "2"], "--achieved: expected at most 1, got 2.0"),
         (["--rho", "0.5"], "--rho: expected at least 1, got 0.5"),
         (["--link", "-1"], "--link: expected more than 0, got -1.0"),
     ],

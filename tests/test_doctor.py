@@ -171,10 +171,10 @@ def test_the_command_runs_an_entry_point(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["nowhere:function"], "entry: expected a module that can be imported, got 'nowhere'"),
-        (["tests.patients"], "entry: expected MODULE:FUNCTION, got 'tests.patients'"),
+        (["nowhere:function"], "MODULE:FUNCTION: expected a module that can be imported, got 'nowhere'"),
+        (["tests.patients"], "MODULE:FUNCTION: expected MODULE:FUNCTION, got 'tests.patients'"),
         (["tests.patients:absent"], "which has no 'absent'"),
-        (["tests.patients:fails"], "entry: tests.patients:fails() raised RuntimeError: no data"),
+        (["tests.patients:fails"], "tests.patients:fails() raised RuntimeError: no data"),
         (["tests.patients:no_call"], "expected it to return (callable, [arguments of a call, ...]), got Tensor"),
         (["--calls", "tests.patients:two_calls"], "--calls: expected MODULE:FUNCTION to call as well"),
     ],

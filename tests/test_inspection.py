@@ -153,8 +153,9 @@ def test_the_command_compares_two_settings(capsys):
     ("arguments", "message"),
     [
         (["--diff", "window"], "expected KEY=VALUE, got 'window'"),
-        (["--diff", "window=wide"], "expected NAME=INT, got 'window=wide'"),
-        (["--diff", "selection=best"], "expected selection to be one of causal, global, threshold, got 'best'"),
+        (["--diff", "window=wide"], "--diff: window: expected a whole number, got 'wide'"),
+        (["--diff", "selection=best"], "--diff: selection: expected one of causal, global, threshold, got 'best'"),
+        (["--kernel-option", "num_warps=many"], "--kernel-option: expected a whole number, got 'many'"),
         (["--heads", "3", "--kv-heads", "2"], "expected a multiple of key's 2 heads, got 3"),
     ],
 )

@@ -6,6 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from flexdma.lowerings.flex import default_block_size
+from flexdma.tools import arguments as types
 from flexdma.tools.cost import DEVICES, Cost, backward, context_parallel, decode, estimate, forward, full_attention
 from flexdma.tools.refusal import refusing
 
@@ -25,25 +26,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         ("--element", 2, "bytes per number of query, key, value and output"),
     )  # fmt: skip
     for name, default, meaning in sizes:
-        parser.add_argument(name, type=int, default=default, help=meaning)
+        parser.add_argument(name, type=types.positive_int, default=default, help=meaning)
     parser.add_argument(
         "--block",
-        type=int,
+        type=types.positive_int,
         nargs=2,
         metavar=("ROWS", "KEYS"),
         default=None,
         help="of a mask block; default the operator's",
     )
     parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="whose data sheet")
-    parser.add_argument("--flops", type=float, default=None, help="FLOP per second instead of the data sheet's")
-    parser.add_argument("--bandwidth", type=float, default=None, help="bytes per second of memory, likewise")
-    parser.add_argument("--link", type=float, default=None, help="bytes per second from other devices, likewise")
     parser.add_argument(
-        "--achieved", type=float, default=1.0, help="the share of those rates that is reached, in (0, 1]"
+        "--flops", type=types.positive_number, default=None, help="FLOP per second instead of the data sheet's"
+    )
+    parser.add_argument(
+        "--bandwidth", type=types.positive_number, default=None, help="bytes per second of memory, likewise"
+    )
+    parser.add_argument(
+        "--link", type=types.positive_number, default=None, help="bytes per second from other devices, likewise"
+    )
+    parser.add_argument(
+        "--achieved", type=types.fraction, default=1.0, help="the share of those rates that is reached, in (0, 1]"
     )
     parser.add_argument(
         "--rho",
-        type=float,
+        type=types.bounded(float, least=1),
         default=1.2,
         help="pairs in visited blocks over those shown; docs/benchmarks.md, by the gates",
     )
@@ -82,21 +89,7 @@ def _block(arguments: argparse.Namespace) -> tuple[int, int]:
 
 def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
     """The device, and per call its cost and times."""
-    for name in ("batch", "tokens", "window", "query_heads", "kv_heads", "head_dim", "ranks", "element"):
-        if getattr(arguments, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')}: expected at least 1, got {getattr(arguments, name)}")
-    if arguments.block is not None and min(arguments.block) < 1:
-        raise ValueError(f"--block: expected at least 1, got {min(arguments.block)}")
-    for name in ("flops", "bandwidth", "link"):
-        value = getattr(arguments, name)
-        if value is not None and value <= 0:
-            raise ValueError(f"--{name}: expected more than 0, got {value}")
-    if not 0 < arguments.achieved <= 1:
-        raise ValueError(f"--achieved: expected a share in (0, 1], got {arguments.achieved}")
-    if arguments.rho < 1:
-        raise ValueError(f"--rho: expected at least 1, got {arguments.rho}")
-    if arguments.query_heads % arguments.kv_heads:
-        raise ValueError(f"--query-heads: expected a multiple of {arguments.kv_heads}, got {arguments.query_heads}")
+    types.check_multiple(arguments, "query_heads", "kv_heads")
     if arguments.tokens % arguments.ranks:
         raise ValueError(f"--ranks: expected a divisor of {arguments.tokens} tokens, got {arguments.ranks}")
     given = {name: value for name in ("flops", "bandwidth", "link") if (value := getattr(arguments, name)) is not None}

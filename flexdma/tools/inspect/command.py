@@ -8,26 +8,27 @@ import torch
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.checks import LOWERINGS, SELECTIONS
+from flexdma.tools import arguments as types
 from flexdma.tools.inspect.call import FIGURES, inspect_kernels
 from flexdma.tools.inspect.report import KernelReport
 from flexdma.tools.inspect.targets import TARGETS
 from flexdma.tools.refusal import refusing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-# name -> (kind, default, help): every setting is an option, and a key of --diff.
+# name -> (type or choices, default, help): every setting is an option, and a key of --diff.
 SETTINGS: dict[str, tuple[Any, Any, str]] = {
-    "batch": (int, 1, "B"),
-    "heads": (int, 8, "query heads"),
-    "kv_heads": (int, 2, "key and value heads"),
-    "queries": (int, 0, "Q; 0 = as many as keys"),
-    "keys": (int, 4096, "K"),
-    "head_dim": (int, 64, "D"),
-    "window": (int, 512, "w, the keys that a query sees"),
+    "batch": (types.positive_int, 1, "B"),
+    "heads": (types.positive_int, 8, "query heads"),
+    "kv_heads": (types.positive_int, 2, "key and value heads"),
+    "queries": (types.natural, 0, "Q; 0 = as many as keys"),
+    "keys": (types.positive_int, 4096, "K"),
+    "head_dim": (types.positive_int, 64, "D"),
+    "window": (types.positive_int, 512, "w, the keys that a query sees"),
     "selection": (SELECTIONS, "causal", "how keys are selected"),
     "dtype": (tuple(DTYPES), None, "of query, key and value; None: bfloat16 for a GPU, float32 for a CPU"),
     "gate_dtype": (tuple(DTYPES), "float32", "of the gate"),
     "lowering": (LOWERINGS, None, "None: the operator's choice"),
-    "block_size": (int, 0, "of the mask; 0 = the lowering's own"),
+    "block_size": (types.natural, 0, "of the mask; 0 = the lowering's own"),
     "training": (("yes", "no"), "yes", "forward and backward, or the forward of inference alone"),
     "target": (tuple(TARGETS), None, "compile for this GPU, which need not be there; None: the device at hand"),
     "figures": (FIGURES, "attention", "kernels to compile for registers, spills, occupancy"),
@@ -37,26 +38,38 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
     for name, (kind, default, text) in SETTINGS.items():
-        choice: dict[str, Any] = {"type": kind} if kind is int else {"choices": kind}
+        choice: dict[str, Any] = {"choices" if isinstance(kind, tuple) else "type": kind}
         parser.add_argument(f"--{name.replace('_', '-')}", default=default, help=text, **choice)
     parser.add_argument(
-        "--kernel-option", action="append", default=[], metavar="NAME=INT", help="FlexAttention's, e.g. num_warps=8"
+        "--kernel-option",
+        type=_kernel_option,
+        action="append",
+        default=[],
+        metavar="NAME=INT",
+        help="FlexAttention's, e.g. num_warps=8",
     )
     parser.add_argument(
-        "--diff", nargs="+", metavar="KEY=VALUE", help="compare with these settings changed, e.g. --diff window=256"
+        "--diff",
+        type=_change,
+        nargs="+",
+        metavar="KEY=VALUE",
+        help="compare with these settings changed, e.g. --diff window=256",
     )
-    parser.add_argument("--save", metavar="DIR", help="write sources and report.json there")
+    parser.add_argument("--save", type=types.output_folder, metavar="DIR", help="write sources and report.json there")
     parser.add_argument("--source", action="store_true", help="print the attention kernels, or their diff, too")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Print the report or the difference."""
-    settings = {name: getattr(arguments, name) for name in SETTINGS} | {"kernel_option": arguments.kernel_option}
+    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    options = dict(arguments.kernel_option)
     with refusing(ValueError, TypeError, ImportError, RuntimeError):
-        changed = None if arguments.diff is None else settings | _parsed(arguments.diff)
-        report = _report(settings)
-        other = None if changed is None else _report(changed)
+        report, other = _report(settings, options), None
+        if arguments.diff is not None:
+            changes = dict(arguments.diff)
+            changed = {name: changes.pop(name, value) for name, value in settings.items()}
+            other = _report(changed, changes or options)
     if arguments.save:
         (report if other is None else other).save(arguments.save)
     if other is None:
@@ -71,33 +84,24 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _parsed(pairs: list[str]) -> dict[str, Any]:
-    """["window=256", "num_warps=8"] -> settings; a name that is no setting is a kernel option."""
-    parsed: dict[str, Any] = {}
-    for pair in pairs:
-        name, equals, value = pair.partition("=")
-        name = name.replace("-", "_")
-        if not equals:
-            raise ValueError(f"--diff: expected KEY=VALUE, got {pair!r}")
-        kind = SETTINGS.get(name, (None,))[0]
-        if kind is None:
-            parsed.setdefault("kernel_option", []).append(pair)
-        elif kind is int:
-            parsed[name] = _integer(pair, value)
-        elif value in kind:
-            parsed[name] = value
-        else:
-            raise ValueError(f"--diff: expected {name} to be one of {', '.join(kind)}, got {value!r}")
-    return parsed
+def _kernel_option(text: str) -> tuple[str, int]:
+    name, value = types.pair(text)
+    return name, types.natural(value)
 
 
-def _integer(pair: str, value: str) -> int:
-    if not value.isdigit():
-        raise ValueError(f"expected NAME=INT, got {pair!r}")
-    return int(value)
+def _change(text: str) -> tuple[str, Any]:
+    """A name that is no setting is a kernel option."""
+    name, value = types.pair(text)
+    if (setting := name.replace("-", "_")) not in SETTINGS:
+        return _kernel_option(text)
+    kind = SETTINGS[setting][0]
+    try:
+        return setting, (types.one_of(kind) if isinstance(kind, tuple) else kind)(value)
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(f"{setting}: {error}") from error
 
 
-def _report(settings: dict[str, Any]) -> KernelReport:
+def _report(settings: dict[str, Any], options: dict[str, int]) -> KernelReport:
     target, training = settings["target"], settings["training"] == "yes"
     device = "cuda" if target is None and torch.cuda.is_available() else "cpu"
     default = "bfloat16" if target or device == "cuda" else "float32"
@@ -110,9 +114,6 @@ def _report(settings: dict[str, Any]) -> KernelReport:
     query = tensor(batch, settings["heads"], settings["queries"] or keys, size, dtype=dtype)
     key, value = (tensor(batch, settings["kv_heads"], keys, size, dtype=dtype) for _ in range(2))
     gate = tensor(batch, settings["kv_heads"], keys, dtype=gate_dtype)
-    options = {
-        name: _integer(pair, text) for pair in settings["kernel_option"] for name, _, text in [pair.partition("=")]
-    }
     with torch.set_grad_enabled(training):
         return inspect_kernels(
             dynamic_mask_attention,

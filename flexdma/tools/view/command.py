@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 
 from flexdma.atomic_write import atomic_write
+from flexdma.tools import arguments as types
 from flexdma.tools.byte_models.checkpoint import CheckpointError, load_checkpoint
 from flexdma.tools.refusal import RefusedError
 from flexdma.tools.view.page import view_page
@@ -14,7 +15,9 @@ LONGEST = 4096  # bytes: one page shows no more, so that a browser follows the m
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("--text", metavar="FILE", type=Path, required=True, help="text to look at, any bytes")
+    parser.add_argument(
+        "--text", metavar="FILE", type=types.input_file, required=True, help="text to look at, any bytes"
+    )
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
@@ -22,27 +25,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="models: the folder checkpoint/ that the demo leaves",
     )
-    parser.add_argument("--out", metavar="FILE", type=Path, default=Path("view.html"), help="the page to write")
-    parser.add_argument("--start", metavar="N", type=int, default=0, help="first byte shown")
     parser.add_argument(
-        "--length", metavar="N", type=int, default=LONGEST, help=f"number of bytes shown, at most {LONGEST:,}"
+        "--out", metavar="FILE", type=types.output_file, default=Path("view.html"), help="the page to write"
+    )
+    parser.add_argument("--start", metavar="N", type=types.natural, default=0, help="first byte shown")
+    parser.add_argument(
+        "--length",
+        metavar="N",
+        type=types.bounded(int, least=1, most=LONGEST),
+        default=LONGEST,
+        help=f"number of bytes shown, at most {LONGEST:,}",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Read, compute, write."""
-    try:
-        content = arguments.text.read_bytes()
-    except OSError as error:
-        raise RefusedError(
-            f"--text: expected a file that can be read, got {arguments.text} ({error.strerror})"
-        ) from error
+    content = arguments.text.read_bytes()
     if not content:
         raise RefusedError(f"--text: expected at least one byte, got none in {arguments.text}")
-    if not 0 <= arguments.start < len(content):
+    if arguments.start >= len(content):
         raise RefusedError(f"--start: expected 0 to {len(content) - 1:,}, got {arguments.start:,}")
-    if not 1 <= arguments.length <= LONGEST:
-        raise RefusedError(f"--length: expected 1 to {LONGEST:,}, got {arguments.length:,}")
     try:
         trained = load_checkpoint(arguments.checkpoint)
     except CheckpointError as error:
@@ -50,11 +52,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     record = view_record(arguments.text.name, content, arguments.start, arguments.length, trained.values())
     page = view_page(record)
-    try:
-        atomic_write(arguments.out, lambda part: part.write_text(page, encoding="utf-8"))
-    except (OSError, ValueError) as error:  # ValueError: a path without a name
-        reason = getattr(error, "strerror", None) or error
-        raise RefusedError(f"--out: expected a file that can be written, got {arguments.out} ({reason})") from error
+    atomic_write(arguments.out, lambda part: part.write_text(page, encoding="utf-8"))
     print(f"{arguments.out}: {_what_is_shown(arguments.start, len(record['tokens']), len(content))}")
     return 0
 
