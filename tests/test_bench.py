@@ -4,6 +4,7 @@ import contextlib
 import weakref
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import pytest
 import torch
@@ -159,16 +160,18 @@ def test_a_dense_mask_that_does_not_fit_is_not_tried():
 
 
 @pytest.fixture
-def uncompiled_flex(monkeypatch):
-    """FlexAttention takes CPU tensors that need gradients, as it does when not compiled for a CPU."""
-    monkeypatch.setattr(torch_flex, "_validate_device", lambda *tensors: None)
-    return lambda function, mode=None: function
+def uncompiled():
+    """A compiler that compiles nothing, while nothing else does: FlexAttention then takes a CPU's tensors with gradients."""
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(mock.patch.object(torch_flex, "_validate_device", return_value=None))
+        yield lambda function, mode=None: function
 
 
-def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled_flex):
+def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled):
     shape = Shape(200, 24, False, 4, 2, 16, every=True)
     tensors = inputs(shape, "cpu", torch.float32)
-    calls = contenders(shape, tensors, uncompiled_flex)
+    calls = contenders(shape, tensors, uncompiled)
     want = dense_dynamic_mask_attention(*tensors, window_size=24)
     same = [name for name in calls if name in visited_over_ideal(shape, tensors[3]) and "causal" not in name]
     assert len(same) == 4
@@ -222,9 +225,9 @@ def test_stages_are_observed_while_asked_for():
 
 
 @pytest.mark.parametrize("lowering", ["gather", "flex"])
-def test_every_stage_is_timed(lowering, uncompiled_flex):
+def test_every_stage_is_timed(lowering, uncompiled):
     shape = Shape(300, 24, lowering == "gather", 4, 2, 16)
-    measured = profile(shape, inputs(shape, "cpu", torch.float32), lowering, Turns(1), uncompiled_flex)
+    measured = profile(shape, inputs(shape, "cpu", torch.float32), lowering, Turns(1), uncompiled)
     backward = ("attention backward", "gate gradient", "gate, its own backward") if shape.backward else ()
     stages = ("gate", *BEFORE_ATTENTION[lowering], "key/value gather", "attention forward", *backward)
     assert tuple(measured.seconds) == (WHOLE, *stages)
@@ -248,9 +251,9 @@ def smaller(suite, factor):
     )
 
 
-def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled_flex):
+def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled):
     """On a CPU, 1024 times smaller, in this process: all of it but the device and the processes."""
-    suite, setting = smaller(SUITES["gpu"], 1024), Setting("cpu", torch.float32, compiler=uncompiled_flex)
+    suite, setting = smaller(SUITES["gpu"], 1024), Setting("cpu", torch.float32, compiler=uncompiled)
     results = begun(suite, "gpu", 1, setting)
     for case in planned(suite, "cpu"):
         results.add(case.section, case.title, case.measure(setting, Turns(1)))
