@@ -2,11 +2,7 @@
 
 import importlib.util
 import json
-import os
 import random
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import sympy
@@ -17,14 +13,13 @@ import flexdma
 from flexdma import cost
 from flexdma.__main__ import main
 from flexdma.lifespans import Lifespans
-from flexdma.packing import pack, packed_layout
-from flexdma.packing.block_index import block_index
+from flexdma.packing import packed_layout
 from flexdma.packing.schedule import schedule
 from flexdma.tools.cost_model import counts
+from flexdma.tools.cost_model.kernel_bytes import BYTES
 from flexdma.tools.inspect.device_guard import TESTED
-from flexdma.tools.timing import peak_bytes
+from tests.fitted_bytes import CASES, LENGTH, RECORD, counted_bytes, expected_bytes, fitted, packing_peak
 
-ROOT = Path(__file__).parent.parent
 SIZES = {"B": 2, "Hq": 8, "Hkv": 2, "D": 64, "Dv": 64, "rows": 128, "columns": 128, "element": 2, "rho": 1.3}
 
 
@@ -73,19 +68,10 @@ def test_metadata_is_what_the_schedule_holds(length, window, query_heads, traini
 @pytest.mark.parametrize("training", [False, True])
 @pytest.mark.parametrize("window", [64, 4096])  # packing holds more than making the lists, and less
 def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, training):
-    length = 32768
-    alive = flexdma.causal_top_w(torch.randn(1, 1, length), window)
-    layout = packed_layout(length, length, window, block_size=(128, 128), group=4)
-
-    def build():
-        packing = pack(alive, layout, queries=length)
-        bounds = (packing.birth, packing.death)
-        sizes = {"queries": length, "group": 4, "block_size": (128, 128), "transposed": training}
-        return packing, block_index(*bounds, **sizes, periods=layout.periods, period=layout.period)
-
+    _places, _tiles, peak = packing_peak(window, training)
     sizes = SIZES | {"B": 1, "Hq": 4, "Hkv": 1, "D": 1, "Dv": 1}
-    got = cost.forward(training=training).at(**sizes, N=length, w=window)["peak"]
-    assert got == pytest.approx(peak_bytes(build), rel=0.1)
+    got = cost.forward(training=training).at(**sizes, N=LENGTH, w=window)["peak"]
+    assert got == pytest.approx(peak, rel=0.03), "refresh with: python -m tests.fitted_bytes"
 
 
 @pytest.mark.kernels
@@ -95,27 +81,21 @@ def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, trainin
     reason=f"stand-ins for a CUDA device are not known for torch {torch.__version__}",
 )
 def test_bytes_are_those_that_the_compiler_counts():
-    """At sizes other than those that the numbers per key and block were taken from."""
+    """At sizes other than those that the table was fitted to."""
     cases = [
-        {"shape": [2, 4, 1, 16384, 64], "window": 512},
-        {"shape": [2, 8, 2, 16384, 64], "window": 512, "backward": True},
-        {"shape": [2, 4, 4, 12288, 32], "window": 6000, "backward": True},  # one period, no groups
+        {"shape": [2, 4, 4, 900, 32], "window": 500},  # one period, no groups
+        {"shape": [2, 8, 2, 1500, 64], "window": 70, "backward": True},
         {"shape": [3, 8, 2, 1, 64], "window": 700, "decode": True},
     ]
-    done = subprocess.run(
-        [sys.executable, "-m", "tests.counted_bytes"], input="\n".join(map(json.dumps, cases)), cwd=ROOT,
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr[-2000:]
-    (inference,), grouped, alone, (decode,) = map(json.loads, done.stdout.splitlines())
-    sizes = SIZES | {"N": 16384, "w": 512}
-    assert cost.forward().at(**sizes | {"Hq": 4, "Hkv": 1})["bytes"] == pytest.approx(inference, rel=0.1)
-    one_period = sizes | {"Hq": 4, "Hkv": 4, "N": 12288, "w": 6000, "D": 32, "Dv": 32}
-    for (forward, backward), given in ((grouped, sizes), (alone, one_period)):
-        assert cost.forward(training=True).at(**given)["bytes"] == pytest.approx(forward, rel=0.1)
-        assert cost.backward().at(**given)["bytes"] == pytest.approx(backward, rel=0.1)
-    state = SIZES | {"B": 3, "slots": 700, "gate_element": 4}
-    assert cost.decode().at(**state)["bytes"] == pytest.approx(decode, rel=0.1)
+    for case, counted in zip(cases, counted_bytes(cases), strict=True):
+        assert list(map(float, expected_bytes(**case))) == pytest.approx(counted, rel=0.1), case
+
+
+def test_the_table_of_bytes_is_what_the_recorded_counts_give():
+    counts = json.loads(RECORD.read_text())["counts"]
+    assert fitted(counts) == BYTES, "refresh with: python -m tests.fitted_bytes"
+    for case, counted in zip(CASES, counts, strict=True):
+        assert list(map(float, expected_bytes(**case))) == pytest.approx(counted, rel=0.02), case
 
 
 def test_decoding_costs_its_state():

@@ -1,8 +1,7 @@
 """FLOPs, bytes, memory and communication of each call, as expressions.
 
-Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once.  The numbers per key,
-place and tile below are taken from the kernels that Inductor generates for sm_90; tests/test_cost.py has the compiler count
-again, at other sizes, and holds the sums to 10 %.
+Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once; tests/test_cost.py
+holds the sums to 10 % of the compiler's count.
 """
 
 from dataclasses import dataclass, fields
@@ -10,6 +9,7 @@ from dataclasses import dataclass, fields
 from sympy import And, Expr, Integer, Max, Piecewise, ceiling, log, sympify
 
 from flexdma.tools.cost_model import symbols
+from flexdma.tools.cost_model.kernel_bytes import BYTES, PEAKS
 from flexdma.tools.cost_model.packed_blocks import (
     GROUP,
     key_blocks,
@@ -21,21 +21,9 @@ from flexdma.tools.cost_model.packed_blocks import (
 from flexdma.tools.cost_model.pairs import shown_pairs
 from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
 
-# Bytes per key of lifespans' rest, reference gates and packing, and per key and round of ranking: two bits a round up to
-# 2^21 keys, one above.  False, True: without and with what the backward needs.
-PER_KEY, ROUNDS_END = {False: 120, True: 132}, 2**21
-PER_ROUND_OF_TWO_BITS, PER_ROUND_OF_ONE = 40, 44
-# Bytes per place of packing and of what the mods capture; and per tile, a row block and a key block of one period, of making
-# the lists and of reading them.
-PER_PLACE, PER_TILE = {False: 178, True: 198}, {False: 72, True: 100}
-# The most that packing holds at once per place, operator by operator, as PyTorch's allocator counts it; and making the lists.
-PACKING_PEAK, LISTS_PEAK, LISTS_PEAK_PER_TILE = 103, 52, {False: 36, True: 45}
+ROUNDS_END = 2**21  # keys; ranking takes two bits a round below, one from there on
 # Bytes per row (a query of one head): forward, the logarithm of its sum; backward, that, and D_i = dO_i . o_i twice.
 PER_ROW, BACKWARD_PER_ROW = 4, 12
-BACKWARD_PER_KEY, BACKWARD_PER_PLACE, BACKWARD_PER_TILE = 94, 101, 16
-# Decoding, per number of the state's keys and values in units of its bytes, and per key besides.  Inductor counts a slot
-# that is overwritten as the whole buffer, so that this is too much by up to 4 of the 10.
-DECODE, DECODE_PER_KEY = 10, 144
 NOTHING = Integer(0)
 
 
@@ -82,12 +70,13 @@ def forward(*, training: bool = False) -> Cost:
     unfolded = _if_unfolded(2 * output, NOTHING)
     attention = query + _packed() + output + PER_ROW * B * Hq * N
     held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
-    lists = LISTS_PEAK * _places() + LISTS_PEAK_PER_TILE[training] * _tiles()
+    phase = "training" if training else "inference"
+    lists = PEAKS["lists, place"] * _places() + PEAKS[f"{phase} lists, tile"] * _tiles()
     return Cost(
         flops=2 * (D + Dv) * _computed_pairs(),
-        bytes=2 * folded + unfolded + key + value + _packed() + attention + _bookkeeping(training),
+        bytes=2 * folded + unfolded + key + value + _packed() + attention + _ranking() + _packing(phase),
         metadata=metadata(training=training),
-        peak=Max(held, PACKING_PEAK * _places(), lists),
+        peak=Max(held, PEAKS["packing, place"] * _places(), lists),
     )
 
 
@@ -100,8 +89,7 @@ def backward() -> Cost:
     """
     query, key, value, output = _tensors()
     rows = _if_unfolded(4 * (query + output), 2 * query + 3 * output)
-    bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BACKWARD_PER_KEY * _keys()
-    bookkeeping += BACKWARD_PER_PLACE * _places() + BACKWARD_PER_TILE * _tiles()
+    bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BYTES["backward, key"] * _keys() + _packing("backward")
     return Cost(
         flops=2 * (4 * D + 3 * Dv) * _computed_pairs(),
         bytes=rows + 3 * _packed() + key + value + bookkeeping,
@@ -119,7 +107,7 @@ def decode() -> Cost:
     state = keys * ((D + Dv) * element + gate_element + 8)
     return Cost(
         flops=2 * B * Hq * slots * (D + Dv),
-        bytes=keys * (DECODE * (D + Dv) * element + DECODE_PER_KEY),
+        bytes=keys * (BYTES["decode, byte"] * (D + Dv) * element + BYTES["decode, key"]),
         metadata=keys * (gate_element + 8),
         peak=state,
     )
@@ -184,11 +172,13 @@ def _packed() -> Expr:
     return _places() * (D + Dv) * element
 
 
-def _bookkeeping(training: bool) -> Expr:
-    ranking = Piecewise(
-        (PER_ROUND_OF_TWO_BITS * ceiling(log(N, 4)), N < ROUNDS_END), (PER_ROUND_OF_ONE * ceiling(log(N, 2)), True)
-    )
-    return _keys() * (PER_KEY[training] + ranking) + PER_PLACE[training] * _places() + PER_TILE[training] * _tiles()
+def _ranking() -> Expr:
+    by_digit, by_bit = BYTES["round of two bits, key"], BYTES["round of one bit, key"]
+    return _keys() * Piecewise((by_digit * ceiling(log(N, 4)), N < ROUNDS_END), (by_bit * ceiling(log(N, 2)), True))
+
+
+def _packing(phase: str) -> Expr:
+    return BYTES[f"{phase}, place"] * _places() + BYTES[f"{phase}, tile"] * _tiles()
 
 
 def _keys() -> Expr:

@@ -1,0 +1,33 @@
+"""Bytes that the kernels move besides queries, keys, values and outputs, as Inductor generates them for sm_90.
+
+Fitted to its own count of the buffers that kernels read and write; `python -m tests.fitted_bytes` counts again and prints
+both tables.
+"""
+
+BYTES = {
+    # Lifespans, per key and round: two bits a round up to 2^21 keys, one from there on.
+    "round of two bits, key": 50,
+    "round of one bit, key": 46,
+    # Reference gates, packing and block lists, per place and per tile (a row block and a key block of one period); without
+    # and with what the backward needs, and in the backward.
+    "inference, place": 195,
+    "inference, tile": 86,
+    "training, place": 256,
+    "training, tile": 103,
+    "backward, key": 86,
+    "backward, place": 109,
+    "backward, tile": 17,
+    # Per byte of the state's keys and values, and per key besides.  Inductor counts a slot that is overwritten as the whole
+    # buffer, so that this is too much by up to 4 of the 10.
+    "decode, byte": 10,
+    "decode, key": 152,
+}
+
+# The most bytes that packing holds at once, and making the block lists after it, operator by operator, as PyTorch's allocator
+# counts them.
+PEAKS = {
+    "packing, place": 110,
+    "lists, place": 53,
+    "inference lists, tile": 36,
+    "training lists, tile": 45,
+}
