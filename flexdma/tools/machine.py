@@ -1,5 +1,6 @@
-"""The machine that numbers are measured on."""
+"""The machine that numbers are measured on, and what compiles for it."""
 
+import importlib.util
 import platform
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,26 @@ def synchronise() -> None:
     """Wait for what the GPU is still computing, where there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
+
+
+def triton_version() -> str | None:
+    """None: Triton is not installed."""
+    if importlib.util.find_spec("triton") is None:
+        return None
+    import triton
+
+    return triton.__version__
+
+
+def cpp_compiler() -> str | None:
+    """The command that Inductor compiles C++ with; None: there is none."""
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        return get_cpp_compiler()
+    except (InvalidCxxCompiler, RuntimeError):
+        return None
 
 
 def _processor() -> str:

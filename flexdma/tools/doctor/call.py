@@ -4,14 +4,14 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from flexdma import checks
 from flexdma.tools.doctor.environment import this_environment
 from flexdma.tools.doctor.findings import environment_findings, error_finding, findings_of, float64_finding
 from flexdma.tools.doctor.report import PROBLEM, Diagnosis
 from flexdma.tools.doctor.watch import Seen, watching
+from flexdma.tools.model_calls import call_with_gradients, tensors_of
 
 BACKENDS = ("inductor", "eager")
 Call = Sequence[Any] | dict[str, Any]
@@ -51,7 +51,8 @@ def doctor(fn_or_module: Callable | nn.Module, *calls: Call, backend: str = "ind
         compiled = fn_or_module if is_compiled(fn_or_module) else _compiled(fn_or_module, backend, seen)
         for number, call in enumerate(made, 1):
             try:
-                _run(compiled, fn_or_module, call)
+                args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
+                call_with_gradients(compiled, fn_or_module, args, kwargs)
             except Exception as error:  # whatever the user's code or a compiler raises is the finding
                 seen.collect()
                 # What failed to compile is this error, not a function left uncompiled.
@@ -59,8 +60,7 @@ def doctor(fn_or_module: Callable | nn.Module, *calls: Call, backend: str = "ind
                 found.append(error_finding(error, number, where))
                 break
             seen.collect()
-    tensors = [leaf for leaf in tree_leaves(list(calls)) if isinstance(leaf, Tensor)] + _parameters(fn_or_module)
-    found += findings_of(seen) + float64_finding(tensors) + environment_findings(here)
+    found += findings_of(seen) + float64_finding(tensors_of(fn_or_module, calls)) + environment_findings(here)
     found.sort(key=lambda finding: finding.level != PROBLEM)
     return Diagnosis(here, backend, len(made), seen.graphs, len(seen.recompiled), found)
 
@@ -88,18 +88,3 @@ def _compiled(fn_or_module: Callable, backend: str, seen: Seen) -> Callable:
         return run
 
     return torch.compile(fn_or_module, backend=as_it_is)
-
-
-def _run(compiled: Callable, original: Callable, call: Call) -> None:
-    args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
-    outputs = [
-        leaf for leaf in tree_leaves(compiled(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
-    ]
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    wanted = [tensor for tensor in leaves + _parameters(original) if tensor.requires_grad]
-    if outputs and wanted:
-        torch.autograd.grad(outputs, wanted, [torch.ones_like(output) for output in outputs], allow_unused=True)
-
-
-def _parameters(fn_or_module: Callable) -> list[Tensor]:
-    return list(fn_or_module.parameters()) if isinstance(fn_or_module, nn.Module) else []

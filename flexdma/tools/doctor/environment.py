@@ -1,11 +1,12 @@
 """The machine and the versions: what is there, and whether flexdma is tested with it."""
 
-import importlib.util
 import platform
 from dataclasses import dataclass
 
 import torch
 from torch.torch_version import TorchVersion
+
+from flexdma.tools.machine import cpp_compiler, triton_version
 
 OLDEST, FIRST_UNTESTED = "2.11", "2.14"
 
@@ -34,12 +35,12 @@ def this_environment() -> Environment:
     """What is here."""
     return Environment(
         torch=torch.__version__,
-        triton=_triton(),
+        triton=triton_version(),
         python=platform.python_version(),
         cuda=torch.version.cuda,
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         avx2=torch.cpu._is_avx2_supported(),
-        cpp_compiler=_cpp_compiler(),
+        cpp_compiler=cpp_compiler(),
     )
 
 
@@ -71,21 +72,3 @@ def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
             "nothing: lowering=None never takes it on a CPU",
         ))  # fmt: skip
     return found
-
-
-def _triton() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    return triton.__version__
-
-
-def _cpp_compiler() -> str | None:
-    from torch._inductor.cpp_builder import get_cpp_compiler
-    from torch._inductor.exc import InvalidCxxCompiler
-
-    try:
-        return get_cpp_compiler()
-    except (InvalidCxxCompiler, RuntimeError):
-        return None

@@ -21,7 +21,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 # Imported by name: in its package the operator of the same name hides the module.
 flex_operator = importlib.import_module("torch._higher_order_ops.flex_attention")
 METRICS = 4096  # frames remembered per call; torch's own limit is 64
-TORCH, HERE = Path(torch.__file__).parent, Path(__file__).parent
+TORCH, TOOLS = Path(torch.__file__).parent, Path(__file__).parent.parent
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def _noting(original: Callable, seen: Seen) -> Callable:
 
 
 def place(stack: list[traceback.FrameSummary]) -> str:
-    """The innermost line that is neither torch's nor the doctor's."""
+    """The innermost line that is neither torch's nor of these tools."""
     frames = [f for f in stack if not f.filename.startswith("<") and not _inside(f.filename)] or list(stack)
     if not frames:
         return "unknown"
@@ -122,4 +122,4 @@ def place(stack: list[traceback.FrameSummary]) -> str:
 
 def _inside(filename: str) -> bool:
     parents = Path(filename).parents
-    return TORCH in parents or HERE in parents
+    return TORCH in parents or TOOLS in parents

@@ -1,17 +1,17 @@
 """`inspect_kernels`: compile one call, forward and backward, and report the kernels."""
 
-import importlib.util
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
+from torch import nn
 
 from flexdma import checks
 from flexdma.tools.inspect.capture import Capture, watching
 from flexdma.tools.inspect.report import KernelReport
 from flexdma.tools.inspect.targets import TARGETS, Target, known_target
+from flexdma.tools.machine import triton_version
+from flexdma.tools.model_calls import call_with_gradients, tensors_of
 
 FIGURES = ("attention", "all", "none")
 
@@ -44,7 +44,7 @@ def inspect_kernels(
         from flexdma.tools.inspect.remote import inspect_in_another_process
 
         return inspect_in_another_process(fn_or_module, args, kwargs, target, figures)
-    devices = {leaf.device.type for leaf in _tensors(fn_or_module, args, kwargs)} - {"cpu"}
+    devices = {leaf.device.type for leaf in tensors_of(fn_or_module, args, kwargs)} - {"cpu"}
     if devices - {"cuda"}:
         raise ValueError(f"args: expected tensors on a CPU or a CUDA device, got {', '.join(sorted(devices))}")
     with watching(launch=True, device="cpu") as seen:
@@ -59,12 +59,7 @@ def run_once(fn_or_module: Callable | nn.Module, args: tuple, kwargs: dict) -> N
     # A backend of its own: Dynamo reuses compiled code only for the same backend, and there is then nothing to watch.
     # Static shapes, as for a first call, also where the function was compiled for others before.
     compiled = torch.compile(fn_or_module, backend=lambda graph, inputs: _inductor(graph, inputs), dynamic=False)
-    outputs = [
-        leaf for leaf in tree_leaves(compiled(*args, **kwargs)) if isinstance(leaf, Tensor) and leaf.requires_grad
-    ]
-    inputs = [leaf for leaf in _tensors(fn_or_module, args, kwargs) if leaf.requires_grad]
-    if outputs and inputs:
-        torch.autograd.grad(outputs, inputs, [torch.ones_like(output) for output in outputs], allow_unused=True)
+    call_with_gradients(compiled, fn_or_module, args, kwargs)
 
 
 def report_of(
@@ -83,18 +78,13 @@ def report_of(
         for index, tuner in seen.tuners.items():
             if figures == "all" or (figures == "attention" and seen.kernels[index].is_attention):
                 seen.kernels[index].compiled = compiled_figures(tuner, target)
-    return KernelReport(device, torch.__version__, _triton_version(), seen.kernels, seen.other_calls(), seen.graphs)
+    return KernelReport(device, torch.__version__, triton_version(), seen.kernels, seen.other_calls(), seen.graphs)
 
 
 def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
     from torch._inductor.compile_fx import compile_fx
 
     return compile_fx(graph, inputs)
-
-
-def _tensors(fn_or_module: Callable | nn.Module, args: tuple, kwargs: dict) -> list[Tensor]:
-    leaves = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-    return leaves + (list(fn_or_module.parameters()) if isinstance(fn_or_module, nn.Module) else [])
 
 
 def _target_of_this_device() -> Target:
@@ -109,11 +99,3 @@ def _target_of_this_device() -> Target:
         threads_per_multiprocessor=real.max_threads_per_multi_processor,
         registers_per_multiprocessor=real.regs_per_multiprocessor,
     )
-
-
-def _triton_version() -> str | None:
-    if importlib.util.find_spec("triton") is None:
-        return None
-    import triton
-
-    return triton.__version__
