@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexdma.tools.cost_model.pairs import shown_pairs
+
 # Customary: a fused backward multiplies five times where the forward does twice.
 BACKWARD = 2.5
 
@@ -46,7 +48,7 @@ class Shape:
         pairs: "selected": N w, as the targets are stated (the first w queries see fewer); "causal": N (N + 1) / 2.
         """
         selected = self.length * min(self.window, self.length)
-        count = selected if pairs == "selected" else self.length * (self.length + 1) / 2
+        count = selected if pairs == "selected" else float(shown_pairs(self.length, self.length))
         return 4 * count * self.size * self.query_heads * (1 + BACKWARD * self.backward)
 
 

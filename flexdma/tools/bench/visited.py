@@ -7,11 +7,9 @@ from flexdma import causal_top_w
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.flex import default_block_size
 from flexdma.lowerings.fused import block_size_for
-from flexdma.lowerings.gather import BLOCK_SIZE as QUERY_BLOCK
-from flexdma.packing.block_index import BlockIndex, block_index
-from flexdma.packing.schedule import schedule
-from flexdma.rounding import ceil_div
 from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, FLEX_TILE, NATURAL
+from flexdma.tools.cost_model.counts import visited_pairs
+from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
 from flexdma.tools.gate_families import gate_families
 from flexdma.tools.shapes import Shape
 from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_GATHER, EAGER
@@ -23,19 +21,17 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     alive = causal_top_w(gate, shape.window)
     shown = (alive.death - alive.birth).sum().item() * shape.group
     block_size = default_block_size(gate.device.type)
-    blocks = ceil_div(shape.length, QUERY_BLOCK)
-    slots = min(shape.window, shape.length) + QUERY_BLOCK
-    gathered = shape.query_heads * blocks * QUERY_BLOCK * slots / shown
+    gathered = shape.query_heads * float(gathered_pairs(shape.length, shape.window)) / shown
     fused_block = block_size_for(alive, shape.length, shape.window)
-    everything = shape.query_heads * shape.length * (shape.length + 1) / 2 / shown
+    everything = shape.query_heads * float(shown_pairs(shape.length, shape.length)) / shown
     return {
         CAUSAL: everything,
         FLEX_CAUSAL: everything,
         # Inference gathers each block's living keys and no more.
         EAGER: gathered if shape.backward else living_pairs(alive, fused_block) * shape.group / shown,
         COMPILED_GATHER: gathered,
-        COMPILED: _packed_pairs(alive, shape.length, shape.window, block_size, shape.group) / shown,
-        NATURAL: _pairs_in_order(alive, shape.length, (FLEX_TILE, FLEX_TILE)) * shape.group / shown,
+        COMPILED: visited_pairs(alive, shape.group, block_size, shape.window) / shown,
+        NATURAL: visited_pairs(alive, 1, (FLEX_TILE, FLEX_TILE)) * shape.group / shown,
         DENSE: shape.query_heads * shape.length**2 / shown,
     }
 
@@ -59,21 +55,6 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
     for name, gate in gate_families(length).items():
         alive = causal_top_w(gate[None, None], window)
         shown = (alive.death - alive.birth).sum().item()
-        natural = _pairs_in_order(alive, length, (rows, columns)) / shown
-        ratios[name] = (natural, _packed_pairs(alive, length, window, (rows, columns)) / shown)
+        natural, packed = (visited_pairs(alive, 1, (rows, columns), capacity) / shown for capacity in (None, window))
+        ratios[name] = (natural, packed)
     return ratios
-
-
-def _pairs_in_order(alive: Lifespans, length: int, tile: tuple[int, int]) -> int:
-    """In the visited tiles, keys in their natural order."""
-    return _pairs(block_index(*alive, queries=length, block_size=tile), tile)
-
-
-def _packed_pairs(alive: Lifespans, length: int, window: int, tile: tuple[int, int], group: int = 1) -> int:
-    """In the visited tiles, keys packed and `group` query heads folded into the rows."""
-    _, index = schedule(alive, queries=length, group=group, capacity=window, block_size=tile, transposed=False)
-    return _pairs(index, tile)
-
-
-def _pairs(index: BlockIndex, tile: tuple[int, int]) -> int:
-    return int(index.visited().sum()) * tile[0] * tile[1]

@@ -74,6 +74,12 @@ def block_counts(
     ]
 
 
+def visited_pairs(lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None) -> int:
+    """Pairs of a query and a key in the visited blocks, of all heads; arguments as of `blocks`."""
+    rows, columns = block_size
+    return int(blocks(lifespans, group, block_size, capacity).visited().sum()) * rows * columns
+
+
 def causal_blocks(length: int, group: int, block_size: tuple[int, int]) -> int:
     """Blocks of the mask j <= i, per head."""
     birth = torch.arange(length, dtype=torch.int32).view(1, 1, -1)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from flexdma.lifespans import causal_top_w
 from flexdma.lowerings.flex import BLOCK_SIZE
-from flexdma.tools.cost_model.counts import block_counts
+from flexdma.tools.cost_model import counts
 from flexdma.tools.cost_model.measured import Rates, sorted_keys
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
 from flexdma.tools.machine import machine
@@ -105,10 +105,9 @@ def rates_from(
 
 def visited_pairs(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None = None) -> float:
     """Pairs in the packed blocks that are visited, per query and query head; blocks of the gate's device by default."""
-    rows, columns = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
-    group = shape.query_heads // shape.heads
-    counts = block_counts(causal_top_w(gate, shape.window), group, (rows, columns), capacity=shape.window)
-    return sum(count.visited for count in counts) * rows * columns / (shape.query_heads * shape.length)
+    size = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
+    alive = causal_top_w(gate, shape.window)
+    return counts.visited_pairs(alive, shape.group, size, capacity=shape.window) / (shape.query_heads * shape.length)
 
 
 def _where(machine: Mapping[str, Any], dtype: object) -> str:
