@@ -325,6 +325,17 @@ def test_the_report_divides_by_the_fastest_causal_attention():
     assert f"| {shape} | SDPA causal, cudnn | Error: no |" in text
 
 
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"columns": null}'])
+def test_what_is_no_table_of_records_is_refused(text):
+    with pytest.raises(ValueError, match=r"Expecting value|expected the columns"):
+        Results.from_json(text)
+    good = results_of("quick", calls={"a": {"flexdma": 1.0}})
+    assert Results.from_json(good.to_json()) == good
+    for name in ("shapes", "records"):
+        with pytest.raises(ValueError, match=name):
+            Results.from_json(good.to_json().replace(f'"{name}"', '"others"'))
+
+
 def test_cases_that_fail_or_are_skipped_are_listed():
     results = results_of("quick")
     results.add("calls", "a", [("", "failed", "ZeroDivisionError: division by zero")])

@@ -95,8 +95,11 @@ class Results:
     def from_json(cls, text: str) -> "Results":
         """Raises ValueError where `to_json` did not write the text."""
         found = json.loads(text)
-        if not isinstance(found, dict) or found.pop("columns", None) != list(Record._fields) or "machine" not in found:
+        if not isinstance(found, dict) or found.pop("columns", None) != list(Record._fields):
             raise ValueError(f"expected the columns {', '.join(Record._fields)}")
-        shapes = {name: Shape(**sizes) for name, sizes in found.pop("shapes").items()}
-        records = [Record(*row) for row in found.pop("records")]
+        try:
+            shapes = {name: Shape(**sizes) for name, sizes in found.pop("shapes").items()}
+            records = [Record(*row) for row in found.pop("records")]
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError(f"{type(error).__name__}: {error}") from error
         return cls(found, shapes, records)

@@ -73,12 +73,7 @@ class Measured:
 
 
 def interleaved(
-    contenders: Mapping[str, Contender],
-    turns: Turns,
-    *,
-    memory: bool = True,
-    warm_up: bool = True,
-    host: bool = False,
+    contenders: Mapping[str, Contender], turns: Turns, *, memory: bool = True, warm_up: bool = True, host: bool = False
 ) -> Measured:
     """Median seconds of each contender over `turns.rounds` rounds in which each runs once.
 
