@@ -14,7 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
-from tests.view_cases import make_checkpoint, make_text
+from tests.tools.view_cases import make_checkpoint, make_text
 
 settings.register_profile(
     "flexdma", deadline=None, max_examples=60, suppress_health_check=[HealthCheck.too_slow], print_blob=True

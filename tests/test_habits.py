@@ -52,7 +52,9 @@ def test_commands_exist(page, pytestconfig):
     assert [name for name in variables if not re.search(rf"^{name} \?=", makefile, re.MULTILINE)] == []
     assert set(re.findall(r"python -m flexdma (\w+)", lines)) <= COMMANDS.keys()
     assert [
-        name for name in re.findall(r"python -m tests\.(\w+)", lines) if not (ROOT / f"tests/{name}.py").exists()
+        name
+        for name in re.findall(r"python -m (tests[\w.]+)", lines)
+        if not (ROOT / f"{name.replace('.', '/')}.py").exists()
     ] == []
     assert set(re.findall(r"(?<!python )-m (\w+)", lines)) <= markers
 
@@ -95,6 +97,6 @@ def test_the_workflow_runs_the_supported_versions():
         assert all(version in bounds for version in versions), name
         oldest = min(Version(bound.version) for bound in bounds if bound.operator == ">=")
         assert min(versions).release[:2] == oldest.release[:2], name
-    recorded = json.loads((ROOT / "tests" / "kernels.json").read_text())["versions"]
+    recorded = json.loads((ROOT / "tests" / "lowerings" / "kernels.json").read_text())["versions"]
     assert recorded in [{"torch": f"{job['torch']}+cpu", "triton": job["triton"]} for job in jobs]
     assert f"TRITON ?= triton=={recorded['triton']}\n" in (ROOT / "Makefile").read_text()

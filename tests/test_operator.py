@@ -11,7 +11,7 @@ from flexdma.lowerings import gather as gather_module
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod, softcap_score_mod
 from tests.comparison import assert_same, gather, inputs, with_gradients
-from tests.gate_strategies import gates, selections
+from tests.lifespans.gate_strategies import gates, selections
 
 
 @pytest.fixture(params=["fused", "plain"])

@@ -1,7 +1,7 @@
 """FLOPs, bytes, memory and communication of each call, as expressions.
 
-Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once; tests/test_cost.py
-holds the sums to 10 % of the compiler's count.
+Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once;
+tests/tools/test_cost.py holds the sums to 10 % of the compiler's count.
 """
 
 from dataclasses import dataclass, fields

@@ -1,7 +1,7 @@
 """Bytes that the kernels move besides queries, keys, values and outputs, as Inductor generates them for sm_90.
 
-Fitted to its own count of the buffers that kernels read and write; `python -m tests.fitted_bytes` counts again and prints
-both tables.
+Fitted to its own count of the buffers that kernels read and write; `python -m tests.tools.fitted_bytes` counts again
+and prints both tables.
 """
 
 BYTES = {

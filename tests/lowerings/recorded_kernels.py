@@ -1,0 +1,57 @@
+"""A program: `python -m tests.lowerings.recorded_kernels` compiles the attention kernels for sm_90 and writes kernels.json.
+
+The figures are those of the compiled files, nothing ran.  test_kernels.py compares them exactly, so that a change that
+costs registers, spills or atomics is seen, and refreshed on purpose.
+"""
+
+import importlib.metadata
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from flexdma import dynamic_mask_attention, inspect_kernels
+from tests.comparison import by_transposed_attention
+
+RECORD = Path(__file__).parent / "kernels.json"
+# 8 query heads on 2 KV heads, 4096 tokens, D = 64, w = 512.
+SETTINGS = {
+    "training, bfloat16": {"gate_dtype": "float32", "route": "atomics"},
+    "training, bfloat16, float64 gates": {"gate_dtype": "float64", "route": "atomics"},
+    "training, bfloat16, the gate's gradient by transposed attention": {"gate_dtype": "float32", "route": "transposed"},
+}
+
+
+def figures(setting: str) -> dict:
+    """Phase -> figures of its attention kernel, and the launches of the whole operator."""
+    chosen = SETTINGS[setting]
+    heads = (8, 2, 2)
+    query, key, value = (torch.empty(1, n, 4096, 64, dtype=torch.bfloat16, requires_grad=True) for n in heads)
+    gate = torch.empty(1, 2, 4096, dtype=getattr(torch, chosen["gate_dtype"]), requires_grad=True)
+    attend = by_transposed_attention if chosen["route"] == "transposed" else dynamic_mask_attention
+    report = inspect_kernels(attend, query, key, value, gate, window_size=512, target="sm_90")
+    return {
+        # The second attention kernel of a backward is the one for the gate.
+        "backward, gate" if kernel.phase == "backward" and "BLOCK_M" in kernel.tiles else kernel.phase: {
+            "launches of the phase": report.launches(kernel.phase),
+            "other calls of the phase": len(report.other_calls[kernel.phase]),
+            "atomic lines of its other kernels": sum(
+                len(other.atomic_lines)
+                for other in report.kernels
+                if other.phase == kernel.phase and not other.is_attention
+            ),
+            "tiles": kernel.tiles,
+            "warps": kernel.warps,
+            "stages": kernel.stages,
+            "atomic lines": len(kernel.atomic_lines),
+            **asdict(kernel.compiled),
+        }
+        for kernel in report.attention
+    }
+
+
+if __name__ == "__main__":
+    versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    record = {"versions": versions, "target": "sm_90", "settings": {name: figures(name) for name in SETTINGS}}
+    RECORD.write_text(json.dumps(record, indent=2) + "\n")

@@ -1,0 +1,92 @@
+"""The kernels generated for a GPU, tested without one.
+
+Right: run in Triton's interpreter they agree with the dense specification, and stop doing so when the gate is dropped or
+the mask shifted.  No worse: compiled, they take the registers, spills and atomics recorded in kernels.json.
+"""
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from flexdma import inspect_kernels
+from flexdma.tools.inspect.device_guard import TESTED
+from tests.lowerings.interpreted_kernels import CASES
+from tests.lowerings.recorded_kernels import RECORD, SETTINGS, figures
+
+ROOT = Path(__file__).parents[2]
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+# Inputs and, before each matrix product, weights are rounded to the dtype; results once more.  Of 4 roundings the error is
+# at most 2 epsilons of each term; float32 sums of a few hundred terms of both signs take more.
+ALLOWED = {torch.finfo(torch.bfloat16).eps: 2, torch.finfo(torch.float32).eps: 32}
+
+pytestmark = [
+    pytest.mark.kernels,
+    pytest.mark.skipif(not HAS_TRITON, reason="needs Triton: pip install triton"),
+    pytest.mark.skipif(
+        (torch.__version__.split("+")[0], bool(torch.version.cuda)) not in TESTED,
+        reason=f"stand-ins for a CUDA device are not known for torch {torch.__version__}",
+    ),
+]
+
+
+# Triton 3.6's interpreter turns arrays of one element into Python numbers, which NumPy 2.4 refuses.
+@pytest.mark.skipif(
+    HAS_TRITON and importlib.metadata.version("triton").startswith("3.6"), reason="needs the interpreter of Triton 3.9"
+)
+@pytest.mark.parametrize("case", CASES)
+def test_generated_kernels_agree_with_the_specification(case):
+    environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.lowerings.interpreted_kernels", case]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = [json.loads(line) for line in done.stdout.splitlines()]
+    sound = [result for result in results if result["control"] is None]
+    assert len(sound) == len(CASES[case]["gates"])
+    assert len(results) - len(sound) == (2 if CASES[case].get("controls") else 0)
+    for result in sound:
+        assert result["cuda_graph_obstacles"] == []
+        assert result["partial_blocks"] > 0
+        if CASES[case].get("deterministic"):
+            assert result["atomics"] == 0
+        allowed = ALLOWED[result["epsilon"]] * result["epsilon"]
+        assert {name: error for name, error in result["errors"].items() if not error <= allowed} == {}, result
+    for result in results:
+        if result["control"] is not None:
+            assert min(result["errors"].values()) > 0.05, f"{result['control']} went unnoticed: {result}"
+    if CASES[case].get("selection") == "global":
+        assert sound[0]["full_blocks"] > 0
+
+
+@pytest.mark.parametrize("setting", SETTINGS)
+def test_kernels_take_what_is_recorded(setting):
+    recorded = json.loads(RECORD.read_text())
+    have = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
+    if recorded["versions"] != have:
+        pytest.skip(f"kernels.json was recorded with {recorded['versions']}, here is {have}")
+    assert figures(setting) == recorded["settings"][setting], "refresh with: python -m tests.lowerings.recorded_kernels"
+
+
+def test_a_function_that_another_process_cannot_import_is_refused():
+    with pytest.raises(TypeError, match="another process imports it"):
+        inspect_kernels(lambda x: x, torch.ones(2), target="sm_90")
+
+
+def without_attention(x):
+    """Something that compiles to a kernel, but not to attention."""
+    return torch.relu(x) * 2
+
+
+@pytest.mark.parametrize(
+    ("called", "named"),
+    [(without_attention, "without_attention there is 1 other"), (torch.nn.Linear(64, 8), "Linear there is")],
+)
+def test_a_function_without_attention_is_named(called, named):
+    with pytest.raises(ValueError, match=f"calls flexdma or FlexAttention, but in {named}"):
+        inspect_kernels(called, torch.ones(64), target="sm_90")
