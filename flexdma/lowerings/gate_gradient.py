@@ -111,7 +111,7 @@ def attend(
 
     def weighted_sum(numbers: Tensor) -> Tensor:
         """sum_i P_ij numbers_i: [B, H, R] -> [B, H, K]."""
-        columns, unit = _as_values(numbers, keys.dtype)
+        columns, unit = as_values(numbers, keys.dtype)
         mean, total = flex_attention(
             keys, rows, columns, score_mod=log_weight, block_mask=transposed, scale=scale,
             kernel_options=_transposed_options(kernel_options, block_mask.BLOCK_SIZE, keys.dtype),
@@ -137,7 +137,7 @@ def transposed_block_mask(block_mask: BlockMask) -> BlockMask:
     )
 
 
-def _as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
+def as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
     """[B, H, R] -> [B, H, R, COLUMNS] of this dtype, and a unit: the first two columns times the unit add up to it."""
     unit: Tensor | float = 1.0
     if dtype == torch.float16:  # whose range they may leave

@@ -15,7 +15,7 @@ def gate_families(length: int, seed: int = 1) -> dict[str, Tensor]:
     spikes = (torch.rand(length, generator=generator) < 0.01) * -5 * torch.rand(length, generator=generator).log()
     return {
         "iid": normal(),
-        "autoregressive": _autoregressive(normal(), 0.98),
+        "autoregressive": autoregressive(normal(), 0.98),
         "rising": normal() + 6 * position / length,
         "falling": normal() - 3 * position / length,
         "heavy hitters": position / length + spikes,
@@ -24,7 +24,7 @@ def gate_families(length: int, seed: int = 1) -> dict[str, Tensor]:
     }
 
 
-def _autoregressive(noise: Tensor, coefficient: float) -> Tensor:
+def autoregressive(noise: Tensor, coefficient: float) -> Tensor:
     """x[t] = coefficient * x[t-1] + noise[t], by the truncated sum of its powers (0.98 ** 2048 is 1e-18)."""
     powers = coefficient ** torch.arange(2048, dtype=torch.float64)
     padded = torch.nn.functional.pad(noise, (len(powers) - 1, 0))

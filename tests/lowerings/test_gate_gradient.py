@@ -76,7 +76,7 @@ def test_what_a_score_mod_captures_is_trained_beside_the_gate():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_the_numbers_of_the_transposed_pass_keep_their_low_part(dtype):
     numbers = torch.randn(2, 3, 50) * (1e5 if dtype == torch.float16 else 1.0)
-    values, unit = gate_gradient._as_values(numbers, dtype)
+    values, unit = gate_gradient.as_values(numbers, dtype)
     assert values.shape == (2, 3, 50, gate_gradient.COLUMNS)
     assert values.isfinite().all()
     error = (values.double().sum(-1) * unit - numbers.double()).abs().max()

@@ -24,7 +24,7 @@ from flexdma.tools.bench.sections import Setting, begun, planned
 from flexdma.tools.bench.suites import FORWARD, SECTIONS, SUITES, TRAINING
 from flexdma.tools.bench.visited import living_pairs, packing_ratios, visited_over_ideal
 from flexdma.tools.budget import Budget
-from flexdma.tools.gate_families import _autoregressive, gate_families
+from flexdma.tools.gate_families import autoregressive, gate_families
 from flexdma.tools.records import Results
 from flexdma.tools.shapes import Shape, inputs
 from flexdma.tools.stages import BEFORE_ATTENTION, WHOLE, Ledger, profile
@@ -136,7 +136,7 @@ def test_the_autoregressive_family_is_its_recurrence():
     want = [noise[0]]
     for step in noise[1:]:
         want.append(0.98 * want[-1] + step)
-    torch.testing.assert_close(_autoregressive(noise, 0.98), torch.stack(want))
+    torch.testing.assert_close(autoregressive(noise, 0.98), torch.stack(want))
 
 
 def test_the_dense_path_computes_dynamic_mask_attention():

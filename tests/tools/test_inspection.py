@@ -81,11 +81,10 @@ def test_the_backward_of_a_module_is_seen():
     assert all(parameter.grad is None for parameter in module.parameters())
 
 
-def test_the_operator_is_known_where_it_calls_only_operators_of_torch():
-    query, key, gate = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64)
-    seen = flexdma.inspect_kernels(
-        flexdma.dynamic_mask_attention, query, key, key, gate, window_size=8, lowering="dense"
-    )
+def test_an_operator_is_known_where_it_calls_only_operators_of_torch():
+    query, key = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16)
+    alive = flexdma.causal_top_w(torch.randn(1, 1, 64), 8)
+    seen = flexdma.inspect_kernels(flexdma.lifespan_attention, query, key, key, alive, capacity=8, lowering="dense")
     assert seen.launches("forward") > 0
     assert not any("flexdma" in name for name in seen.other_calls["forward"])
 

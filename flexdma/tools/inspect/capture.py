@@ -14,10 +14,11 @@ from typing import Any
 
 import torch
 
-from flexdma import dynamic_mask_attention
+from flexdma import dynamic_mask_attention, lifespan_attention
 from flexdma.tools.inspect.kernel import Kernel
 
-CALLED_BY = f", in {dynamic_mask_attention.__name__}\n"  # in the stack trace of a node
+# In the stack trace of a node that an operator of flexdma calls.
+CALLED_BY = tuple(f", in {operator.__name__}\n" for operator in (dynamic_mask_attention, lifespan_attention))
 OTHER_CALL = re.compile(r"(?:torch\.ops\.)?((?:aten|extern_kernels|flexdma)\.[\w.]+)\(")
 
 
@@ -167,9 +168,9 @@ def _cuda_graph_obstacles(graph: Any) -> list[str]:
 
 
 def _is_attention(node: torch.fx.Node) -> bool:
-    """FlexAttention, an operator of flexdma's, or one of PyTorch's that `dynamic_mask_attention` calls."""
-    called = str(node.target)
-    return "flex_attention" in called or "flexdma" in called or CALLED_BY in (node.meta.get("stack_trace") or "")
+    """FlexAttention, an operator of flexdma's, or one of PyTorch's that flexdma's functions call."""
+    called, trace = str(node.target), node.meta.get("stack_trace") or ""
+    return "flex_attention" in called or "flexdma" in called or any(function in trace for function in CALLED_BY)
 
 
 def _call_body(module: str) -> str:
