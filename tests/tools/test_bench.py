@@ -16,7 +16,7 @@ from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 from flexdma.stages import observed
 from flexdma.tools import budget, timing
 from flexdma.tools.bench import command, report, sections
-from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, contenders
+from flexdma.tools.bench.contenders import ANY_LIFESPANS, DENSE, FLEX_CAUSAL, contenders
 from flexdma.tools.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.tools.bench.gradients import WITHOUT, gradient_shares
 from flexdma.tools.bench.masks import build_masks
@@ -175,7 +175,7 @@ def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled):
     want = dense_dynamic_mask_attention(*tensors, window_size=24)
     same = [name for name in calls if name in visited_over_ideal(shape, tensors[3]) and "causal" not in name]
     assert len(same) == 4
-    for name in same:
+    for name in [*same, ANY_LIFESPANS]:
         torch.testing.assert_close(calls[name].args[0](), want, atol=1e-5, rtol=1e-4)
 
 

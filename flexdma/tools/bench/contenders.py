@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 
+from flexdma import Lifespans, causal_top_w, lifespan_attention
 from flexdma.block_masks import dynamic_block_mask
 from flexdma.opaque import realize
 from flexdma.packing.block_index import block_index
@@ -21,6 +22,7 @@ from flexdma.tools.shapes import Shape
 from flexdma.tools.whole_calls import CAUSAL, COMPILED, Compile, as_steps, compile_whole, whole_calls
 
 FLEX_CAUSAL, NATURAL = "FlexAttention causal", "FlexAttention, same mask in natural order"
+ANY_LIFESPANS, LATE = "lifespan_attention, same mask", "lifespan_attention, keys born one query late"
 DENSE = "dense top-w mask + SDPA (as Hugging Face Doge)"
 # What attends to all earlier keys: its useful work is N (N + 1) / 2 pairs.
 TO_EVERYTHING = (CAUSAL, FLEX_CAUSAL)
@@ -37,6 +39,8 @@ def contenders(shape: Shape, tensors: list[Tensor], compiler: Compile = compile_
         if shape.every:
             calls[NATURAL] = partial(_natural_order(shape, compiler, query.is_cuda), *tensors)
     if shape.every:
+        calls[ANY_LIFESPANS] = partial(_any_lifespans, shape, tensors, 0)
+        calls[LATE] = partial(_any_lifespans, shape, tensors, 1)
         calls[DENSE] = partial(_dense, shape, tensors)
         calls |= peers(shape, tensors)
     return as_steps(calls, shape, tensors)
@@ -69,6 +73,13 @@ def _natural_order(shape: Shape, compiler: Compile, cuda: bool) -> Callable[...,
 
     # Inductor's C++ kernel captures graph inputs alone; on CUDA the mask is built by the same graph.
     return compiled if cuda else with_mask_from_outside
+
+
+def _any_lifespans(shape: Shape, tensors: list[Tensor], late: int) -> Tensor:
+    """The operator without what it knows of a selection; births `late` queries after the keys' own positions."""
+    query, key, value, gate = tensors
+    birth, death = causal_top_w(gate, shape.window)
+    return lifespan_attention(query, key, value, Lifespans(birth + late, death), bias=gate)
 
 
 def _dense(shape: Shape, tensors: list[Tensor]) -> Tensor:
