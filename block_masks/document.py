@@ -1,4 +1,4 @@
-"""Packed documents: no attention across documents, causal inside each.
+"""Packed documents: causal attention inside each document, none across documents.
 
 Krell et al., "Efficient Sequence Packing without Cross-contamination", arXiv 2107.02027.
 """
@@ -10,9 +10,9 @@ from flexdma.signatures import MaskMod
 
 
 def document_mask_mod(document_ids: Tensor) -> MaskMod:
-    """Query and key belong to the same document, and the key is not later.
+    """True where query and key belong to the same document and the key is not later.
 
-    document_ids: [B, K] integers, Q = K.  `torch.nn.attention.flex_attention.and_masks` combines it with others.
+    document_ids: [B, K] integers, Q = K.  Combine it with other masks by `torch.nn.attention.flex_attention.and_masks`.
     """
     checks.tensor("document_ids", document_ids, ("B", "K"))
 

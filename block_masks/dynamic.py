@@ -10,11 +10,11 @@ from flexdma.lifespans import causal_top_w
 def dynamic_block_mask(gate: Tensor, window_size: int, *, num_query_heads: int, block_size: int = 128) -> BlockMask:
     """The mask under which each query sees the `window_size` best-gated keys at or before it.
 
-    gate: [B, H, K]; query heads share gate heads where num_query_heads > H.
-    `flexdma.causal_top_w` has more to choose from (sinks, recent, padding, documents); then `lifespan_block_mask`.
+    gate: [B, H, K]; query head h reads gate head h // (num_query_heads / H).
+    For sinks, recent keys, padding or documents call `flexdma.causal_top_w`, then `lifespan_block_mask`.
 
-    Exact, but in natural order few blocks are empty: `flexdma.dynamic_mask_attention` packs the keys first, which is where
-    the speed comes from.  O(K log K) and 4 ints per pair of blocks.
+    The mask is exact, but with keys in their natural order few blocks are empty, so FlexAttention skips little.
+    `flexdma.dynamic_mask_attention` packs the keys first and skips more.  O(K log K) time, 4 ints per pair of blocks.
     """
     lifespans = causal_top_w(gate, window_size)
     return lifespan_block_mask(lifespans, num_query_heads=num_query_heads, block_size=block_size)

@@ -1,8 +1,8 @@
 """Lifespans as a mask_mod, and the BlockMask that accelerates it.
 
-The mask_mod is the whole truth; the block metadata only say which blocks need not be visited (empty) or need not be
-masked (full).  They come from two histograms per key block, never from a Q x K tensor (DMA, arXiv 2508.02124; the
-any/all-per-block idea is FlexAttention's, arXiv 2412.05496).
+The mask_mod defines the mask.  The block metadata list the blocks to skip (empty) and the blocks to visit without the
+mask (full).  Two histograms per key block give them, and no Q x K tensor exists (DMA, arXiv 2508.02124; empty and full
+blocks are FlexAttention's idea, arXiv 2412.05496).
 """
 
 from torch import Tensor
@@ -16,11 +16,11 @@ from flexdma.signatures import MaskMod
 
 
 def lifespan_mask_mod(lifespans: Lifespans, *, num_query_heads: int, first_query: int = 0) -> MaskMod:
-    """birth[key] <= position of the query < death[key].
+    """True where birth[key] <= position of the query < death[key].
 
     lifespans: birth and death [B, H, K].
     num_query_heads: Hq; query head h reads the lifespans of head h // (Hq / H).  See `gate_score_mod`.
-    first_query: the position of query 0, K - Q where the queries are the last Q positions.
+    first_query: the position of query 0; K - Q where the queries are the last Q positions.
     """
     birth, death = lifespans
     group = checks.group_size("lifespans", birth.shape[1], num_query_heads)
@@ -43,8 +43,8 @@ def lifespan_block_mask(
 
     lifespans: birth and death [B, H, K], keys in any order.
     block_size: one int, or (rows of queries, columns of keys).
-    Returns a BlockMask of [B, Hq, Q, K].  4 ints per pair of blocks and head; nothing is Q x K.
-    Raises ValueError where the heads do not divide or num_queries > K.
+    Returns a BlockMask of [B, Hq, Q, K].  4 ints per pair of blocks and head; no Q x K tensor exists.
+    Raises ValueError where H does not divide num_query_heads or num_queries > K.
     """
     birth = checks.tensor("lifespans.birth", lifespans.birth, ("B", "H", "K"))
     heads, keys = birth.shape[1:]
@@ -58,7 +58,7 @@ def lifespan_block_mask(
 
     birth, death = (bound - (keys - queries) for bound in lifespans)
     index = block_index(birth, death, queries=queries, block_size=(rows, columns), transposed=True)
-    # Contiguous copies per query head: the kernel reads rows in memory order and is silently wrong on an expanded view.
+    # Contiguous copies per query head: the kernel reads rows in memory order, and reads an expanded view silently wrong.
     if group > 1:
         index = BlockIndex.of([realize(tensor.repeat_interleave(group, 1)) for tensor in index.tensors()])
     mask_mod = lifespan_mask_mod(lifespans, num_query_heads=num_query_heads, first_query=keys - queries)

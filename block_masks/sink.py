@@ -10,7 +10,7 @@ from flexdma.signatures import MaskMod
 
 
 def sink_mask_mod(num_sinks: int) -> MaskMod:
-    """The first `num_sinks` keys, causally.  Join it to a window with `or_masks`.
+    """True for the first `num_sinks` keys, causally.  Join it to a window with `or_masks`.
 
     Raises ValueError if num_sinks < 1.
     """

@@ -10,7 +10,7 @@ from flexdma.signatures import MaskMod
 
 
 def sliding_window_mask_mod(window_size: int) -> MaskMod:
-    """The last `window_size` keys, the query's own included.  Raises ValueError if window_size < 1."""
+    """True for the last `window_size` keys, the query's own included.  Raises ValueError if window_size < 1."""
     checks.positive_int("window_size", window_size)
 
     def mask_mod(b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:

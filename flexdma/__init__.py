@@ -1,15 +1,15 @@
 """flexdma: Dynamic Mask Attention as a compiler-lowered operator (arXiv 2508.02124).
 
 dynamic_mask_attention      attention to the keys that gates select
-lifespan_attention          the same for any lifespans: the operator under every policy
-DynamicMaskAttention        the layer around it; ValueGate, its gate
-DynamicMaskState            the keys that can be seen again: decoding, chunked prefill, endless context
+lifespan_attention          attention over any lifespans; dynamic_mask_attention is built on it
+DynamicMaskAttention        the layer around the operator; ValueGate is its gate
+DynamicMaskState            the keys that later queries can see: decoding, chunked prefill, endless context
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
 flexdma.score_mods          score_mod recipes for plain FlexAttention
 flexdma.block_masks         mask_mod and BlockMask recipes
 flexdma.reference           the specification, dense
 save_states, load_states    states as safetensors files
-inspect_kernels             what the compiler generates for a call, on any machine
+inspect_kernels             the kernels that the compiler generates for a call, on any machine
 explain                     what a gate selects, what that costs, and whether it pays
 doctor                      graph breaks, recompilations and fallbacks of a model call
 flexdma.integrations        transformers: Doge, and gates for other decoders
@@ -56,7 +56,7 @@ __all__ = [
 ]
 
 
-# Name -> (module, what to take from it; None: itself).  Tools are above the core and are imported when first used.
+# Name -> (module, its attribute; None = the module itself).  Tools are above the core and are imported when first used.
 _TOOLS = {
     "cost": ("flexdma.tools.cost", None),
     "doctor": ("flexdma.tools.doctor", "doctor"),

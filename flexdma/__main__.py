@@ -1,6 +1,6 @@
-"""python -m flexdma COMMAND: what can be run without writing code.
+"""python -m flexdma COMMAND: the command line.
 
-A command is a module with `add_arguments(parser)` and `run(arguments) -> int`; only the one asked for is imported.
+A command is a module with `add_arguments(parser)` and `run(arguments) -> int`.  Only the requested one is imported.
 """
 
 import argparse
@@ -15,11 +15,11 @@ from flexdma.tools.refusal import RefusedError
 
 # name: (module, what it does)
 COMMANDS = {
-    "explain": ("flexdma.tools.explain.command", "say what gates select, what that costs, and whether it pays"),
+    "explain": ("flexdma.tools.explain.command", "report what gates select, what that costs, and whether it pays"),
     "doctor": ("flexdma.tools.doctor.command", "find graph breaks, recompilations and fallbacks of a model call"),
     "inspect": ("flexdma.tools.inspect.command", "show the kernels that the compiler generates"),
-    "cost": ("flexdma.tools.cost.command", "say what a size would cost on a device, or on many, from its data sheet"),
-    "bench": ("flexdma.tools.bench.command", "measure the operator against attention to everything"),
+    "cost": ("flexdma.tools.cost.command", "predict the cost of a size on one or more devices, from their data sheets"),
+    "bench": ("flexdma.tools.bench.command", "measure the operator against full attention and others"),
     "demo": ("flexdma.tools.demo.command", "train four small language models on real text and compare their attention"),
     "longrun": (
         "flexdma.tools.longrun.command",
@@ -28,27 +28,27 @@ COMMANDS = {
     "view": ("flexdma.tools.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 CANNOT = 2
-# What a shell reports for a process that Ctrl-C ended, and for one whose reader went away.
+# The exit codes of a shell for a process ended by Ctrl-C, and for one whose reader closed the pipe.
 INTERRUPTED, UNREAD = 130, 141
 
 
 class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Adds the default to an option's help, where there is one and the help does not say it itself."""
+    """Adds the default to an option's help, unless there is none or the help already contains it."""
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        unsaid = action.default is not None and action.default is not False and "default" not in (action.help or "")
-        return super()._get_help_string(action) if unsaid else action.help
+        is_missing = action.default is not None and action.default is not False and "default" not in (action.help or "")
+        return super()._get_help_string(action) if is_missing else action.help
 
 
 class _CommandParser(argparse.ArgumentParser):
-    """Refuses an option as commands refuse what they find out later: "--window: expected at least 1, got 0"."""
+    """Reports a wrong option in the form of the commands' own errors: "--window: expected at least 1, got 0"."""
 
     def error(self, message: str) -> NoReturn:
         raise RefusedError(message.removeprefix("argument "))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit code: 0 done, 2 a request that cannot be met, 130 interrupted."""
+    """Run one command and return its exit code: 0 done, 2 refused, 130 interrupted, 141 output pipe closed."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         prog="python -m flexdma", description="Dynamic Mask Attention, from a command line."
@@ -69,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"python -m flexdma {arguments[0]}: {error}", file=sys.stderr)
         return CANNOT
     except BrokenPipeError:
-        # `... | head` has seen enough; Python would complain once more when it flushes stdout at exit.
+        # `... | head` closed the pipe.  Without this, Python prints another error when it flushes stdout at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return UNREAD
     except KeyboardInterrupt:

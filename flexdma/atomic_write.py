@@ -1,4 +1,4 @@
-"""Files that are whole or absent, whatever interrupts their writing."""
+"""Writing of files that an interruption leaves whole or absent."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def atomic_write(path: Path, write: Callable[[Path], object]) -> None:
-    """`write` a file beside `path`, then rename it: an interruption leaves the old file or none, never half of one."""
+    """Call `write` with a path beside `path`, then rename the file.  An interruption leaves the old file or none."""
     part = path.with_name(f".{path.stem}.part{path.suffix}")
     try:
         write(part)

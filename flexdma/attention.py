@@ -1,4 +1,4 @@
-"""Dynamic Mask Attention: a selection of keys by their gates, then attention over the lifespans that it gives them.
+"""Dynamic Mask Attention: select keys by their gates, then attend over the lifespans of the selection.
 
 "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124:
 
@@ -86,37 +86,37 @@ def dynamic_mask_attention(
     kernel_options: dict | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, DynamicMaskState]:
-    """Attention in which each query sees the `window_size` best-gated keys before it, and gates add to the logits.
+    """Attention in which each query sees the `window_size` best-gated keys at or before it; gates are added to the logits.
 
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
     key: [B, Hkv, K, D], value: [B, Hkv, K, Dv], of query's dtype; Hkv divides Hq (query head h reads head h // G).
     gate: [B, Hkv, K] or [B, 1, K], any float dtype.  float64 keeps gates that grow with position exact (see ValueGate);
-        others are ranked and added in float32.  -inf = never visible; NaN ranks highest and shows in the output.
-    window_size: w, or one per gate head.  With selection="threshold" it may be None.
-    selection: "causal": each query its own top-w, the paper's.  "global": one top-w shared by all queries, still seen
-        causally.  "threshold": all keys with gate > 0; with a window_size the running top-w among them.
+        others are ranked and added in float32.  -inf = never visible.  NaN ranks highest and makes the output NaN.
+    window_size: w, or one int per gate head.  With selection="threshold" it may be None.
+    selection: "causal": a top-w for each query, as in the paper.  "global": one top-w for all queries, still seen
+        causally.  "threshold": all keys with gate > 0, or with a window_size the running top-w among them.
     scale: default D ** -0.5.
     score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
         is added.  It is called with broadcastable index tensors, so it must be elementwise.
     sinks, recent, key_padding_mask, document_ids: as in `causal_top_w`.
-    state: the keys that an earlier call's tokens left; key, value, gate, key_padding_mask and document_ids are then those
-        of the new tokens alone, and the result is what one call over all tokens gives.  document_ids=None continues the
-        last document.  One token at a time costs O(w), if lowering, block_size and kernel_options are left alone.
-    return_state: return (output, the state after these tokens), to go on from.  Not with selection="global", whose choice
-        looks ahead, nor with window_size=None, which bounds nothing.
-    lowering: "flex", "gather", "dense", or None for that of `choose_lowering`.  All compute the same.
-    block_size: of the mask, one int or (rows, keys); None takes the lowering's own.  "gather" has query blocks only.
+    state: the DynamicMaskState of earlier tokens.  key, value, gate, key_padding_mask and document_ids then belong to the
+        new tokens alone, and the result equals that of one call over all tokens.  document_ids=None continues the last
+        document.  A call with one token costs O(w) if lowering, block_size and kernel_options are None.
+    return_state: return (output, state after these tokens).  Raises with selection="global", which chooses among later keys
+        too, and with window_size=None, which does not bound the state.
+    lowering: "flex", "gather", "dense", or None for that of `choose_lowering`.  All compute the same function.
+    block_size: of the mask, one int or (rows, keys); None = the lowering's default.  "gather" has query blocks only.
     kernel_options: FlexAttention's, for lowering="flex".
-    sink_logits: [Hq], any float dtype: learned sinks, as in GPT-OSS.  The softmax has one more term exp(sink_logits[h]), with
-        value 0, against scores that count gates relative to the best one the query sees.  -inf = none.  Not with recent
-        tokens, unless selection="causal"; not by "flex" on a CPU.
+    sink_logits: [Hq], any float dtype: learned sinks, as in GPT-OSS.  The softmax gets one more term exp(sink_logits[h]) with
+        value 0; the other scores add gates minus the best gate that the query sees.  -inf = no sink.  Raises with recent
+        tokens unless selection="causal", and with "flex" on a CPU.
 
     Returns [B, Hq, Q, Dv], in query's dtype, or (that, DynamicMaskState).  A query that sees no key gives 0, and gradient 0.
-    Differentiable in query, key, value, gate, sink_logits, and what score_mod captures.
+    Differentiable in query, key, value, gate, sink_logits, and tensors that score_mod captures.
     Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
-    Inside transformations of `torch.func` and forward-mode AD lowering=None is "gather", and "flex" is refused; of meta and
-    fake tensors every lowering gives the shapes and dtypes.  `torch.jit.trace` raises NotImplementedError.
-    Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; memory is given in docs/design.md.
+    Inside transformations of `torch.func` and forward-mode AD lowering=None is "gather", and "flex" raises.  For meta and
+    fake tensors every lowering returns the right shapes and dtypes.  `torch.jit.trace` raises NotImplementedError.
+    Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; docs/design.md lists the memory.
     """
     refuse_jit_trace()
     query, key, value = autocast(query, key, value)
@@ -169,7 +169,7 @@ def dynamic_mask_attention(
 def _state_before(
     state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Tensor, policy: Selection
 ) -> DynamicMaskState:
-    """The given state, once it is one that these arguments can go on from; an empty one where there is none."""
+    """The given state, checked against these arguments; an empty one for None."""
     policy.refuse_without_state()
     gate_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
     if state is not None:

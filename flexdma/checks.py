@@ -1,6 +1,6 @@
-"""Argument checks: every message names the argument, what was expected and what came.
+"""Argument checks.  Every message names the argument, what was expected and what came.
 
-Shapes, dtypes and devices only, so that nothing synchronises and everything traces.
+They read shapes, dtypes and devices, never values, so they do not synchronise and can be traced.
 """
 
 from collections.abc import Sequence
@@ -75,7 +75,7 @@ def _text(shape: Sequence[object]) -> str:
 
 
 def selected_keys(gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None) -> None:
-    """Check gates [B, Hkv, K] and what belongs to their keys."""
+    """Check gates [B, Hkv, K], padding mask [B, K] and document ids [B, K] against each other."""
     batch, _heads, length = tensor("gate", gate, ("B", "Hkv", "K")).shape
     floating("gate", gate)
     if key_padding_mask is not None:
@@ -94,7 +94,7 @@ def padding_mask(mask: Tensor, batch: int, length: int, like: Tensor) -> None:
 
 
 def windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -> list[int]:
-    """The window sizes as a list of 1 or `heads` ints, empty for None where no window is needed."""
+    """The window sizes as a list of 1 or `heads` ints.  Empty for None, which raises where a window is needed."""
     if window_size is None:
         if needed:
             raise TypeError("window_size: expected an int or one int per key/value head, got None")
@@ -156,7 +156,7 @@ def lifespans(lifespans: object, key: Tensor) -> None:
 
 
 def scores(scale: float | None, score_mod: object) -> None:
-    """Check how scores are made."""
+    """Check scale and score_mod."""
     if scale is not None and (isinstance(scale, bool) or not isinstance(scale, int | float)):
         raise TypeError(f"scale: expected a number, got {type(scale).__name__}")
     if score_mod is not None and not callable(score_mod):
@@ -164,13 +164,13 @@ def scores(scale: float | None, score_mod: object) -> None:
 
 
 def sink_logits(sink_logits: Tensor | None, query: Tensor) -> None:
-    """Check learned sinks, one per query head."""
+    """Check learned sinks [Hq]."""
     if sink_logits is not None:
         floating("sink_logits", tensor("sink_logits", sink_logits, (query.shape[1],), query))
 
 
 def sinks_without_recent(sink_logits: Tensor | None, selection: str, recent: int) -> None:
-    """Check that the best gate a query sees is the best so far, which learned sinks compete with."""
+    """Refuse learned sinks where the best visible gate may be a recent key's: it could leave before its document ends."""
     if sink_logits is not None and recent and selection != "causal":
         raise ValueError(
             f"recent: expected 0 with sink_logits and selection={selection!r}, as the best gate may be a recent one, "

@@ -5,8 +5,8 @@ Dynamic Mask Attention (arXiv 2508.02124, and Hugging Face's Doge):
     gate_j = exp(A * softplus(v_j Delta))     form="exp"
     gate_j =     A * softplus(v_j Delta)      form="linear"
 
-A value carries no position, so such a gate cannot prefer recent keys.  Any number per key may be a gate, and a term that
-depends on the query alone cancels in the softmax, hence at no cost
+A value carries no position, so such a gate cannot prefer recent keys.  A recency term can.  Terms that depend on the query
+alone cancel in the softmax, so these two need one number per key:
 
     gate_j + slope_h * j                      recency="slope": DMA with ALiBi (arXiv 2108.12409), slopes learned
     gate_j - sum_{t <= j} logsigmoid(f_t)     recency="forget": DMA with the Forgetting Transformer's gates (2503.02130)
@@ -24,22 +24,22 @@ from flexdma.mixed_precision import without_autocast
 
 FORMS = ("exp", "linear")
 RECENCIES = (None, "slope", "forget")
-# A forget gate starts at sigmoid(3) = 0.95: a memory of some twenty tokens, to be learned longer or shorter per head.
+# A forget gate starts at sigmoid(3) = 0.95, a memory of about twenty tokens; each head learns a longer or shorter one.
 FORGET_BIAS = 3.0
 
 
 class ValueGate(nn.Module):
-    """values [B, Hkv, K, Dv] -> gates [B, Hkv, K]: float32, or float64 with a recency (its gates grow with position).
+    """values [B, Hkv, K, Dv] -> gates [B, Hkv, K]: float32, or float64 with a recency, whose gates grow with position.
 
     num_kv_heads, head_dim: Hkv and the size of a value head.
     form: "exp" or "linear".  recency: None, "slope" or "forget".
-    bias: whether dt_proj has one.
+    bias: whether dt_proj has a bias.
     slopes: with recency="slope" the Hkv initial slopes, in logits per token; default ALiBi's 2 ** (-8 (h + 1) / Hkv).
 
-    Parameters as in Doge checkpoints: A [Hkv], starting at 0 (so DMA starts as a sliding window), and dt_proj, from all
+    Parameters as in Doge checkpoints: A [Hkv], initialised to 0 (so DMA starts as a sliding window), and dt_proj, from all
     Hkv * Dv values of a position to Hkv numbers; then `slope` [Hkv], or `forget_proj` like dt_proj.
-    The projections run in the dtype of A, autocast or not, and everything after them in float32.  In bfloat16 they round many
-    gates to the same number; keep the gate in float32 (`layer.gate.float()`) in a model of lower precision.
+    The projections run in the dtype of A, with or without autocast; later operations run in float32.  bfloat16 projections
+    round many gates to the same number, so keep the gate in float32 (`layer.gate.float()`) in a model of lower precision.
     """
 
     def __init__(
@@ -75,7 +75,8 @@ class ValueGate(nn.Module):
     def reset_parameters(self) -> None:
         """Initialise A and slope; the projections initialise themselves.
 
-        For a gate that was made on the meta device: after `to_empty`, call this on each module that has it, in any order.
+        For a gate made on the meta device: after `to_empty`, call it on each module that has a `reset_parameters`, in any
+        order.
         """
         nn.init.zeros_(self.A)
         if self.recency == "slope":
@@ -99,10 +100,10 @@ class ValueGate(nn.Module):
         """The gates of these values.
 
         key_padding_mask: [B, K] bool, True = real token.  A masked token adds no distance to a slope and nothing to the sum
-            of forget gates, as position_ids skip it; its own gate is that of a value of zeros.
-        first_position: how many real tokens came before the first value, one int or [B] int64 (recency="slope").
+            of forget gates, as position_ids skip it.  Its own gate is that of a value of zeros.
+        first_position: number of real tokens before the first value, one int or [B] int64 (recency="slope").
         forgotten: [B, Hkv] float64, the sum of -logsigmoid over all earlier positions (recency="forget").
-        return_forgotten: return (gates, `forgotten` for the values that follow these); with recency="forget" only.
+        return_forgotten: return (gates, `forgotten` for the values that follow); raises unless recency="forget".
         """
         if return_forgotten and self.recency != "forget":
             raise ValueError(f"return_forgotten: expected False unless recency='forget', got recency={self.recency!r}")
@@ -126,11 +127,11 @@ class ValueGate(nn.Module):
                 gate = gate.double() + total
         if not return_forgotten:
             return gate
-        # A copy: a view would keep all of `total`, and torch.compile would guard its strides.
+        # A copy: a view would keep all of `total` in memory, and torch.compile would guard its strides.
         return gate, total[..., -1].clone(memory_format=torch.contiguous_format)
 
     def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
-        """The values with zeros for masked tokens, so that whatever those hold reaches neither gates nor gradients."""
+        """The values with zeros for masked tokens, so that their contents reach neither gates nor gradients."""
         batch, _, keys, _ = checks.tensor("value", value, ("B", self.num_kv_heads, "K", self.head_dim)).shape
         if mask is None:
             return value
@@ -152,10 +153,11 @@ class ValueGate(nn.Module):
     def _project(self, projection: nn.Module, value: Tensor) -> Tensor:
         """[B, Hkv, K, Dv] -> [B, Hkv, K] float32, from all heads of a position.
 
-        Calls the module, never its weight: hooks, adapters, sharded, offloaded and quantised weights all act in the call.
+        Calls the module and never reads its weight, because hooks, adapters and sharded, offloaded or quantised weights act
+        in the call.
         """
         projected = projection(value.transpose(1, 2).flatten(2).to(self.A.dtype))
-        # Contiguous: on a view aten::softplus_backward has other strides than torch.compile expects (torch 2.13).
+        # Contiguous: for a view aten::softplus_backward returns other strides than torch.compile expects (torch 2.13).
         return projected.float().mT.contiguous()
 
 
@@ -168,7 +170,7 @@ class _ForgetProjection(nn.Linear):
 
 
 def _real_tokens_before(value: Tensor, mask: Tensor | None) -> Tensor:
-    """[1 or B, K] int64: how many real tokens come before each."""
+    """[1 or B, K] int64: the number of real tokens before each token."""
     if mask is None:
         return torch.arange(value.shape[2], device=value.device)[None]
     return mask.cumsum(-1) - mask.long()

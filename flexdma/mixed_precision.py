@@ -7,13 +7,13 @@ from torch import Tensor
 
 
 def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Query, key and value in autocast's dtype; as they are outside of autocast, or where one of them is float64.
+    """Query, key and value in autocast's dtype; unchanged outside of autocast, or where one of them is float64.
 
-    So a query that a rotary embedding or a norm left in float32 meets a value in bfloat16 without an error, and keys that
-    are kept for later calls have the dtype of attention.  Gates are not cast: they are ranked in float32 or float64.
+    A rotary embedding or a norm may return a float32 query beside a bfloat16 value; this casts both.  Keys that a state
+    keeps then have the dtype of attention.  Gates are not cast: they are ranked in float32 or float64.
     """
     if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
-        return tensors  # refused by name later
+        return tensors  # the argument checks refuse them by name
     kind = tensors[0].device.type
     if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
         return tensors
@@ -23,7 +23,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context without autocast; an empty one for devices that have none, such as meta."""
+    """A context that disables autocast; an empty one for devices without autocast, such as meta."""
     if not torch.amp.is_autocast_available(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)

@@ -20,13 +20,13 @@ class DynamicMaskAttention(nn.Module):
     """hidden states [B, N, hidden_size] -> [B, N, hidden_size].
 
     hidden_size, num_heads (Hq), num_kv_heads (Hkv, divides Hq), head_dim (D), window_size (w): the sizes.
-    form, recency, slopes: the gate's, see `ValueGate`.
-    selection, sinks, recent, lowering, block_size, kernel_options: the operator's, see `dynamic_mask_attention`.
+    form, recency, slopes: of the gate, see `ValueGate`.
+    selection, sinks, recent, lowering, block_size, kernel_options: of the operator, see `dynamic_mask_attention`.
     qk_norm: root-mean-square normalisation of each query and key head before the rotary embedding (arXiv 2010.04245).
-    bias: whether the projections have one.
+    bias: whether the projections q_proj, k_proj, v_proj and o_proj have a bias.
 
     There is no attention dropout.  Parameters: q_proj, k_proj, v_proj, o_proj, gate.A, gate.dt_proj, ..., and with qk_norm
-    q_norm and k_norm.  Raises ValueError where the heads do not divide or a size is below 1.
+    q_norm and k_norm.  Raises ValueError where num_kv_heads does not divide num_heads or a size is below 1.
     """
 
     def __init__(
@@ -111,12 +111,14 @@ class DynamicMaskAttention(nn.Module):
         state: DynamicMaskState | None = None,
         return_state: bool = False,
     ) -> Tensor | tuple[Tensor, DynamicMaskState]:
-        """Causal self-attention over the N tokens, and over those of `state`.
+        """Causal self-attention over the N tokens and the earlier ones of `state`.
 
         position_embeddings: cos and sin of the rotary embedding (arXiv 2104.09864), each [N, D] or [B, N, D], the halves
             repeated; None for no rotation.
         key_padding_mask, document_ids [B, N], score_mod: as in `dynamic_mask_attention`.
-        state, return_state: as there; `empty_state` makes the first.  With return_state the result is (that, state).
+        state, return_state: as in `dynamic_mask_attention`; `empty_state` makes the first state.
+
+        Returns [B, N, hidden_size], or (that, DynamicMaskState) with return_state.
         """
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
         before: dict[str, Any] = {}
@@ -148,10 +150,10 @@ class DynamicMaskAttention(nn.Module):
     ) -> DynamicMaskState:
         """The state of this layer before the first token.
 
-        dtype: of keys and values; default autocast's where it is on, else that of v_proj's parameters, or of `gate.A` where
-            v_proj has none in floating point (quantised weights).
-        device: default that of `gate.A`.  ValueError where that is meta, as offloaded weights are between calls; give "meta"
-            for a state without numbers.
+        dtype: of keys and values; default autocast's where it is enabled, else that of v_proj's parameters, or of `gate.A`
+            where v_proj has none in floating point (quantised weights).
+        device: default that of `gate.A`.  Raises ValueError where that is meta, as offloaded weights are between calls; pass
+            "meta" for a state without numbers.
         """
         if device is None and self.gate.A.is_meta:
             raise ValueError(
@@ -159,7 +161,7 @@ class DynamicMaskAttention(nn.Module):
             )
         device = torch.device(self.gate.A.device if device is None else device)
         if dtype is None:
-            # Not always that of the gate, which may be float32 in a layer of lower precision.
+            # Not the gate's dtype, which may be float32 in a layer of lower precision.
             dtypes = (p.dtype for p in self.v_proj.parameters() if p.is_floating_point())
             dtype = autocast(torch.empty(0, dtype=next(dtypes, self.gate.A.dtype), device=device))[0].dtype
         self.policy.refuse_without_state()
@@ -175,7 +177,7 @@ class DynamicMaskAttention(nn.Module):
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Query [B, Hq, N, D], key and value [B, Hkv, N, D], normalised and rotated, as the operator takes them."""
+        """Query [B, Hq, N, D], key and value [B, Hkv, N, D] for the operator; query and key normalised and rotated."""
         checks.tensor("hidden_states", hidden_states, ("B", "N", self.hidden_size))
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, (self.num_heads, self.head_dim)))
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)))
@@ -192,6 +194,6 @@ class DynamicMaskAttention(nn.Module):
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [..., D] in the layout of Llama and Doge: the two halves of D are the coordinates."""
+    """Rotary embedding of [..., D] in the layout of Llama and Doge, which rotates number n with number n + D / 2."""
     first, second = heads.chunk(2, -1)
     return heads * cos + torch.cat([-second, first], -1) * sin

@@ -1,8 +1,8 @@
-"""Operators that Inductor calls instead of looking into.
+"""Operators that Inductor calls instead of tracing.
 
-Two reasons, both of torch's and none of ours.  Inductor's C++ FlexAttention accepts a captured tensor only when it is a
-buffer, not an expression (NoValidChoicesError otherwise), and Triton's wants a fixed layout; and on a CPU the integer
-work of selection and packing runs as fast in ATen as compiled, so that tracing it would only cost compile time.
+Two reasons.  Inductor's C++ FlexAttention accepts a captured tensor only as a buffer, not as an expression
+(NoValidChoicesError otherwise), and the Triton one needs a fixed layout.  And on a CPU the integer work of selection and
+packing runs as fast in ATen as compiled, so tracing it would only cost compile time.
 """
 
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ Tensors = TypeVar("Tensors", bound=Callable[..., list[Tensor]])
 
 @torch.library.custom_op("flexdma::realize", mutates_args=())
 def realize(tensor: Tensor) -> Tensor:
-    """The same values as a contiguous buffer of their own, which every FlexAttention lowering can capture."""
+    """A contiguous copy, which every FlexAttention lowering can capture."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
@@ -35,8 +35,8 @@ def _realize_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Ten
 def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
     """Decorator: on a CPU the function is one opaque operator `flexdma::name`; on other devices it is traced and fused.
 
-    The first argument is a tensor and decides.  `shapes` takes the same arguments and returns empty outputs.  Outputs
-    are made contiguous and carry no gradient.  All tensors, in and out, are [B, ...] of the same B.
+    The device of the first argument, a tensor, decides.  `shapes` takes the same arguments and returns empty outputs.
+    Outputs are made contiguous and have no gradient.  All tensors, in and out, are [B, ...] of the same B.
     """
 
     def decorate(function: Tensors) -> Tensors:
@@ -50,7 +50,7 @@ def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
         operator.register_vmap(partial(_joined_batches, operator))
 
         def dispatch(first: Tensor, *rest: Any) -> list[Tensor]:
-            # torch.func.vmap takes an operator as a whole, but not all of the in-place operations inside it.
+            # torch.func.vmap has a rule for the whole operator, but not for all in-place operations inside it.
             opaque = first.device.type == "cpu" or is_transformed()
             return operator(first, *rest) if opaque else function(first, *rest)
 
@@ -61,7 +61,7 @@ def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
 
 
 def _joined_batches(operator: Callable, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[list, list]:
-    """The rule of `torch.func.vmap`: its dimension of size n and the batch are one batch, [n B, ...]."""
+    """The rule of `torch.func.vmap`: it joins the mapped dimension of size n and the batch, [n B, ...]."""
 
     def joined(argument: Any, dim: int | None) -> Any:
         if not isinstance(argument, Tensor):

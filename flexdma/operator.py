@@ -1,4 +1,4 @@
-"""Attention over lifespans: the waist between why a key lives and how its attention is computed."""
+"""Attention over lifespans: the one operator between the policies that make lifespans and the lowerings that use them."""
 
 import torch
 from torch import Tensor
@@ -32,18 +32,17 @@ def lifespan_attention(
 
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
     key: [B, Hkv, K, D], value: [B, Hkv, K, Dv], of query's dtype; Hkv divides Hq (query head h reads head h // G).
-    lifespans: birth and death [B, Hkv, K] or [B, 1, K], int32 or int64, any numbers: a birth may come before or after the
-        key's own position (0 or less: from the beginning), a death after the last position means to the end, and
-        death <= birth never.
-    bias: [B, Hkv, K] or [B, 1, K], any float dtype, added to the logits of a key; float64 exact for numbers that grow with
-        position.  None: nothing.
+    lifespans: birth and death [B, Hkv, K] or [B, 1, K], int32 or int64, any numbers.  A birth may come before or after the
+        key's own position; birth <= 0 = from the first query on, death >= K = to the end, death <= birth = never visible.
+    bias: [B, Hkv, K] or [B, 1, K], any float dtype, added to the logits of a key.  float64 keeps numbers that grow with
+        position exact.  None = no bias.
     scale, score_mod: as in `dynamic_mask_attention`; positions are those of query and key.
     capacity: upper bound on the keys that one query sees.  None counts them, which reads the device; inside torch.compile,
-        torch.func and fake tensors nothing can be read, and it is K.
+        torch.func and with fake tensors nothing can be read, and None means K.
     lowering, block_size, kernel_options: as in `dynamic_mask_attention`.
-    in_order: True promises that each key that is ever visible is born at its own position.  None looks, which reads the
-        device; where nothing can be read it assumes not, and gather computes twice the rows.
-        A capacity or a promise that does not hold raises on a CPU outside of torch.compile; elsewhere results are wrong.
+    in_order: True = the caller guarantees that each key that is ever visible is born at its own position.  None checks it,
+        which reads the device; where nothing can be read, None means False, and gather computes twice the rows.
+        A wrong capacity or in_order raises on a CPU outside of torch.compile.  Elsewhere the results are wrong.
 
         birth = [0 1 2 2], death = [4 2 4 4]        query 0: 0
                                                     query 1: 0 1
@@ -51,9 +50,9 @@ def lifespan_attention(
                                                     query 3: 0   2 3
 
     Returns [B, Hq, Q, Dv], in query's dtype.  A query that sees no key gives 0, and gradient 0.
-    Differentiable in query, key, value, bias, and what score_mod captures.
+    Differentiable in query, key, value, bias, and tensors that score_mod captures.
     Raises ValueError or TypeError naming the argument.  O(K log K + Q capacity) time.
-    Intervals per key are the masks of FlashMask (arXiv 2410.01359).
+    One interval per key is the mask format of FlashMask (arXiv 2410.01359).
     """
     refuse_jit_trace()
     query, key, value = autocast(query, key, value)
@@ -71,25 +70,28 @@ def lifespan_attention(
     if can_read(query):
         on_cpu = query.device.type == "cpu"
         if capacity is None or on_cpu:
-            capacity = _counted(capacity, lifespans, query.shape[2])
+            capacity = _checked_capacity(capacity, lifespans, query.shape[2])
         if in_order is None or (in_order and on_cpu):
-            in_order = _looked_at(in_order, lifespans)
+            in_order = _checked_order(in_order, lifespans)
     return attend(
         query, key, value, bias, lifespans, in_order=in_order, ranked=False, capacity=capacity, scale=scale,
         score_mod=score_mod, lowering=lowering, block_size=block_size, kernel_options=kernel_options, sink_logits=None,
     )  # fmt: skip
 
 
-def _counted(capacity: int | None, lifespans: Lifespans, queries: int) -> int:
-    """The given bound where it holds; for None one from counting, rounded up, as flex is compiled for each capacity."""
+def _checked_capacity(capacity: int | None, lifespans: Lifespans, queries: int) -> int:
+    """The given bound, or ValueError where it does not hold; for None the count, rounded up to a power of two.
+
+    flex compiles once per capacity, so rounding saves compilations.
+    """
     most = most_visible(lifespans, queries)
     if capacity is not None and most > capacity:
         raise ValueError(f"capacity: expected at least {most}, the most keys that one query sees, got {capacity}")
     return power_of_two_from(most) if capacity is None else capacity
 
 
-def _looked_at(in_order: bool | None, lifespans: Lifespans) -> bool:
-    """Whether births are positions.  ValueError where that was promised and is not so."""
+def _checked_order(in_order: bool | None, lifespans: Lifespans) -> bool:
+    """Whether births are positions.  Raises ValueError where in_order is True and they are not."""
     found = births_are_positions(lifespans)
     if in_order and not found:
         raise ValueError("in_order: expected None or False, as some births are not their keys' positions, got True")

@@ -1,6 +1,6 @@
-"""The specification: Dynamic Mask Attention written as its definition, O(Q K) memory, no cleverness.
+"""The specification: Dynamic Mask Attention (arXiv 2508.02124) as its definition, in O(Q K) memory.
 
-arXiv 2508.02124.  Every lowering is tested against this, in float64.
+The tests compare every lowering with it, in float64.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,10 @@ def dense_visibility(
     gate: Tensor, *, window_size: int | Sequence[int] | None, selection: str = "causal", sinks: int = 0, recent: int = 0,
     key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """[B, H, K, K] bool: query i (second to last) sees key j.  Arguments as in `flexdma.dynamic_mask_attention`."""
+    """[B, H, K, K] bool: whether query i (second to last dimension) sees key j.
+
+    Arguments as in `flexdma.dynamic_mask_attention`.
+    """
     checks.selected_keys(gate, key_padding_mask, document_ids)
     windows = checks.windows(window_size, gate.shape[1], needed=selection != "threshold")
     checks.positive_int("sinks", sinks, 0)
@@ -34,7 +37,7 @@ def dense_visibility(
     allowed = (j <= i) & together & real[..., None, :]
     eligible = real & ~(gate <= 0) if selection == "threshold" else real
 
-    # better[k, j]: key k outranks key j.  NaN is the largest of all numbers; of equal gates the newer wins.
+    # better[k, j]: key k outranks key j.  NaN is the largest of all numbers; of equal gates the newer ranks higher.
     a, b = gate[..., :, None], gate[..., None, :]
     equal = (a == b) | (a.isnan() & b.isnan())
     better = (a > b) | (a.isnan() & ~b.isnan()) | (equal & (i > j))
@@ -52,7 +55,7 @@ def dense_dynamic_mask_attention(
     selection: str = "causal", scale: float | None = None, score_mod: ScoreMod | None = None, sinks: int = 0, recent: int = 0,
     key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`flexdma.dynamic_mask_attention`, as a formula.  Same arguments, shapes and result; any floating dtype."""
+    """`flexdma.dynamic_mask_attention` by its formula.  Same arguments, shapes and result; any floating dtype."""
     checks.attention_arguments(query, key, value)
     checks.bias("gate", gate, key)
     checks.one_of("selection", selection, checks.SELECTIONS)
@@ -67,7 +70,7 @@ def dense_lifespan_attention(
     query: Tensor, key: Tensor, value: Tensor, lifespans: tuple[Tensor, Tensor], *, bias: Tensor | None = None,
     scale: float | None = None, score_mod: ScoreMod | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`flexdma.lifespan_attention`, as a formula: key j is visible to query i where birth_j <= i < death_j."""
+    """`flexdma.lifespan_attention` by its formula: key j is visible to query i where birth_j <= i < death_j."""
     checks.attention_arguments(query, key, value)
     checks.lifespans(lifespans, key)
     if bias is not None:
@@ -82,10 +85,13 @@ def _dense_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None,
     score_mod: ScoreMod | None, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """visible: [B, H, K, K] bool, query i (second to last) sees key j.  bias: [B, H, K]."""
+    """Attention under a dense mask.
+
+    visible: [B, H, K, K] bool, whether query i (second to last dimension) sees key j.  bias: [B, H, K].
+    """
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
-    # NaN and infinity in a key that no query sees would reach the output, multiplied by a weight of 0.
+    # 0 * NaN is NaN: a NaN or infinity in a key that no query sees would reach the output through a weight of 0.
     unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
     key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
     bias = torch.zeros(batch, 1, keys, dtype=query.dtype, device=query.device) if bias is None else bias
@@ -111,7 +117,7 @@ def _dense_attention(
 
 
 def _best_gate(gate: Tensor, visible: Tensor) -> Tensor:
-    """[B, H, Q, 1]: the largest finite gate that each query sees, of equal ones the newer; 0 for none."""
+    """[B, H, Q, 1]: the largest finite gate that each query sees, of equal ones the newer; 0 if it sees none."""
     seen = torch.where(visible & gate.isfinite(), gate, -torch.inf)
     best = seen.detach().amax(-1, keepdim=True)
     newest = torch.where(seen == best, torch.arange(seen.shape[-1], device=seen.device), -1).argmax(-1, keepdim=True)

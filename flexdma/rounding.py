@@ -1,6 +1,6 @@
-"""Quotients rounded up, of ints >= 0 or symbolic ones.
+"""Rounding up, for ints >= 0 and symbolic ints.
 
-Not -(-n // d): Inductor finds no bounds for it where n is a symbolic size, and fails (torch 2.13).
+None of them uses -(-n // d): Inductor finds no bounds for it where n is a symbolic size, and fails (torch 2.13).
 """
 
 

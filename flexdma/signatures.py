@@ -1,8 +1,8 @@
 """Types of arguments: the two callables that FlexAttention takes, and the operator's options.
 
 Index arguments are tensors: 0-d where FlexAttention maps them, broadcastable where the gather and dense lowerings call the
-same function on whole tiles.  Index captured tensors in one step (`t[b, h, i, j]`): chained indexing corrupts memory in
-compiled kernels.
+same function on whole tiles.  Index captured tensors in one step (`t[b, h, i, j]`), because chained indexing corrupts memory
+in compiled kernels.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class AttentionOptions(TypedDict, total=False):
-    """What `dynamic_mask_attention` takes by keyword besides window_size, state and return_state."""
+    """The keywords of `dynamic_mask_attention` besides window_size, state and return_state."""
 
     selection: str
     scale: float | None

@@ -1,6 +1,6 @@
-"""Named stages of a call, for whoever measures where its time goes.
+"""Named stages of a call, for measuring where its time goes.
 
-The functions that do the work of a stage carry its name.  Unobserved, and inside compiled code, that costs nothing.
+`staged` names the function that does the work of a stage.  Without an observer, and in compiled code, it costs nothing.
 """
 
 import functools
@@ -16,7 +16,7 @@ _observer: Observer | None = None
 
 
 def staged(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Arguments, Result]]:
-    """Decorator: calls of the function are the stage `name`."""
+    """Decorator: each call of the function is a stage called `name`."""
 
     def decorate(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
         @functools.wraps(function)
@@ -33,7 +33,7 @@ def staged(name: str) -> Callable[[Callable[Arguments, Result]], Callable[Argume
 
 @contextmanager
 def observed(observer: Observer) -> Iterator[None]:
-    """While active, each stage of an eager call runs inside `observer(name)`, as does each stage inside it.
+    """While active, each stage of an eager call runs inside `observer(name)`, nested stages too.
 
         with observed(torch.profiler.record_function):
             dynamic_mask_attention(query, key, value, gate, window_size=512)

@@ -1,6 +1,6 @@
-"""What surrounds a call: a transformation of torch.func, forward-mode AD, or a tracer.
+"""Detection of what surrounds a call: a transformation of torch.func, forward-mode AD, or a tracer.
 
-Kernels without derivatives, and Python that reads numbers out of tensors, serve only calls outside of all of these.
+Kernels without derivatives, and Python that reads values of tensors, work only outside of all of these.
 """
 
 import torch
@@ -11,25 +11,25 @@ from torch.autograd import forward_ad
 
 
 def needs_gradient(*tensors: Tensor | None) -> bool:
-    """Whether a backward of what is computed from these tensors may be asked for."""
+    """Whether results computed from these tensors may need a backward."""
     return torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in tensors)
 
 
 def is_transformed() -> bool:
     """Whether the call is inside vmap, grad, jvp, ... of `torch.func`, or inside `forward_ad.dual_level`.
 
-    Asked of the call, not of its tensors: what a score_mod captures may be transformed, too.
+    It looks at the call, not at its tensors, because a score_mod may capture transformed tensors.
     """
     return forward_ad._current_level >= 0 or _is_inside_functorch()
 
 
-@torch.compiler.assume_constant_result  # while tracing; torch.compile guards on it
+@torch.compiler.assume_constant_result  # constant while tracing; torch.compile guards on it
 def _is_inside_functorch() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None
 
 
 def is_recorded(tensor: Tensor) -> bool:
-    """Whether an eager call records operations, for make_fx, or computes shapes alone, of meta or fake tensors."""
+    """Whether an eager call records operations (make_fx) or computes only shapes (meta or fake tensors)."""
     if torch.compiler.is_compiling():
         return False
     return (
@@ -38,12 +38,12 @@ def is_recorded(tensor: Tensor) -> bool:
 
 
 def can_read(tensor: Tensor) -> bool:
-    """Whether Python may read numbers out of this call's tensors: an eager call on tensors that hold some."""
+    """Whether Python may read values of this call's tensors: the call is eager and its tensors hold values."""
     return not (torch.compiler.is_compiling() or is_transformed() or is_recorded(tensor))
 
 
 def refuse_jit_trace() -> None:
-    """Raise inside `torch.jit.trace`, which would keep the selection of its example input."""
+    """Raise inside `torch.jit.trace`, which would record the selection of its example input as constants."""
     if torch.jit.is_tracing():
         raise NotImplementedError(
             "torch.jit.trace: expected torch.export.export or torch.compile; it would record the keys selected for the "

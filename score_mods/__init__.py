@@ -1,6 +1,6 @@
 """score_mod recipes for plain FlexAttention and for `dynamic_mask_attention(score_mod=...)`.
 
-Each returns a score_mod; compose them by calling one on the other's result.
+Each recipe returns a score_mod.  To compose two, call one on the result of the other.
 """
 
 from flexdma.score_mods.alibi import alibi_score_mod

@@ -1,4 +1,4 @@
-"""Attention with linear biases: a penalty proportional to the distance.
+"""Attention with linear biases: a penalty proportional to the distance between query and key.
 
 Press, Smith and Lewis, "Train Short, Test Long", arXiv 2108.12409.
 """
@@ -10,9 +10,9 @@ from flexdma.signatures import ScoreMod
 
 
 def alibi_score_mod(slopes: Tensor) -> ScoreMod:
-    """Score + slope[h] * (kv_idx - q_idx); the distance is an integer, so it is exact at every position.
+    """Score + slopes[h] * (kv_idx - q_idx).  The distance is an integer, so it is exact at every position.
 
-    slopes: [Hq], float, one per query head; the paper takes 2 ** (-8 (h + 1) / Hq).
+    slopes: [Hq], float, one per query head; the paper uses 2 ** (-8 (h + 1) / Hq).
     """
     checks.tensor("slopes", slopes, ("Hq",))
     checks.floating("slopes", slopes)

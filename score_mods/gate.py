@@ -1,7 +1,7 @@
-"""The gate as a score_mod: each key's gate is added to its attention logit.
+"""The gate as a score_mod: it adds each key's gate to its attention logit.
 
-Dynamic Mask Attention, arXiv 2508.02124: the number that selects keys also enters the softmax, so that the selection is
-trained by ordinary back-propagation.
+Dynamic Mask Attention, arXiv 2508.02124: gates both select keys and enter the softmax, so ordinary back-propagation trains
+the selection.
 """
 
 from torch import Tensor
@@ -14,11 +14,11 @@ def gate_score_mod(gate: Tensor, *, num_query_heads: int) -> ScoreMod:
     """Score + gate[key].
 
     gate: [B, H, K], any float dtype; on CUDA it may require gradients.
-    num_query_heads: Hq; query head h reads gate head h // (Hq / H).  FlexAttention passes a score_mod no number of heads:
-        with a default of H, a kernel for grouped heads would read beyond the gate.
+    num_query_heads: Hq; query head h reads gate head h // (Hq / H).  It has no default, because FlexAttention does not pass
+        the number of heads to a score_mod, and a kernel with a wrong number reads beyond the gate.
 
-    The sum rounds at the size of the gate, as any sum does; for gates that grow with position use
-    `flexdma.dynamic_mask_attention`, which adds differences.  Raises ValueError where the heads do not divide.
+    The sum rounds at the size of the gate.  For gates that grow with position use `flexdma.dynamic_mask_attention`, which
+    adds differences of gates.  Raises ValueError where H does not divide num_query_heads.
     """
     checks.tensor("gate", gate, ("B", "H", "K"))
     checks.floating("gate", gate)

@@ -1,4 +1,4 @@
-"""Soft capping: logits are squeezed into (-cap, cap).
+"""Soft capping: logits are mapped into (-cap, cap).
 
 Gemma 2, arXiv 2408.00118, section 2; Bello et al., arXiv 1611.09940.
 """
@@ -12,7 +12,7 @@ from flexdma.signatures import ScoreMod
 def softcap_score_mod(cap: float) -> ScoreMod:
     """Cap * tanh(score / cap).
 
-    A Python number becomes a constant of the kernel: another cap is another compilation.  Raises ValueError unless cap > 0.
+    A Python number becomes a constant of the kernel, so another cap compiles again.  Raises ValueError unless cap > 0.
     """
     if not cap > 0:
         raise ValueError(f"cap: expected a number above 0, got {cap}")
