@@ -2,10 +2,11 @@
 
 interval.py             Lifespans
 ranking.py              the rule by which gates compete
-selection.py            Selection: a policy and its sizes, as one value
+selection.py            Selection: a policy and its sizes as one value
 policies.py             causal_top_w, global_top_w, above_threshold, sliding_window
+visible.py              how many keys a query sees, and the best of them
 order_statistics.py     the k-th smallest of any interval, for every element at once
-prefix_statistics.py    the same for prefixes of a permutation, as a CPU likes it
+prefix_statistics.py    the same for prefixes of a permutation, in operations that are fast on a CPU
 """
 
 from flexdma.lifespans.interval import Lifespans

@@ -1,7 +1,7 @@
-"""Order statistics on prefixes: the k-th smallest of values[left:right], for every element at once.
+"""Order statistics of intervals: the k-th smallest of values[left:right], for every element at once.
 
-A wavelet matrix (Claude, Navarro and Ordóñez, "The wavelet matrix", 2015) answered level by level while it is built, so
-that nothing is stored.  O(N log N) time, O(N) memory, no loop over positions, no host synchronisation.
+A wavelet matrix (Claude, Navarro and Ordóñez, "The wavelet matrix", 2015), queried level by level while it is built, so
+only one level is in memory.  O(N log N) time, O(N) memory, no loop over positions, no host synchronisation.
 """
 
 import torch
@@ -18,7 +18,7 @@ def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tens
 
     values: [..., N] int32, each row a permutation of 0 .. N-1.
     left, right, k: [..., N] int64, 0 <= left <= right <= N.
-    Returns [..., N] int64; meaningless where k[n] >= right[n] - left[n], never out of the range of int64.
+    Returns [..., N] int64; an arbitrary number where k[n] >= right[n] - left[n].
 
         values = [2 0 3 1], left = 0, right = 4, k = 2      the third smallest of all four: 2
     """
@@ -32,7 +32,7 @@ def kth_smallest_by_bit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) 
     positions = torch.arange(length, device=values.device)
     result = torch.zeros_like(k)
     bit = 1
-    # Written as a comparison, not as bit_length(): a symbolic length is then guarded per power of two, not per length.
+    # A comparison, not bit_length(): a symbolic length is then guarded per power of two, not per length.
     while bit < length:
         bit *= 2
     while bit > 1:
@@ -64,12 +64,12 @@ def kth_smallest_by_digit(values: Tensor, left: Tensor, right: Tensor, k: Tensor
     while shift > 0:
         shift -= 2
         digit = (values.long() >> shift) & (DIGITS - 1)
-        # Field d counts the digits up to d; all are up to the last.
+        # Field d counts the elements whose digit is at most d.  The last digit needs no field: it counts all elements.
         steps = torch.where(digit == DIGITS - 1, 0, ones << (digit * FIELD)) & (2**63 - 1)
         counters = pad(steps.cumsum(-1), (1, 0))  # [..., N + 1]
         before, total = counters[..., :-1], counters[..., -1:]
         at_left, at_right = counters.gather(-1, left), counters.gather(-1, right)
-        inside = at_right - at_left  # field by field: none borrows
+        inside = at_right - at_left  # no field borrows: counters never decrease
         chosen = torch.zeros_like(k)
         for d in range(DIGITS - 1):
             chosen = chosen + (k >= _field(inside, d)).long()
@@ -87,21 +87,22 @@ def _field(counters: Tensor, digit: Tensor | int) -> Tensor:
 
 
 def _up_to(counters: Tensor, digit: Tensor, index: Tensor) -> Tensor:
-    """How many of the first `index` elements have at most this digit."""
+    """How many of the first `index` elements have a digit of at most `digit`."""
     return torch.where(digit == DIGITS - 1, index, _field(counters, digit.clamp(max=DIGITS - 2)))
 
 
 def _below(counters: Tensor, digit: Tensor) -> Tensor:
+    """How many of the counted elements have a digit below `digit`."""
     return torch.where(digit == 0, 0, _field(counters, (digit - 1).clamp(min=0)))
 
 
 def scattered(values: Tensor, place: Tensor) -> Tensor:
     """[..., N] int32 -> the same with values[..., n] at place[..., n]; `place` is a permutation of each row."""
-    # int32: Inductor writes no int64 scatter of its own, and would call ATen's.
+    # int32: Inductor generates no int64 scatter, and would call ATen's.
     if values.device.type == "cpu":
-        # In place, as it runs inside opaque operators, whose temporaries no autograd and no checkpoint policy sees.
+        # In place is safe: this runs inside opaque operators, whose temporaries autograd and checkpoint policies do not see.
         return torch.empty_like(values).scatter_(-1, place, values)
-    # Inductor fills what it scatters into, at a launch of its own; index_put into an empty tensor it leaves alone.
+    # For scatter Inductor first fills the output, in a launch of its own; for index_put into an empty tensor it does not.
     length = values.shape[-1]
     row = torch.arange(values.numel() // length, device=values.device).view(*values.shape[:-1], 1)
     empty = torch.empty(values.numel(), dtype=values.dtype, device=values.device)

@@ -21,7 +21,7 @@ def causal_top_w(
     """Each query keeps the `window_size` best-gated keys at or before it; of equal gates the newer one.
 
     gate: [B, H, K], any float dtype; float64 is ranked in float64, the others in float32.  -inf = never visible (not
-        even as sink or recent), NaN ranks highest.
+        even as sink or recent).  NaN ranks highest.
     window_size: one int, or H ints (one per head).
     sinks: the first n keys of each document with a gate above -inf stay visible to its end, besides the top-w.
     recent: the last n keys, the query's own included, are always visible, besides the top-w.
@@ -49,11 +49,11 @@ def global_top_w(
     key_padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Lifespans:
-    """All queries share the `window_size` best-gated keys of the whole (document), still seen causally.
+    """All queries share the `window_size` best-gated keys of their document, still seen causally.
 
-    Arguments as in `causal_top_w`.  Later keys decide too, so this is not a language model's mask.
+    Arguments as in `causal_top_w`.  The choice depends on later keys too, so this mask is not for language models.
 
-        gate = [3, 1, 2, 5], window_size = 2        birth = [0 1 2 3], death = [4 1 2 4]: keys 0 and 3, for all
+        gate = [3, 1, 2, 5], window_size = 2        birth = [0 1 2 3], death = [4 1 2 4]: keys 0 and 3, for all queries
     """
     return _selection("global", gate, window_size, sinks, recent).lifespans(
         gate, key_padding_mask=key_padding_mask, document_ids=document_ids
@@ -70,9 +70,10 @@ def above_threshold(
     key_padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Lifespans:
-    """A key is visible to all later queries if its gate is above `threshold` (NaN counts as above).
+    """A key is visible to all queries from its own position on if its gate is above `threshold` (NaN counts as above).
 
-    With `window_size` the running top-w among the keys above the threshold.  Other arguments as in `causal_top_w`.
+    With `window_size` each query keeps the running top-w among the keys above the threshold.  Other arguments as in
+    `causal_top_w`.
     """
     return _selection("threshold", gate, window_size, sinks, recent, threshold).lifespans(
         gate, key_padding_mask=key_padding_mask, document_ids=document_ids
@@ -88,9 +89,9 @@ def sliding_window(
     key_padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
 ) -> Lifespans:
-    """The last `window_size` keys whatever their gate (a padded key or a gate of -inf is still never visible).
+    """Each query keeps the last `window_size` keys, whatever their gates.  Padded keys and gates of -inf stay invisible.
 
-    Arguments as in `causal_top_w`; `window_size` counts positions, as sliding-window attention does.
+    Arguments as in `causal_top_w`.  `window_size` counts positions, as in sliding-window attention.
     """
     return _selection("sliding", gate, window_size, sinks, recent).lifespans(
         gate, key_padding_mask=key_padding_mask, document_ids=document_ids

@@ -1,9 +1,9 @@
-"""The k-th smallest of a prefix of a permutation, for every element at once, as a CPU likes it.
+"""The k-th smallest of a prefix of a permutation, for every element at once, in operations that are fast on a CPU.
 
-A wavelet tree (Grossi, Gupta and Vitter, 2003) answered level by level while it is built.  The values being a permutation,
-the node of values n 2^s .. (n + 1) 2^s - 1 stands at exactly these places, and every node before it has as many ones as
-zeros in its next bit: so one gather a level finds the count that `order_statistics.kth_smallest` needs two for, and choosing
-between two branches is integer arithmetic in place, which PyTorch vectorises (it does not vectorise `where`).
+A wavelet tree (Grossi, Gupta and Vitter, 2003), queried level by level while it is built.  The values are a permutation, so
+the node of values n 2^s .. (n + 1) 2^s - 1 occupies exactly these places, and every node before it has as many ones as
+zeros in its next bit.  One gather per level then finds the count for which `order_statistics.kth_smallest` needs two.
+Integer arithmetic in place chooses between the branches, because PyTorch vectorises it and does not vectorise `where`.
 ceil(log2 N) levels of one cumulative sum, one gather and one scatter.  O(N log N) time, O(N) memory.
 """
 
@@ -16,7 +16,7 @@ def kth_smallest_of_prefix(values: Tensor, right: Tensor, k: Tensor) -> Tensor:
 
     values: [..., N] integers, each row a permutation of 0 .. N-1.
     right, k: [..., N] integers, 0 <= right <= N, 0 <= k < 2^31 - 1.
-    Returns [..., N] int32; meaningless where k[n] >= right[n].
+    Returns [..., N] int32; an arbitrary number where k[n] >= right[n].
 
         values = [2 0 3 1], right = 3, k = 1      the second smallest of 2 0 3: 2
     """
@@ -24,12 +24,12 @@ def kth_smallest_of_prefix(values: Tensor, right: Tensor, k: Tensor) -> Tensor:
     places = torch.arange(length, dtype=torch.int32)
     values, inside = values.to(torch.int32), right.to(torch.int32)
     kth = k.to(torch.int32) + 1  # counted from 1: reached <=> kth <= count
-    node = torch.zeros_like(values)  # first value, and first place, of the node that holds the answer
+    node = torch.zeros_like(values)  # first value, and also first place, of the node that contains the result
     ones_before = values.new_zeros(*values.shape[:-1], length + 1)
     for shift in reversed(range((length - 1).bit_length())):
         bits = (values >> shift).bitwise_and_(1)
         torch.cumsum(bits, -1, dtype=torch.int32, out=ones_before[..., 1:])
-        # Of the first `inside` places of the node; a question without an answer may lead beyond the end.
+        # Ones among the first `inside` places of the node.  Clamped: where k >= right the place may lie beyond the end.
         ones = ones_before.gather(-1, (node + inside).clamp_(max=length).long()).sub_(node >> 1)
         zeros = inside - ones
         goes_right = (zeros - kth) >> 31  # all bits set where kth > zeros, else none
@@ -39,7 +39,7 @@ def kth_smallest_of_prefix(values: Tensor, right: Tensor, k: Tensor) -> Tensor:
         if shift:
             # A stable partition of every node: zeros to  place - (before - half),  ones to  half + 2^shift + before.
             before = ones_before[..., :-1]
-            half = (places >> (shift + 1)) << shift  # half the node's first place: the ones in all nodes before it
+            half = (places >> (shift + 1)) << shift  # half the node's first place = the ones in all nodes before it
             place = torch.sub(before, places - (1 << shift)).add_(before).mul_(bits).sub_(before).add_(places + half)
             values = torch.empty_like(values).scatter_(-1, place.long(), values)
     return node

@@ -1,6 +1,6 @@
-"""The rule by which gates compete: the larger gate is first in rank, of equal gates the newer key; NaN is above infinity.
+"""The ranking of keys: by gate, larger first; of equal gates the newer key first; NaN above infinity.
 
-As a sort (`by_rank`, `death_by_rank`), as a comparison of two keys (`outranks`), and as the last of a few (`last_in_rank`).
+`by_rank` and `death_by_rank` sort, `outranks` compares two keys, `last_in_rank` finds the last of a few.
 """
 
 import torch
@@ -10,7 +10,7 @@ from flexdma.lifespans.order_statistics import kth_smallest, scattered
 from flexdma.lifespans.prefix_statistics import kth_smallest_of_prefix
 from flexdma.stages import staged
 
-# Above every position.
+# A position above every real one.
 NEVER = 2**62
 
 
@@ -20,11 +20,12 @@ def by_rank(gate: Tensor, document_start: Tensor | None = None) -> Tensor:
 
     gate: [B, H, K], keys in order of position.
     """
-    # Stable and on the reversed row, so that ties go to the newer; torch.sort puts NaN first when descending.
+    # A stable sort of the reversed row, so that of equal gates the newer key comes first.  Descending, torch.sort puts NaN
+    # first.
     ranked = gate.shape[-1] - 1 - gate.flip(-1).sort(dim=-1, descending=True, stable=True).indices
     if document_start is None:
         return ranked
-    # Documents are runs, so ordering by where they start gives each of them one interval of ranks.
+    # Documents are runs, so sorting by their starts gives each document one interval of ranks.
     document = document_start.expand_as(ranked).gather(-1, ranked)
     return ranked.gather(-1, document.sort(dim=-1, stable=True).indices)
 
@@ -33,7 +34,7 @@ def death_by_rank(ranked: Tensor, start: Tensor, end: Tensor, windows: Tensor, *
     """death_j = max(j, the w-th smallest position among the keys of j's document that outrank j); its end if fewer do.
 
     ranked: `by_rank` [B, H, K].  start, end: of each position's document, [B, 1, K] or [1].  windows: [H or 1, 1].
-    shared: its end for the w best keys of the document, j (never visible) for the others.
+    shared: one top-w for all queries.  death_j is the document's end for its w best keys, j (never visible) for the others.
     """
     positions = torch.arange(ranked.shape[-1], device=ranked.device)
     rank = scattered(positions.int().expand_as(ranked), ranked).long()
@@ -41,7 +42,7 @@ def death_by_rank(ranked: Tensor, start: Tensor, end: Tensor, windows: Tensor, *
     if shared:
         return torch.where(survives, end, positions)
     if ranked.device.type == "cpu":
-        # The keys of earlier documents come first in rank and in position: they can be counted in.
+        # The keys of earlier documents come first in rank and in position, so `start` added to k counts them.
         kth = (start + windows - 1).clamp(max=ranked.shape[-1]).expand_as(rank)
         evicted_at = kth_smallest_of_prefix(ranked, rank, kth)
     else:
@@ -51,14 +52,14 @@ def death_by_rank(ranked: Tensor, start: Tensor, end: Tensor, windows: Tensor, *
 
 
 def outranks(older: Tensor, newer: Tensor) -> Tensor:
-    """Whether the older key's gate is above the newer's, elementwise."""
+    """Whether the older key ranks before the newer, given their gates; elementwise."""
     return (older > newer) | (older.isnan() & ~newer.isnan())
 
 
 def last_in_rank(gate: Tensor, position: Tensor, excluded: Tensor | None = None) -> Tensor:
-    """[B, H, n] gates of keys at these positions in any order -> [B, H, 1]: the index of the last in rank.
+    """Gates and positions [B, H, n] of keys in any order -> [B, H, 1]: the index of the last key in rank.
 
-    excluded: bool, keys that are out of the question.
+    excluded: bool, broadcastable to [B, H, n]; True = not a candidate.
     """
     unordered = gate.isnan()
     level = torch.where(unordered, float("inf"), gate.detach())

@@ -1,4 +1,4 @@
-"""Selection: why a key lives, as one value."""
+"""Selection: a policy and its sizes as one value."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,18 +13,19 @@ from flexdma.lifespans.ranking import by_rank, death_by_rank
 from flexdma.opaque import opaque_on_cpu
 from flexdma.stages import staged
 
-# "global" chooses among all keys, later ones too: no prefix has a state.
+# "global" chooses among later keys too, so a prefix has no state.
 STATEFUL_SELECTIONS = ("causal", "threshold")
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Which keys a query sees, in terms of gates and positions; `of` makes one from a call's arguments, and checks them.
+    """Which keys a query sees, by gates and positions.  `of` checks the arguments of a call and makes one.
 
-    kind: "causal", "global", "threshold" or "sliding": `causal_top_w`, `global_top_w`, `above_threshold`, `sliding_window`.
-    window_size: w, one per head, or None for no bound.
-    sinks, recent: how many keys are visible besides.
-    threshold: of kind "threshold".
+    kind: "causal", "global", "threshold" or "sliding", for `causal_top_w`, `global_top_w`, `above_threshold` and
+        `sliding_window`.
+    window_size: w, one int per head, or None = no bound.
+    sinks, recent: number of first and last keys that are visible besides.
+    threshold: for kind "threshold".
     """
 
     kind: str
@@ -38,7 +39,7 @@ class Selection:
         cls, kind: str, window_size: int | Sequence[int] | None, sinks: int, recent: int, *, heads: int,
         threshold: float = 0.0,
     ) -> "Selection":  # fmt: skip
-        """From the arguments of a call with this many gate heads; equal arguments make equal selections.
+        """The selection for the arguments of a call with this many gate heads.  Equal arguments give equal selections.
 
         Raises ValueError or TypeError naming the argument.
         """
@@ -51,7 +52,7 @@ class Selection:
 
     @property
     def widest(self) -> int | None:
-        """The largest window; None for no bound."""
+        """The largest window; None = no bound."""
         return max(self.window_size) if isinstance(self.window_size, tuple) else self.window_size
 
     @property
@@ -60,7 +61,7 @@ class Selection:
         return None if self.widest is None else self.widest + self.sinks + self.recent
 
     def windows(self, device: torch.device) -> Tensor:
-        """[1, 1] or [H, 1] int64; of a window_size that is not None."""
+        """The window sizes as [1, 1] or [H, 1] int64; window_size must not be None."""
         assert self.window_size is not None
         return _on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
 
@@ -77,7 +78,7 @@ class Selection:
     def lifespans(
         self, gate: Tensor, *, key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None
     ) -> Lifespans:
-        """Of keys with these gates [B, H, K]; arguments as in `causal_top_w`."""
+        """The lifespans of keys with these gates [B, H, K]; arguments as in `causal_top_w`."""
         checks.selected_keys(gate, key_padding_mask, document_ids)
         gate = gate.detach() if gate.dtype == torch.float64 else gate.detach().float()
         windows = self.window_size if isinstance(self.window_size, tuple) else (self.window_size,)
@@ -142,12 +143,12 @@ def _lifespans(
 
 
 def _on_device(windows: Sequence[int], device: torch.device) -> Tensor:
-    """[len(windows), 1] int64, filled on the device: a tensor made from a list would be copied from the host."""
+    """[len(windows), 1] int64, filled on the device, because a tensor made from a list is copied from the host."""
     return torch.cat([torch.full((1, 1), window, device=device, dtype=torch.int64) for window in windows])
 
 
 def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """First position and one past the last of each position's document: two [B, 1, K] from [B, K]."""
+    """[B, K] -> start and end, each [B, 1, K]: the first position of each key's document, and one past its last."""
     length = document_ids.shape[-1]
     positions = torch.arange(length, device=document_ids.device)
     changed = document_ids[:, 1:] != document_ids[:, :-1]

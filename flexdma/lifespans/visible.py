@@ -1,6 +1,6 @@
-"""What queries see of given lifespans: how many keys at most, and which is the best of them.
+"""What queries see under given lifespans: the largest number of keys, and the best key.
 
-Any lifespans: births before or after a key's own position, empty ones, keys in any order.
+These functions take any lifespans: births before or after a key's own position, empty ones, keys in any order.
 """
 
 import torch
@@ -14,7 +14,7 @@ from flexdma.opaque import opaque_on_cpu
 
 
 def seen_by_queries(lifespans: Lifespans, queries: int) -> Lifespans:
-    """The same lifespans in queries, 0 = the first of the last `queries` positions: 0 <= birth, death <= queries."""
+    """The lifespans as indices of the last `queries` positions: 0 = the first of them, 0 <= birth, death <= queries."""
     first_query = lifespans.birth.shape[-1] - queries
     return Lifespans(*((bound - first_query).clamp(0, queries) for bound in lifespans))
 
@@ -42,12 +42,13 @@ def _empty_best(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> lis
 
 @opaque_on_cpu("best_visible", _empty_best)
 def best_visible(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> list[Tensor]:
-    """One [B, H, Q] int64: the key of the largest finite bias that each of the last Q positions sees; -1 for none.
+    """[B, H, Q] int64, in a list: the key of the largest finite bias that each of the last Q positions sees; -1 for none.
 
     bias, birth, death: [B, H, K].  Of equal biases the key of the larger index.
 
-    An interval is the union of two of length 2^level, which may overlap.  From the largest level down, the best of an
-    interval is passed on to its halves: ceil(log2 Q) + 1 rounds of two scatters and one minimum, O(K log Q + K log K) time.
+    An interval is the union of two intervals of length 2^level, which may overlap.  Going down from the largest level, each
+    interval passes its best key on to its halves: ceil(log2 Q) + 1 rounds of two scatters and one minimum.
+    O(K log Q + K log K) time.
     """
     keys = bias.shape[-1]
     born, dies = (bound.long() for bound in seen_by_queries(Lifespans(birth, death), queries))
@@ -62,7 +63,7 @@ def best_visible(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> li
     while length < queries:
         length *= 2
     while length > 0:
-        # best[i] is that of queries i .. i + 2 length - 1 here, and of i .. i + length - 1 from here on.
+        # Before this line best[i] belongs to queries i .. i + 2 length - 1, after it to i .. i + length - 1.
         best = torch.minimum(best, pad(best, (length, 0), value=keys)[..., :queries])
         here = torch.where((size >= length) & (size < 2 * length), rank, keys)
         for start in (born.clamp(max=queries - 1), (dies - length).clamp(min=0)):
