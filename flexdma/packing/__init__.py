@@ -1,8 +1,8 @@
 """Lifespans -> places of the keys, and the blocks that a kernel visits.
 
-places.py           where each key lies, in periods
-block_index.py      which blocks are visited, and which of them need no mask
-schedule.py         both, as a kernel takes them
+places.py           the place of each key, in periods
+block_index.py      the blocks to visit, and which of them need no mask
+schedule.py         both in one operator
 """
 
 from flexdma.packing.block_index import BlockIndex, block_index

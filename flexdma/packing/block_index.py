@@ -1,13 +1,13 @@
-"""Which blocks FlexAttention visits, from lifespans, at block resolution.
+"""Lifespans -> the blocks that FlexAttention visits.
 
 A tile is `rows` consecutive query rows by `columns` consecutive keys.  With grouped queries the rows are folded: row
-i * group + g is query i of the group's head g, so that all heads of a group share one mask and one visit of each key
-block, and a tile spans only rows / group positions.
+i * group + g is query i of the group's head g.  All heads of a group then share one mask and one visit of each key block,
+and a tile spans only rows / group positions.
 
 Key j is alive in row blocks first[j] .. last[j].  +1 at first and -1 after last, summed per key block and cumulated over
-row blocks, counts the visible keys of every tile: it is not empty iff the count is positive.  It is full iff no key of the
-block is born after the tile's first position or dies before its last.  O(K) + one int per tile; nothing is Q x K.  Packed
-keys are seen by queries of their own period alone, so that the tiles are few: O(K) in all.
+row blocks, counts the visible keys of every tile.  A tile is empty iff its count is 0.  It is full iff no key of the block
+is born after the tile's first position or dies at or before its last.  O(K) + one int per tile; no Q x K tensor exists.
+Queries of one period see packed keys of that period only, so the number of tiles is O(K).
 """
 
 from collections.abc import Sequence
@@ -27,12 +27,12 @@ from flexdma.signatures import MaskMod
 class BlockIndex(NamedTuple):
     """The blocks that a kernel visits; R row blocks, C key blocks of a period (of all keys where there is one period).
 
-    A partial block needs the mask, a full one does not: every query of it sees every key.  No block is both, and a block that
-    is neither has no visible key.
+    A kernel applies the mask in partial blocks only.  In a full block every query sees every key.  No block is both, and a
+    block that is neither has no visible key.
 
-    partial_num, full_num: [B, H, R] int32, how many key blocks of either kind a row block visits.
-    partial_indices, full_indices: [B, H, R, C] int32, which: `indices[b, h, r, :num]` are sorted, unique and in range.  The
-        rest of a row holds other blocks, and no kernel reads it.  Contiguous: a compiled kernel reads a view silently wrong.
+    partial_num, full_num: [B, H, R] int32, the number of key blocks of either kind that a row block visits.
+    partial_indices, full_indices: [B, H, R, C] int32, those blocks: `indices[b, h, r, :num]` are sorted, unique and in range.
+        The rest of a row holds other blocks and is never read.  Contiguous: a compiled kernel reads a view silently wrong.
     transposed: the same for each key block, [B, H, all key blocks] and [B, H, all key blocks, row blocks of a period], for a
         backward; None without one.
     """
@@ -45,7 +45,7 @@ class BlockIndex(NamedTuple):
 
     @classmethod
     def of(cls, tensors: Sequence[Tensor]) -> "BlockIndex":
-        """From `tensors()`."""
+        """The inverse of `tensors()`."""
         partial_num, partial_indices, full_num, full_indices, *transposed = tensors
         by_key = cls.of(transposed) if transposed else None
         return cls(partial_num, partial_indices, full_num, full_indices, by_key)
@@ -55,11 +55,11 @@ class BlockIndex(NamedTuple):
         return [*self[:4], *(self.transposed[:4] if self.transposed else ())]
 
     def visited(self) -> Tensor:
-        """[B, H, R]: how many key blocks each row block visits."""
+        """[B, H, R]: the number of key blocks that each row block visits."""
         return self.partial_num + self.full_num
 
     def block_mask(self, lengths: tuple[int, int], block_size: tuple[int, int], mask_mod: MaskMod) -> BlockMask:
-        """FlexAttention's BlockMask of (rows, keys) = lengths; for inference only without `transposed`."""
+        """FlexAttention's BlockMask of (rows, keys) = lengths.  Without `transposed` it has no backward."""
         by_key = self.transposed
         # By keyword: the order of the arguments differs between torch 2.11 and 2.13.
         return BlockMask(
@@ -88,12 +88,13 @@ def block_index(
     periods: int = 1,
     period: int = 0,
 ) -> BlockIndex:
-    """The blocks of keys in any order.
+    """The blocks to visit, for keys in any order.
 
-    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key; `group` rows for each of the queries.
-    block_size: (rows, columns).  transposed: by key block, too, for a backward.
-    periods, period: the keys come in so many runs of equal length, a whole number of blocks each, and those of run p are
-        seen by queries from p * period to (p + 1) * period alone, a whole number of row blocks.  1: all by all.
+    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key.  Each query has `group` rows.
+    block_size: (rows, columns).  transposed: also list the row blocks of each key block, for a backward.
+    periods, period: the L places are `periods` runs of equal length, a whole number of key blocks each.  Only queries from
+        p * period to (p + 1) * period, a whole number of row blocks, see the keys of run p.  With periods=1 all queries may
+        see all keys.
     O(L) time and memory, and one int per pair of a row block and a key block of its period.
     """
     rows, columns = block_size
@@ -136,9 +137,9 @@ def _block_index(
     row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
     rows_each = row_blocks if periods == 1 else period * group // rows
     keys_each = key_blocks // periods
-    # Places beyond the end: empty lifespans, never visible, and their block is never full.
+    # Places beyond the end have birth = death = 0: they are never visible, and their block is never full.
     padding = (0, key_blocks * columns - places)
-    birth = pad(birth, padding).unflatten(-1, (periods, keys_each, columns)).long()
+    birth = pad(birth, padding).unflatten(-1, (periods, keys_each, columns)).long()  # [B, H, periods, C, columns]
     death = pad(death, padding).unflatten(-1, (periods, keys_each, columns)).long()
 
     seen = (death > birth.clamp(min=0)) & (birth < queries)
@@ -168,9 +169,9 @@ def _block_index(
 
 
 def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:
-    """[..., n] bool -> how many are chosen [...], and all indices [..., n] with the chosen ones first, in order.
+    """[..., n] bool -> the number of chosen ones [...], and all indices [..., n], chosen ones first, in order.
 
-    Indices count from `first`, those of the last period no further than to `end`.
+    Index n of a row is first + n, clamped below `end`.
     """
     n = chosen.shape[-1]
     indices = torch.arange(n, device=chosen.device, dtype=torch.int32)

@@ -1,13 +1,13 @@
-"""Packing: a layout of the keys in which the visible ones lie together, so that whole blocks can be skipped.
+"""Packing: a layout that puts visible keys next to each other, so that kernels can skip whole blocks.
 
-Attention does not care about the order of its keys, only a block mask does.  In natural order a key that outlives its
-neighbours keeps their whole block alive.  Packed, the queries are cut in periods of about 2 w positions; each period has
-places of its own for the keys that any of its queries sees, at most w old ones and one for each of its positions, and
-they stand in order of death.  A key that lives on has a place in each period it reaches: one piece of its lifespan each.
+The result of attention does not depend on the order of the keys, but the number of visited blocks does.  In natural order
+one long-lived key makes queries visit its whole block.  Packing cuts the queries into periods of about 2 w positions.  Each
+period has its own places for the keys that any of its queries sees: at most w older keys and one key per position, sorted
+by death.  A key has one place in each period that it reaches, for one piece of its lifespan.
 
-So a block of queries visits blocks of its own period alone, at most (w + period) / columns of them whatever the gates, and
-a block of keys is visited by queries of its own period alone: lists of blocks are short, and making them takes O(K).
-The price is room: 1.5 places for a key, at most 2.  Bounds and figures: docs/packing.md.
+A block of queries then visits blocks of its own period only, at most (w + period) / columns of them for any gates, and only
+queries of its own period visit a block of keys.  So lists of blocks are short, and making them takes O(K).
+The cost is memory: 1.5 places per key, at most 2.  Bounds and figures: docs/packing.md.
 """
 
 from math import gcd
@@ -21,16 +21,15 @@ from flexdma.lifespans import Lifespans
 from flexdma.lifespans.order_statistics import scattered
 from flexdma.rounding import ceil_div, round_up
 
-# Positions of a period: in units of w, measured best of 2, 3, 4 and 8 over seven gate families; and in key blocks, so that
-# rounding its places up to whole ones costs little.
+# The least number of positions of a period, in units of w (the best of 2, 3, 4 and 8 over seven gate families, measured),
+# and in key blocks (so that rounding places up to whole blocks costs little).
 PERIOD, PERIOD_BLOCKS = 2, 2
 
 
 class Layout(NamedTuple):
-    """Where keys may be placed, in `periods` periods of `period` query positions.
+    """The places for keys, in `periods` periods of `period` query positions.
 
-    unit None: each period has `places`.  Otherwise all periods share `places`: each takes what it needs, in multiples of
-        `unit`.
+    places: of each period where unit is None.  Otherwise all periods share them, and each takes a multiple of `unit`.
     """
 
     period: int
@@ -40,18 +39,18 @@ class Layout(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Places of all periods."""
+        """L: places of all periods."""
         return self.places if self.unit is not None else self.periods * self.places
 
 
 class Packing(NamedTuple):
-    """Keys at their places, L = layout.total of them; int32.
+    """Keys at L = layout.total places; all tensors int32.
 
-    order: [B, H, L], the key at a place.  Unused places hold an arbitrary valid key.
-    birth, death: [B, H, L], the queries (0 = the first) that see the piece at this place: birth <= query < death, inside
-        the place's period.  Unused places have birth = death = 0, which hides them.
-    pieces: [B, H, L], the places of the keys' pieces, those of key 0, then of key 1, ...; then zeros.
-    starts: [B, H, K + 1], where in `pieces` those of each key begin, and where the last ones end.
+    order: [B, H, L], the key at each place.  Unused places hold an arbitrary valid key.
+    birth, death: [B, H, L], the queries (0 = the first) that see the piece at a place: birth <= query < death, inside the
+        period of the place.  Unused places have birth = death = 0, which hides them.
+    pieces: [B, H, L], the places of all pieces: first those of key 0, then of key 1, ...; then zeros.
+    starts: [B, H, K + 1]: the places of key j are pieces[starts[j]:starts[j + 1]].
     layout: the same for all heads.
     """
 
@@ -63,7 +62,7 @@ class Packing(NamedTuple):
     layout: Layout
 
 
-torch.serialization.add_safe_globals([Layout, Packing])  # `torch.load` takes them
+torch.serialization.add_safe_globals([Layout, Packing])  # torch.load(weights_only=True) loads no other classes
 
 
 def packed_layout(
@@ -75,12 +74,12 @@ def packed_layout(
     group: int = 1,
     any_births: bool = False,
 ) -> Layout:
-    """The periods of the last `queries` of `keys` positions, of which no query sees more than `capacity`.
+    """The layout for the last `queries` of `keys` positions, where no query sees more than `capacity` keys.
 
-    block_size: (rows, columns) that periods and their places are made of; a position has `group` rows.  One period is as
-    long as its queries.
-    any_births: several keys may be born at one position.  Nothing then bounds what one period needs, so periods share their
-        places: a key has one piece, and one more for each later period it reaches.
+    block_size: (rows, columns).  Periods are whole row blocks, with `group` rows per position, and their places whole key
+        blocks.  Where one period is enough, it is as long as the queries.
+    any_births: several keys may be born at one position.  Then nothing bounds the places of one period, so all periods share
+        their places: one for each key, and one more for each later period that it reaches.
     """
     rows, columns = block_size
     step = rows // gcd(rows, group)
@@ -96,21 +95,22 @@ def packed_layout(
 
 
 def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
-    """Keys at the places of a layout.
+    """Put keys at the places of a layout.
 
     lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions.
-    layout: `packed_layout` of these sizes, and of a capacity that no query exceeds.
+    layout: `packed_layout` of these sizes and of a capacity that no query exceeds.
 
         birth = [0 1 2 3 4 5], death = [2 6 3 6 6 6], layout = (period 3, 2 periods, 5 places)
-        order = [0 1 2 - - | 1 3 4 5 -]         key 1 lives on: queries 1 and 2 see it left, 3 to 5 right
+        order = [0 1 2 - - | 1 3 4 5 -]         key 1 has two pieces: queries 1 and 2 see the left one, 3 to 5 the right one
 
     One sort and two binary searches; O(K log K) time, O(K) memory.
     """
     period, periods, places, unit = layout
     keys = lifespans.birth.shape[-1]
     first_query = keys - queries
-    # In queries, 0 = the first.  Not clamp: Inductor fails to simplify the quotient of a clamped arange, which births are.
-    born = torch.where(lifespans.birth < first_query, 0, lifespans.birth - first_query)
+    # As query indices, 0 = the first.  Births may be an arange, and Inductor fails to simplify the quotient of a clamped
+    # arange: hence `where` instead of clamp.
+    born = torch.where(lifespans.birth < first_query, 0, lifespans.birth - first_query)  # [B, H, K]
     dies = (lifespans.death - first_query).clamp(max=queries)
     first_period = born // period
     count = torch.where(dies > born, (dies - 1) // period - first_period + 1, 0)  # pieces of each key
@@ -121,7 +121,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
     period_begin = torch.searchsorted(sorted_end, bounds.expand(*born.shape[:-1], -1).contiguous(), right=True)
 
-    # The n-th place of a period takes the n-th of its pieces.
+    # The n-th place of a period takes its n-th piece.  place_begin, period_begin: [B, H, periods]; the others [B, H, L].
     if unit is None:
         place_begin = places * torch.arange(periods, dtype=torch.int32, device=born.device).expand(*born.shape[:-1], -1)
         place_period = (number // places).expand_as(owner).long()
@@ -140,7 +140,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     birth = torch.where(used, torch.maximum(born.gather(-1, order), place_period.int() * period), 0)
     death = torch.where(used, sorted_end.gather(-1, piece), 0)
 
-    # And the other way round: the place of each piece, in order of keys.
+    # The inverse: the place of each piece, in order of keys.
     end_period = (sorted_end - 1).clamp(max=periods * period - 1) // period
     place = place_begin.gather(-1, end_period.long()) + number - period_begin.gather(-1, end_period.long())
     pieces = scattered(torch.where(sorted_end <= periods * period, place, 0).int(), by_end)
@@ -150,11 +150,12 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
 def _sorted_pieces(
     first_period: Tensor, dies: Tensor, count: Tensor, ends: Tensor, number: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The key of each piece, in order of keys; the ends of all pieces, sorted; and the pieces in that order.  All [B, H, L].
+    """The key of each piece, pieces in order of keys; the sorted ends of all pieces; and the pieces in that order.
 
-    first_period, dies, count, ends: [B, H, K], the period of a key's birth, the query of its death, how many pieces it has,
-        and how many it and the keys before it have.
-    number: [L], from 0 on.  Pieces beyond the last have an end above every other.
+    first_period, dies, count, ends: [B, H, K], the period of a key's birth, the query of its death, its number of pieces, and
+        the cumulated number of pieces up to this key.
+    number: arange [L].
+    Returns three [B, H, L].  Numbers beyond the last piece get an end above every other.
     """
     period, periods, *_ = layout
     owner = torch.searchsorted(ends, number.expand(*ends.shape[:-1], -1).contiguous(), right=True)
@@ -167,6 +168,6 @@ def _sorted_pieces(
 
 
 def along_keys(tensor: Tensor, order: Tensor) -> Tensor:
-    """Keys [B, H, K, ...] at the places of order [B, H, n] int64: [B, H, n, ...]."""
+    """Gather keys: [B, H, K, ...] at order [B, H, n] int64 -> [B, H, n, ...]."""
     trailing = tensor.shape[3:]
     return tensor.gather(2, order.view(*order.shape, *[1] * len(trailing)).expand(*order.shape, *trailing))

@@ -1,4 +1,4 @@
-"""What a FlexAttention kernel is given: keys at their places, and the blocks to visit, from lifespans in one operator."""
+"""The inputs of a FlexAttention kernel: packed keys and the blocks to visit, computed from lifespans in one operator."""
 
 import torch
 from torch import Tensor
@@ -21,11 +21,11 @@ def schedule(
     transposed: bool,
     any_births: bool = False,
 ) -> tuple[Packing, BlockIndex]:
-    """Packed keys, and the blocks of them to visit.
+    """Packed keys and the blocks to visit.
 
     lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions, `group` rows each.
-    capacity: no query sees more keys.
-    block_size: (rows, columns) of a mask block.  transposed: for a backward, too.  any_births: see `packed_layout`.
+    capacity: upper bound on the keys that one query sees.
+    block_size: (rows, columns) of a mask block.  transposed: see `block_index`.  any_births: see `packed_layout`.
     """
     rows, columns = block_size
     layout = packed_layout(
@@ -93,7 +93,7 @@ def _index(
         period=layout.period,
     )
     if birth.device.type == "cpu":
-        # The C++ lowering wants room for the key blocks of all periods.
+        # Inductor's C++ FlexAttention needs lists with room for the key blocks of all periods.
         missing = (0, ceil_div(birth.shape[-1], columns) - index.partial_indices.shape[-1])
         index = index._replace(
             partial_indices=pad(index.partial_indices, missing), full_indices=pad(index.full_indices, missing)
