@@ -1,1 +1,1 @@
-"""How attention under lifespans is computed: packed FlexAttention, or gathered keys and plain attention."""
+"""Attention under lifespans, by packed FlexAttention or by gathered keys and plain attention."""

@@ -1,10 +1,10 @@
-"""Attention over given lifespans by one of the lowerings: the choice, and what each of them takes.
+"""Attention over given lifespans: choose a lowering, check its options, call it.
 
-All lowerings compute the same and share their arguments: query [B, Hq, Q, D], key, value, a bias [B, Hkv, K] or [B, 1, K] for
-each key (None: nothing is added), lifespans, and two facts about these, which save work:
+All lowerings compute the same function of query [B, Hq, Q, D], key, value, a bias [B, Hkv, K] or [B, 1, K] per key (None = no
+bias) and lifespans.  Two properties of the lifespans save work where they hold:
 
     in_order    each key that is ever visible is born at its own position
-    ranked      the best-biased key that a query sees leaves only with its document, as in a selection by this bias
+    ranked      the best-biased key that a query sees stays visible to the end of its document, as in a selection by this bias
 """
 
 import torch
@@ -37,9 +37,9 @@ def attend(
     kernel_options: dict | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Arguments of checked shapes, dtypes and devices.
+    """Attention [B, Hq, Q, Dv] by the chosen lowering.  The caller has checked shapes, dtypes and devices.
 
-    in_order: None = not known.  capacity: upper bound on the keys that one query sees, None = K.
+    in_order: None = not known.  capacity: upper bound on the keys that one query sees; None = K.
     """
     chosen = _chosen_lowering(lowering, query)
     _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
@@ -49,7 +49,7 @@ def attend(
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     capacity = key.shape[2] if capacity is None else capacity
-    # FlexAttention takes no empty batch, and torch.compile no tensors that hold no numbers.
+    # FlexAttention refuses an empty batch, and torch.compile refuses meta and fake tensors.
     if chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
         block = None if block_size is None else checks.block_sizes(block_size)[0]
         return gather_attend(
@@ -57,7 +57,7 @@ def attend(
             score_mod=score_mod, block_size=block, sink_logits=sink_logits,
         )  # fmt: skip
     trains = needs_gradient(query, key, value, bias, sink_logits)
-    # Tensors captured by score_mod may need gradients too; a tracer cannot tell.
+    # Tensors that score_mod captures may need gradients too, and while tracing this is not known.
     may_need_gradient = trains or (torch.is_grad_enabled() and score_mod is not None)
     if query.device.type == "cpu":
         _refuse_on_cpu(trains, score_mod, sink_logits)
@@ -85,7 +85,7 @@ def _chosen_lowering(lowering: str | None, query: Tensor) -> str:
 
 
 def _refuse_on_cpu(trains: bool, score_mod: ScoreMod | None, sink_logits: Tensor | None) -> None:
-    """Raise where Inductor's C++ FlexAttention cannot serve the call."""
+    """Raise where Inductor's C++ FlexAttention cannot compute the call."""
     if sink_logits is not None:
         raise ValueError("lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather' or 'dense' with sink_logits")
     if trains or (torch.is_grad_enabled() and _captures_need_gradient(score_mod)):
@@ -95,7 +95,7 @@ def _refuse_on_cpu(trains: bool, score_mod: ScoreMod | None, sink_logits: Tensor
 
 
 def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
-    """Whether a tensor that score_mod captures requires a gradient: then so does a score that it makes."""
+    """Whether a tensor that score_mod captures requires a gradient, found by calling it once on zeros."""
     if score_mod is None:
         return False
     first = torch.zeros((), dtype=torch.int32)
@@ -118,6 +118,6 @@ def _check_lowering_options(
     if lowering == "dense":
         raise ValueError(f"block_size: expected None for lowering='dense', got {block_size!r}")
     if lowering == "gather":
-        checks.positive_int("block_size", block_size)  # of queries; keys have no blocks here
+        checks.positive_int("block_size", block_size)  # of queries; gather has no key blocks
     else:
         checks.block_sizes(block_size)

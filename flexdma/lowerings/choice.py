@@ -1,4 +1,4 @@
-"""Which lowering `lowering=None` takes."""
+"""The lowering that `lowering=None` chooses."""
 
 import torch
 

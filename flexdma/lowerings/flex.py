@@ -1,8 +1,8 @@
 """The flex lowering: keys packed by lifespan, then FlexAttention (arXiv 2412.05496), fused by Inductor.
 
-Inductor generates the kernel: Triton on CUDA (forward and backward), C++ on a CPU (inference only: torch has no CPU
-backward).  The query heads of a group are folded into the rows of one head, row i * G + g, so that one mask and one visit
-of a key block serve the whole group.
+Inductor generates the kernel: Triton on CUDA (forward and backward), C++ on a CPU (inference only, because torch has no
+CPU backward).  The query heads of a group are folded into the rows of one head, row i * G + g.  The whole group then shares
+one mask and one visit of each key block.
 """
 
 from operator import index
@@ -19,14 +19,14 @@ from flexdma.opaque import realize
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
 
-# (rows, keys) of a mask block.  CUDA: what FlexAttention's Triton tiles divide.  CPU: measured (docs/benchmarks.md).
+# (rows, keys) of a mask block.  CUDA: multiples of FlexAttention's Triton tiles.  CPU: measured (docs/benchmarks.md).
 BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
-# Compilations of one process's eager calls: one per dtype, head layout, score_mod and, on a CPU, shape.
+# Compilations for the eager calls of one process: one per dtype, head layout, score_mod and, on a CPU, shape.
 RECOMPILE_LIMIT = 64
 
 
 def default_block_size(device_type: str) -> tuple[int, int]:
-    """(rows, keys) of a mask block where the caller names none."""
+    """(rows, keys) of a mask block for block_size=None."""
     return BLOCK_SIZE.get(device_type, BLOCK_SIZE["cuda"])
 
 
@@ -50,17 +50,17 @@ def flex_attend(
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
     in_order, ranked: see `flexdma.lowerings.attend`.
-    Must be compiled: uncompiled, FlexAttention materialises Q x K scores.
+    Call it compiled: uncompiled FlexAttention materialises Q x K scores.
     """
     on_cpu = query.device.type == "cpu"
     if on_cpu:
-        # Constants in the graph: Inductor's C++ kernel mistakes one symbolic size for another (torch 2.11 to 2.13).
+        # Make sizes constants of the graph: Inductor's C++ kernel confuses symbolic sizes (torch 2.11 to 2.13).
         for tensor in (query, key, value, bias, *lifespans):
             for length in () if tensor is None else tensor.shape:
                 index(length)
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
-    # One compilation for each: groups, blocks and periods are constants in a kernel, and cannot be symbols.
+    # Groups, blocks and periods are constants of a kernel and cannot be symbols: each value compiles once.
     group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
     capacity = index(capacity)
     first_query = keys - queries
@@ -69,13 +69,14 @@ def flex_attend(
         lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient,
         any_births=not in_order,
     )  # fmt: skip
-    order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])
+    order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
 
     def packed(tensor: Tensor) -> Tensor:
         return at_places(tensor, packing._replace(order=order), needs_gradient=needs_gradient)
 
-    packed_key, packed_value = packed(key), packed(value)
-    rows = query.unflatten(1, (heads, group)).transpose(2, 3).reshape(batch, heads, queries * group, size)
+    packed_key, packed_value = packed(key), packed(value)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
+    rows = query.unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, Q, G, D]
+    rows = rows.reshape(batch, heads, queries * group, size)  # [B, Hkv, Q G, D]
 
     has_bias = bias is not None
     bias, reference = biases(key, bias, lifespans, queries, ranked=ranked, exact=sink_logits is not None)
@@ -89,7 +90,7 @@ def flex_attend(
     if score_mod is not None:
         query_position = realize(torch.arange(first_query, keys, device=query.device))
 
-    # Each captured tensor is indexed once and flat: FlexAttention differentiates no other form.
+    # Index each captured tensor once, in one step: FlexAttention has derivatives for this form only.
     def packed_score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         i = row // group
         if score_mod is not None:
@@ -99,7 +100,7 @@ def flex_attend(
             if low is not None and reference_low is not None:
                 difference = difference + (low[b, h, column] - reference_low[b, h, i])
             score = score + difference
-        # Inductor's C++ kernel takes a block that begins with a NaN for an empty one; infinity becomes NaN in the softmax.
+        # Inductor's C++ kernel skips a block that begins with NaN as if it were empty.  Infinity becomes NaN in the softmax.
         return torch.where(score.isnan(), float("inf"), score) if on_cpu else score
 
     def packed_mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
@@ -108,22 +109,22 @@ def flex_attend(
 
     block_mask = block_index.block_mask((queries * group, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
-        rows = realize(rows)  # a buffer: the C++ lowering takes no view of a computed tensor
+        rows = realize(rows)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
     else:
-        # Fewer than 128 rows would take the kernel for decoding, which spills and, in float32, compiles for minutes.
+        # For fewer than 128 rows Inductor would use its decoding kernel, which spills and, in float32, compiles for minutes.
         kernel_options = {"FORCE_USE_FLEX_ATTENTION": True} | (kernel_options or {})
     output, lse = gate_gradient.attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
         return_lse=sink_logits is not None,
     )  # fmt: skip
-    output = output.unflatten(2, (queries, group))
+    output = output.unflatten(2, (queries, group))  # [B, Hkv, Q, G, Dv]
     if sink_logits is not None and lse is not None:
         share = share_of_keys(lse.unflatten(2, (queries, group)), sink_scores(sink_logits, reference).float())
         output = (output * share[..., None]).to(query.dtype)
     return output.transpose(2, 3).flatten(1, 2)
 
 
-# One compiled function for eager callers.  fullgraph: past the limit it raises, and is never eager FlexAttention instead.
+# One compiled function for all eager callers.  With fullgraph it raises past the limit instead of running uncompiled.
 compiled_flex_attend = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
     torch.compile(flex_attend, fullgraph=True)
 )

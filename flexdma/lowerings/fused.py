@@ -1,10 +1,10 @@
-"""Gather, fused: each block of queries through PyTorch's own CPU attention kernel, over its living keys alone.
+"""Gather, fused: PyTorch's own CPU attention kernel on each block of queries and its living keys.
 
-The library's flash kernel (`scaled_dot_product_attention`) takes a float mask: gate - reference where a query sees the key,
--inf where not.  Scores then never leave the cache, and what remains per block is to gather its living keys and to write
-that mask, in arithmetic, which PyTorch vectorises (it does not vectorise broadcast comparisons and `where`).
+The flash kernel (`scaled_dot_product_attention`) takes a float mask: gate - reference where a query sees the key, -inf
+elsewhere.  Scores then never leave the cache.  Per block this code gathers the living keys and computes that mask by
+arithmetic, which PyTorch vectorises (it does not vectorise broadcast comparisons and `where`).
 
-O(K log K + Q (w + births in a block)) time; memory is one list of living keys per block, and a few masks at a time.
+O(K log K + Q (w + births in a block)) time; memory for one list of living keys per block, and a few masks at a time.
 """
 
 import math
@@ -25,22 +25,22 @@ from flexdma.rounding import ceil_div
 from flexdma.stages import staged
 from flexdma.transforms import is_recorded, is_transformed, needs_gradient
 
-# Queries per block: from 192 on the kernel takes 64 rows at a time, from 768 on 256, and rereads the keys less often.
+# Queries per block.  From 192 rows on the kernel multiplies 64 at a time, from 768 on 256, and rereads keys less often.
 BLOCK_SIZE, LARGE_BLOCK = 256, 1024
-# A large block is worth it while its own births add less than this share to the keys that a query sees.
+# A large block pays while its own births add less than this share to the keys that a query sees.
 FEW_BIRTHS = 1 / 4
-# Scores per call of the kernel and thread: work for every thread, and a mask that stays in cache.
+# Scores per kernel call and thread: enough work for every thread, with a mask that stays in cache.
 SCORES_PER_THREAD = 2**20
 
 
 def is_fusible(query: Tensor, key: Tensor, value: Tensor, bias: Tensor | None, sink_logits: Tensor | None) -> bool:
-    """Whether `fused_attend` can serve this call: on a CPU, without derivatives, with the kernel's equal head sizes."""
+    """Whether `fused_attend` can compute this call: on a CPU, without derivatives, with D = Dv."""
     needs_derivative = needs_gradient(query, key, value, bias, sink_logits) or is_transformed()
     return query.device.type == "cpu" and not needs_derivative and query.shape[-1] == value.shape[-1]
 
 
 def block_size_for(lifespans: Lifespans, queries: int, capacity: int) -> int:
-    """Queries per block: large ones where few keys are born in a block, and where there are many queries."""
+    """Queries per block: a large block where there are many queries and few keys are born in a block."""
     if queries < 8 * LARGE_BLOCK:
         return BLOCK_SIZE
     births = (lifespans.death > lifespans.birth).float().mean().item() * LARGE_BLOCK
@@ -63,7 +63,7 @@ def fused_attend(
 ) -> Tensor:
     """`gather_attend` without a score_mod, where `is_fusible`.  For tracers and fake tensors it is one opaque operator.
 
-    Its lists are ragged, so that nothing of it could be traced; nor is anything left to fuse.
+    It cannot be traced, because its lists are ragged.
     """
     attend = _operator if torch.compiler.is_compiling() or is_recorded(query) else _fused_attend
     return attend(
@@ -121,20 +121,21 @@ def _attend_in_order(
     block_size: int | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """Of keys that are born at their own positions; gate [B, Hkv, K], reference [B, Hkv, Q]."""
+    """`fused_attend` for keys born at their own positions; gate [B, Hkv, K], reference [B, Hkv, Q]."""
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     group, block = query_heads // heads, min(block_size or block_size_for(lifespans, queries, capacity), queries)
     blocks = ceil_div(queries, block)
     beyond = blocks * block - queries
 
-    reference = pad(reference, (0, beyond)).view(-1, blocks, block)
+    reference = pad(reference, (0, beyond)).view(-1, blocks, block)  # [B Hkv, R, M]
     birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
     lists = living_lists(birth, death, queries, capacity, block)
-    # From here on the keys of all heads stand in one row, [B Hkv K].
+    # From here on the keys of all heads are in one row, [B Hkv K].
     head_starts = keys * torch.arange(batch * heads)[:, None]
     block_starts = head_starts + torch.arange(keys - queries, keys + beyond, block)  # [B Hkv, R]
-    # The mask's minimum would let a NaN pass where its key is hidden.  inf does not, and gives NaN where the key is seen.
+    # Gates of NaN become inf: minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives NaN
+    # in the softmax of queries that do.
     every_key = _Keys(
         key.reshape(-1, size),
         value.reshape(-1, size),
@@ -148,7 +149,7 @@ def _attend_in_order(
     sinks = None if sink_logits is None else sink_logits.view(heads, 1, group).repeat(batch, blocks, 1)  # [B Hkv, R, G]
 
     most = max(1, torch.get_num_threads() * SCORES_PER_THREAD // (group * block * (capacity + block)))
-    step = max(1, most // blocks)  # heads at a time, where all their blocks are few
+    step = max(1, most // blocks)  # heads at a time, if one call fits all their blocks
     for h in range(0, batch * heads, step):
         for r in range(0, blocks, most):
             some = (slice(h, h + step), slice(r, r + most))
@@ -168,12 +169,12 @@ def _attend_in_order(
 
 
 class _Keys(NamedTuple):
-    """What is gathered, for all heads in one row."""
+    """The tensors to gather from, the keys of all heads in one row."""
 
     key: Tensor  # [B Hkv K, D]
-    value: Tensor
+    value: Tensor  # [B Hkv K, Dv]
     gate: Tensor  # [B Hkv K]
-    death: Tensor  # as positions in this row
+    death: Tensor  # [B Hkv K], positions in this row
 
 
 @staged("key/value gather")
@@ -186,13 +187,13 @@ def _attend(
     scale: float,
     sink: Tensor | None,  # [n, G]
 ) -> Tensor:
-    """Each of n blocks of M queries to the keys of its list -> [n, G, M, D].  A row that sees nothing gives 0."""
+    """Attention of each of n blocks of M queries to the keys of its list -> [n, G, M, D].  A row that sees no key gives 0."""
     index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
     if not index.shape[1]:
         return torch.zeros_like(rows)
     absent = index < 0 if min(len(each.keys) for each in lists) < index.shape[1] else None
     if absent is not None:
-        # A key that the block sees stands in for those that its list lacks: whatever it holds, the block has it already.
+        # Fill short lists with the block's first key: its contents, NaN included, reach the block anyway.
         index = torch.where(absent, index[:, :1].clamp(min=0), index)
     key, value, gate, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
     if absent is not None:
@@ -214,7 +215,7 @@ def _kernel(rows: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float
     with torch.autocast("cpu", enabled=False):
         if sink is None:
             return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-        # The same kernel, by the name under which it returns the log-sum-exp; 0 for a row that sees nothing.
+        # The same kernel under the name that also returns the log-sum-exp, which is 0 for a row that sees no key.
         output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             rows, key, value, attn_mask=mask, scale=scale
         )
@@ -228,8 +229,8 @@ def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tens
                                              query 1: -inf  inf  inf
                                              query 2: -inf  inf -inf
     """
-    # Clamped, so that a float holds them exactly.
+    # Clamped, so that floats represent them exactly.
     birth, death = (position.clamp(-1, block + 1).to(dtype).unsqueeze(1) for position in (birth, death))
-    # A query stands half-way to the next, so that it never falls on a bound: seen <=> |query - centre| < radius.
+    # Query i is at i + 0.5, so it never equals a bound: seen <=> |query - centre| < radius.
     query = (torch.arange(block, dtype=dtype) + 0.5)[:, None]
     return (query - (birth + death) / 2).abs_().sub_((death - birth) / 2).mul_(-math.inf)

@@ -1,14 +1,14 @@
-"""The gate's gradient, d gate_j = sum_i dS_ij: three exact routes, none of them a kernel of our own.
+"""The gate's gradient, d gate_j = sum_i dS_ij, by one of three exact routes.  All of them use plain FlexAttention.
 
-"atomics"     FlexAttention's: every element of every visited tile is added to the gate's gradient in memory, atomically, in
-              float32.  The default.
+"atomics"     FlexAttention's own: it adds every element of every visited tile to the gate's gradient in memory, atomically,
+              in float32.  The default.
 "transposed"  d gate_j = dV_j . v_j - sum_i P_ij D_i,  D_i = dO_i . o_i, since dS_ij = P_ij (dO_i . v_j - D_i).  The sum is
-              one more FlexAttention forward, keys as queries, D as values, on the transposed mask.  Deterministic,
-              and what `torch.use_deterministic_algorithms` and dynamic shapes take.
+              one more FlexAttention forward, keys as queries, D as values, on the transposed mask.  Deterministic.  Replaces
+              "atomics" under `torch.use_deterministic_algorithms` and with dynamic shapes.
 "column"      query' = [query, 1], key' = [key, 0]: the logits are the same, and the gradient of the 0 is the gate's.  Widens
-              the head, which kernels round up to a power of two.  Deterministic; without a score_mod only.
+              the head, which kernels round up to a power of two.  Deterministic; only without a score_mod.
 
-Figures, and why the default is the default: docs/gate-gradient.md.
+Figures and the reasons for the default: docs/gate-gradient.md.
 """
 
 import contextlib
@@ -28,20 +28,20 @@ from flexdma.packing.block_index import BlockIndex
 from flexdma.signatures import MaskMod, ScoreMod
 
 ROUTES = ("atomics", "transposed", "column")
-# Read while a call is traced; torch.compile guards on it.
+# Tracing reads it, and torch.compile guards on it.
 _route = "atomics"
 
-# A value head of the transposed pass: the smallest that a tensor core takes.
+# Size of a value head in the transposed pass: the smallest for a tensor core.
 COLUMNS = 16
-# (keys, rows) and warps of its tiles, in 16 bits: docs/gate-gradient.md.  Inductor's own for float32.
+# (keys, rows) and warps of its tiles in 16-bit dtypes; for float32 Inductor chooses.
 TILE, WARPS = (128, 64), 8
 
 
 @contextlib.contextmanager
 def gate_gradient_route(route: str) -> Iterator[None]:
-    """While active, calls of the flex lowering take the gate's gradient by this route (one of ROUTES); for benchmarks.
+    """While active, the flex lowering computes the gate's gradient by this route, one of ROUTES.  For benchmarks.
 
-    Under `torch.use_deterministic_algorithms(True)` "atomics" is "transposed" nevertheless.
+    Under `torch.use_deterministic_algorithms(True)` "transposed" still replaces "atomics".
     """
     global _route
     checks.one_of("route", route, ROUTES)
@@ -55,8 +55,8 @@ def gate_gradient_route(route: str) -> Iterator[None]:
 def chosen_route(needed: bool, has_score_mod: bool, sizes: Sequence[int] = ()) -> str:
     """The route of a call made now; "atomics", which is plain FlexAttention, where the gate needs no gradient.
 
-    A score_mod would scale the gradient of "column", which then is "transposed".  So is "atomics" where one of the
-    call's `sizes` is not known while compiling: Inductor then fails on the gradient of a captured tensor (torch 2.11, 2.13).
+    "transposed" replaces "column" where there is a score_mod, which would scale that gradient.  It replaces "atomics" where
+    one of `sizes` is symbolic: Inductor then fails on the gradient of a captured tensor (torch 2.11, 2.13).
     """
     if not needed:
         return "atomics"
@@ -78,12 +78,12 @@ def attend(
     kernel_options: Any,
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
-    """`flex_attention` with a score_mod that adds `gate`, whose gradient is taken by `route`.
+    """`flex_attention` with a score_mod that adds `gate`; `route` computes the gradient of `gate`.
 
-    query: [B, H, R, D]; key, value: [B, H, K, D]; gate: [B, H, K] float32.
-    score_mod: reads `gate`, with "atomics" itself, else its values without a gradient.
+    query: [B, H, rows, D]; key: [B, H, L, D]; value: [B, H, L, Dv]; gate: [B, H, L] float32.
+    score_mod: captures `gate` itself with "atomics", else a copy without a gradient.
     block_mask: with its transposed half, unless the route is "atomics".
-    Returns the output and, with return_lse, the log-sum-exp of the scores [B, H, R], which has gradients as well.
+    Returns the output and, with return_lse, the differentiable log-sum-exp of the scores [B, H, rows].
     """
     if route == "column":
         query, key = _with_gate_column(query, key, gate, scale)
@@ -103,14 +103,14 @@ def attend(
     if route != "transposed":
         return output, returned[0]
     lse = cast(Tensor, aux.lse).detach()
-    lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # of a row that sees nothing
+    lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # -inf: the row sees no key
     rows, keys, transposed = query.detach(), key.detach(), transposed_block_mask(block_mask)
 
     def log_weight(score: Tensor, b: Tensor, h: Tensor, column: Tensor, row: Tensor) -> Tensor:
         return score_mod(score, b, h, row, column) - lse[b, h, row]
 
     def weighted_sum(numbers: Tensor) -> Tensor:
-        """sum_i P_ij numbers_i: [B, H, R] -> [B, H, K]."""
+        """sum_i P_ij numbers_i: [B, H, rows] -> [B, H, L]."""
         columns, unit = as_values(numbers, keys.dtype)
         mean, total = flex_attention(
             keys, rows, columns, score_mod=log_weight, block_mask=transposed, scale=scale,
@@ -124,7 +124,7 @@ def attend(
 
 
 def transposed_block_mask(block_mask: BlockMask) -> BlockMask:
-    """The mask with keys as queries, forward alone."""
+    """The mask with keys as queries, without a backward."""
     mask_mod: MaskMod = block_mask.mask_mod
 
     def transposed_mask_mod(b: Tensor, h: Tensor, column: Tensor, row: Tensor) -> Tensor:
@@ -138,9 +138,9 @@ def transposed_block_mask(block_mask: BlockMask) -> BlockMask:
 
 
 def as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | float]:
-    """[B, H, R] -> [B, H, R, COLUMNS] of this dtype, and a unit: the first two columns times the unit add up to it."""
+    """[B, H, rows] -> [B, H, rows, COLUMNS] of this dtype, and a unit: numbers = (column 0 + column 1) * unit."""
     unit: Tensor | float = 1.0
-    if dtype == torch.float16:  # whose range they may leave
+    if dtype == torch.float16:  # numbers may leave its range
         unit = numbers.abs().amax((-2, -1), keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
         numbers = numbers / unit
     high = numbers.to(dtype)
@@ -152,7 +152,7 @@ def as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | flo
 
 
 def _transposed_options(options: dict | None, block_size: tuple[int, int], dtype: torch.dtype) -> Any:
-    """The caller's kernel options with the tile turned over, without what is the forward's alone; else TILE."""
+    """The caller's kernel options with M and N of the tile swapped and without `fwd_` options; TILE if no tile is given."""
     given = {name: option for name, option in (options or {}).items() if not name.startswith("fwd_")}
     rows, columns = block_size
     tile = {"BLOCK_M": given.pop("BLOCK_N", None), "BLOCK_N": given.pop("BLOCK_M", None)}
@@ -160,24 +160,24 @@ def _transposed_options(options: dict | None, block_size: tuple[int, int], dtype
         tile = {"BLOCK_M": gcd(TILE[0], columns), "BLOCK_N": gcd(TILE[1], rows)}
         given.setdefault("num_warps", WARPS)
     given |= {name: size for name, size in tile.items() if size is not None}
-    # The kernel for short queries, of which there are none here, has tiles of its own.
+    # Inductor's kernel for short queries has other tiles.
     return given | {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _with_gate_column(query: Tensor, key: Tensor, gate: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """One more column, 1 in the query and 0 in the key; seven more of zeros keep rows aligned to 16 bytes."""
+    """Add one column, 1 in the query and 0 in the key, and seven of zeros, which keep rows aligned to 16 bytes."""
     one = torch.ones_like(query[..., :1])
     zero = _Zero.apply(gate, key.dtype, scale)[..., None]
     return pad(torch.cat([query, one], -1), (0, 7)), pad(torch.cat([key, zero], -1), (0, 7))
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """In float32, or in float64 where it is."""
+    """The tensor in float32; float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _FromValue(torch.autograd.Function):
-    """The values as they are; their gradient gives the gates dV_j . v_j."""
+    """Returns the values unchanged.  Its backward adds dV_j . v_j to the gate's gradient."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
@@ -191,7 +191,7 @@ class _FromValue(torch.autograd.Function):
 
 
 class _FromOutput(torch.autograd.Function):
-    """The output as it is, and the log-sum-exp if given; their gradients give the gates - sum_i P_ij (D_i - dL_i)."""
+    """Returns output and, if given, log-sum-exp unchanged.  Its backward gives the gate - sum_i P_ij (D_i - dL_i)."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, weighted_sum: Callable[[Tensor], Tensor], output: Tensor, *lse: Tensor) -> Any:
@@ -209,7 +209,7 @@ class _FromOutput(torch.autograd.Function):
 
 
 class _Zero(torch.autograd.Function):
-    """Zeros of the gate's shape, through which it has a gradient; logits hold them times `scale`."""
+    """Returns zeros of the gate's shape.  The logits contain them times `scale`, so the gate's gradient is theirs / scale."""
 
     @staticmethod
     def forward(ctx: Any, gate: Tensor, dtype: torch.dtype, scale: float) -> Tensor:

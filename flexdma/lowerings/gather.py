@@ -1,9 +1,9 @@
-"""The gather lowering: each block of queries gathers the keys alive for it, then plain batched attention.
+"""The gather lowering: gather the living keys of each block of queries, then plain batched attention.
 
-O(N (w + block)) time, differentiable in every argument, on every device and dtype; traced by torch.compile as one batched
-expression.  Called eagerly it takes a few query blocks at a time, so that scores stay in cache; in training it recomputes
-them where there are many, and holds the gathered keys and values, (w + block) / block times K.  What needs no gradient, on a
-CPU, is left to fused.py.  living_keys.py finds the keys that are alive for a block.
+O(N (w + block)) time, differentiable in every argument, on every device and dtype; torch.compile traces it as one batched
+expression.  Eager calls compute a few query blocks at a time, so that scores stay in cache.  Eager training keeps the
+gathered keys and values, (w + block) / block times K, and recomputes the scores where there are many.  CPU calls without
+gradients go to fused.py.  living_keys.py finds the living keys of a block.
 """
 
 from collections.abc import Callable
@@ -27,10 +27,10 @@ from flexdma.signatures import ScoreMod
 from flexdma.stages import staged
 from flexdma.transforms import can_read, is_transformed
 
-# Queries per block: measured best of 32 .. 256 on a CPU (docs/benchmarks.md).
+# Queries per block: the best of 32 .. 256 on a CPU, measured (docs/benchmarks.md).
 BLOCK_SIZE = 128
 # Eager: score elements computed at a time (8 MiB of float32, about a core's share of cache), and the number above which
-# training recomputes them in the backward instead of keeping them (256 MiB).
+# the backward recomputes them instead of keeping them (256 MiB).
 CHUNK_ELEMENTS = 2**21
 KEPT_ELEMENTS = 2**26
 
@@ -53,7 +53,7 @@ def gather_attend(
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
     in_order, ranked: see `flexdma.lowerings.attend`.
-    block_size: of queries; None takes the best.
+    block_size: of queries; None = BLOCK_SIZE, or `fused.block_size_for`.
     """
     capacity = min(capacity, key.shape[2])
     if score_mod is None and fused.is_fusible(query, key, value, bias, sink_logits):
@@ -91,7 +91,7 @@ def _attend_in_order(
     block_size: int,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """`gather_attend` of keys that are born at their own positions; bias [B, Hkv, K], reference [B, Hkv, Q]."""
+    """`gather_attend` for keys born at their own positions; bias [B, Hkv, K], reference [B, Hkv, Q]."""
     batch, query_heads, queries, _size = query.shape
     heads, keys = key.shape[1:3]
     group = query_heads // heads
@@ -103,19 +103,19 @@ def _attend_in_order(
     death = death.expand_as(slots)
 
     beyond = (0, blocks * block_size - queries)
-    reference = pad(reference, beyond).unflatten(-1, (blocks, block_size))
+    reference = pad(reference, beyond).unflatten(-1, (blocks, block_size))  # [B, Hkv, R, M]
     sinks = (
         ()
         if sink_logits is None
         else (sink_scores(sink_logits, reference.flatten(2)).unflatten(2, (blocks, block_size)),)
     )
     reference = reference.detach()
-    # A NaN in a padded key would reach all queries that gather it, by being added to.
+    # 0 * NaN is NaN: a NaN in a key that no query sees would reach all queries that gather it.
     never = (lifespans.death <= lifespans.birth)[..., None]
     key, value = key.masked_fill(never, 0.0), value.masked_fill(never, 0.0)
     rows = pad(query, (0, 0, *beyond))
     rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
-    # Rows beyond the last query repeat its position, so that a score_mod never sees one out of range; they are dropped.
+    # Rows beyond the last query get its position, so score_mod never sees one out of range.  They are dropped at the end.
     positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device).clamp(max=keys - 1)
     inputs = (rows, _take(bias, slots), reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
 
@@ -124,23 +124,23 @@ def _attend_in_order(
         output = _attend(_take(key, slots), _take(value, slots), *inputs, scale=scale, score_mod=score_mod)
     else:
         output = torch.cat(_in_chunks(key, value, inputs, elements, scale, score_mod), 2)
-    # Heads are joined before the rows beyond the last query go: their order costs no guard on symbolic lengths.
+    # Join heads first, then drop the rows beyond the last query: in this order symbolic lengths need no guard.
     return output.transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries]
 
 
 def _in_chunks(
     key: Tensor, value: Tensor, inputs: tuple[Tensor, ...], elements: int, scale: float, score_mod: ScoreMod | None
 ) -> list[Tensor]:
-    """`_attend` on CHUNK_ELEMENTS scores at a time, of `elements` in all."""
+    """`_attend` on about CHUNK_ELEMENTS of the `elements` scores at a time."""
     slots = inputs[3]
     step = max(1, CHUNK_ELEMENTS * slots.shape[2] // elements)
     attend: Callable[..., Tensor] = partial(_attend, scale=scale, score_mod=score_mod)
     if not torch.is_grad_enabled():
         chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
         return [attend(_take(key, chunk[3]), _take(value, chunk[3]), *chunk) for chunk in chunks]
-    if elements > KEPT_ELEMENTS and not is_transformed():  # torch.func takes no checkpoints
+    if elements > KEPT_ELEMENTS and not is_transformed():  # torch.func does not support checkpoints
         attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-    # Taken at once: the gradient of a chunk's own gather would be as large as all keys.
+    # Gather all chunks at once, because the gradient of each gather is as large as all keys.
     taken = (_take(key, slots), _take(value, slots), *inputs)
     chunks = zip(*(tensor.split(step, 2) for tensor in taken), strict=True)
     return [attend(*chunk) for chunk in chunks]
@@ -160,7 +160,7 @@ def _attend(
     values: Tensor,  # [B, Hkv, R, C, Dv]
     rows: Tensor,  # [B, Hkv, R, G, M, D]
     gate: Tensor,  # [B, Hkv, R, C]
-    reference: Tensor,  # [B, Hkv, R, M]: what each query's gates are relative to
+    reference: Tensor,  # [B, Hkv, R, M]: the number that each query subtracts from gates
     slots: Tensor,  # [B, Hkv, R, C]: positions of the keys, the block's own M last
     death: Tensor,  # [B, Hkv, R, C]
     positions: Tensor,  # [1, 1, R, M]: of the queries
@@ -169,15 +169,15 @@ def _attend(
     scale: float,
     score_mod: ScoreMod | None,
 ) -> Tensor:
-    """Plain attention of every query block to its own keys -> [B, Hkv, R, G, M, Dv].  A row that sees nothing gives 0."""
+    """Plain attention of each query block to its gathered keys -> [B, Hkv, R, G, M, Dv].  A row that sees no key gives 0."""
     group, block = rows.shape[3:5]
     computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    # All but the block's own keys are born before the block.
+    # Keys other than the block's own are born before the block.
     born = pad(
         torch.ones(block, block, dtype=torch.bool, device=rows.device).tril(), (death.shape[-1] - block, 0), value=True
     )
     visible = (positions[..., None] < death.unsqueeze(-2)) & born  # [B, Hkv, R, M, C]
-    # Whether row i sees anything, without a pass over the rows: the latest death among the keys born by i.
+    # Row i sees a key iff the latest death among keys born by i is after i.  This avoids a reduction of `visible`.
     latest = torch.maximum(death[..., :-block].amax(-1, keepdim=True), death[..., -block:].cummax(-1).values)
     nothing = (latest <= positions)[:, :, :, None, :, None]
     difference = (gate.unsqueeze(-2) - reference.unsqueeze(-1)).to(computed)
@@ -199,7 +199,7 @@ def _attend(
 
 
 def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:
-    """score_mod on whole tiles: its index arguments broadcast to [B, Hkv, R, G, M, C]."""
+    """score_mod on whole tiles, with index tensors that broadcast to [B, Hkv, R, G, M, C]."""
     batch, heads, _, group = scores.shape[:4]
 
     def index(count: int, dim: int) -> Tensor:

@@ -1,8 +1,8 @@
-"""Which keys are alive for a block of queries?  The keys that gather attends to.
+"""The living keys of each block of queries: the keys that gather attends to.
 
-Slots, as a compiler allocates registers: at most `capacity` keys are alive at any position, so the n-th key to be born takes
-the slot that the (n - capacity)-th key to die has left.  The keys alive before a block are then the last ones to have
-entered each slot: one sort, at most ceil(log2 K) rounds of pointer jumping, one cummax; nothing is Q x K.
+Keys get slots as variables get registers in a compiler.  At most `capacity` keys are alive at any position, so the n-th key
+born takes the slot of the (n - capacity)-th key that dies.  The keys alive before a block are then the last key of each
+slot.  One sort, at most ceil(log2 K) rounds of pointer jumping, one cummax; no Q x K tensor exists.
 """
 
 from typing import NamedTuple
@@ -15,7 +15,7 @@ from flexdma.opaque import opaque_on_cpu
 from flexdma.rounding import ceil_div
 from flexdma.stages import staged
 
-# Blocks, times heads, that `living_lists` lists at once: few enough for its integers to stay in cache.
+# Blocks times heads that `living_lists` computes at once: few enough that its integers stay in cache.
 BLOCKS_AT_ONCE = 32
 
 
@@ -28,10 +28,10 @@ def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int
 @staged("living keys")
 @opaque_on_cpu("living_keys", _empty_living_keys)
 def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
-    """For each block of queries the keys that some query of it may see, and their death.
+    """For each block of queries the keys that some query of it may see, and their deaths.
 
-    Returns positions [B, H, R, capacity + block] int64 and death, int32.  First `capacity` slots of keys born before the
-    block, then the block's own positions in order; a slot without a key has death 0.
+    Returns positions int64 and deaths int32, both [B, H, R, capacity + block]: first `capacity` slots with keys born before
+    the block, then the block's own positions in order.  An empty slot has an arbitrary valid position and death 0.
     """
     first_query = birth.shape[-1] - queries
     slot = _slots(birth, death, capacity)
@@ -43,15 +43,15 @@ def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block
 
 
 class LivingList(NamedTuple):
-    """The keys that some query of a block sees, and no others."""
+    """Exactly the keys that some query of a block sees."""
 
     keys: Tensor  # [C]: positions in the flattened [B, H, K]
-    partial: int  # how many of them, the first ones, are born or die inside the block: all queries see the others
+    partial: int  # keys[:partial] are born or die inside the block; every query of the block sees the others
 
 
 @staged("living keys")
 def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[list[LivingList]]:
-    """For each of B H heads, for each of its R blocks of queries: its living keys.  Eager only, as the lists are ragged."""
+    """For each of B H heads, for each of its R blocks of queries, the living keys.  The lists are ragged, so eager only."""
     length, heads = birth.shape[-1], birth.shape[:2].numel()
     birth, death = birth.reshape(1, heads, length), death.reshape(1, heads, length)
     slot = _slots(birth, death, capacity)
@@ -64,10 +64,10 @@ def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, bloc
         index = keys.clamp(min=0).long()
         last = death.gather(-1, index.flatten(2)).view_as(index)
         starts = start + block * torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)[:, None]
-        # No slot is taken where keys < 0: the first key stands there, and is never alive at its own birth.
+        # Where keys < 0 the slot is empty.
         alive = (last > torch.maximum(keys, starts)) & (keys >= 0)
         partial = alive & ((keys >= starts) | (last < starts + block))
-        # Listed twice, so that one selection takes a block's partial keys and then its others.
+        # The index is repeated, so that one boolean selection returns the partial keys of a block and then its others.
         index = index + offsets
         chosen = torch.cat([partial, alive & ~partial], -1)
         parts = torch.cat([index, index], -1)[chosen].split(chosen.sum(-1).flatten().tolist())
@@ -78,20 +78,20 @@ def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, bloc
 
 
 def _slots(birth: Tensor, death: Tensor, capacity: int) -> Tensor:
-    """The slot that each key takes, < capacity; capacity for a key that never lives.  [B, H, K] int64."""
+    """[B, H, K] int64: the slot of each key, < capacity; capacity for a key that is never visible."""
     length = birth.shape[-1]
     positions = torch.arange(length, device=birth.device)
-    # Number the keys that ever live by birth (their own position) and by death.
+    # Number the keys that are ever visible by birth (their own position) and by death.
     lives = death > birth
     by_birth = lives.cumsum(-1) - 1
     key_of_death = torch.where(lives, death.long(), 2 * length).sort(dim=-1, stable=True).indices
-    # The n-th born takes over from the (n - capacity)-th dead; a key without a predecessor is its own.
+    # The n-th key born takes over the slot of the (n - capacity)-th to die.  The first `capacity` keys are their own roots.
     predecessor = key_of_death.gather(-1, (by_birth - capacity).clamp(min=0))
     root = torch.where(lives & (by_birth >= capacity), predecessor, positions)
     hops = 1
     while hops < length:
         further = root.gather(-1, root)
-        # Most chains are short; where asking is free, ask.
+        # Most chains are short.  On a CPU the comparison needs no synchronisation.
         if root.device.type == "cpu" and torch.equal(further, root):
             break
         root = further
@@ -100,22 +100,23 @@ def _slots(birth: Tensor, death: Tensor, capacity: int) -> Tensor:
 
 
 def _entered(slot: Tensor, capacity: int, position: int) -> Tensor:
-    """The last key to have entered each slot before `position`, -1 for none: [B, H, capacity] int32."""
+    """[B, H, capacity] int32: the last key that entered each slot before `position`; -1 for none."""
     last = torch.full((*slot.shape[:-1], capacity + 1), -1, dtype=torch.int32, device=slot.device)
     keys = torch.arange(position, dtype=torch.int32, device=slot.device).expand(*slot.shape[:-1], -1)
     return last.scatter_reduce(-1, slot[..., :position], keys, "amax")[..., :capacity]
 
 
 def _by_block(slot: Tensor, before: Tensor, start: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
-    """The keys of `blocks` blocks of queries from position `start` on, and what has entered each slot after them.
+    """The keys of `blocks` blocks of queries from position `start` on, and the last key of each slot after them.
 
+    before: `_entered` at `start`.
     Returns [B, H, blocks, capacity + block] and [B, H, capacity], int32, -1 for none.
     """
     capacity, length = before.shape[-1], slot.shape[-1]
     own = torch.arange(start, start + blocks * block, dtype=torch.int32, device=slot.device)
     born = own[: length - start].expand(*slot.shape[:-1], -1)
     slot = slot[..., start : start + blocks * block]
-    # Row r is what entered during block r - 1; one cell more for the keys that never live.
+    # Row r collects the keys that entered during block r - 1.  One extra cell collects the keys that are never visible.
     row = (born - start).div(block, rounding_mode="floor").long() + 1
     cell = torch.where(slot < capacity, row * capacity + slot, (blocks + 1) * capacity)
     last = pad(before, (0, blocks * capacity + 1), value=-1).scatter_reduce(-1, cell, born, "amax")

@@ -1,4 +1,4 @@
-"""Keys at the places that a `Packing` gives them, and their gradients back."""
+"""Gather keys to the places of a `Packing`, and sum gradients back to keys."""
 
 from typing import Any
 
@@ -9,7 +9,7 @@ from torch.nn.functional import embedding_bag
 from flexdma.packing import Packing, along_keys
 from flexdma.rounding import ceil_div
 
-# Places without a key that one thread of a sum passes over.
+# Largest bag of unused entries in `sum_of_pieces`.
 TAIL = 64
 
 
@@ -21,10 +21,10 @@ def at_places(tensor: Tensor, packing: Packing, *, needs_gradient: bool) -> Tens
 
 
 class _AtPlaces(torch.autograd.Function):
-    """The gradient of a key is the sum of its pieces'.
+    """Gather whose backward sums the gradients of a key's pieces.
 
-    `gather` alone would add each element of dK and dV to zeros with an atomic operation.  Here each key sums its own, in
-    order: the same bits every time.
+    The backward of `gather` adds each element of dK and dV to zeros by an atomic operation.  Here each key sums its pieces in
+    order, so the result is the same to the bit every time.
     """
 
     @staticmethod
@@ -38,13 +38,13 @@ class _AtPlaces(torch.autograd.Function):
 
 
 def sum_of_pieces(tensor: Tensor, pieces: Tensor, starts: Tensor) -> Tensor:
-    """[B, H, L, ...] at places -> [B, H, K, ...]: the sum over each key's pieces, 0 for a key that has none.
+    """[B, H, L, ...] at places -> [B, H, K, ...]: the sum over the pieces of each key; 0 for a key without pieces.
 
-    pieces, starts: as in `Packing`.  One launch, sums of 16-bit numbers in float32.
+    pieces, starts: as in `Packing`.  One launch; 16-bit numbers are summed in float32.
     """
     batch, heads, places = tensor.shape[:3]
     keys = starts.shape[-1] - 1
-    # The places that no key has are bags, too: of a few each, so that none is a long loop.
+    # The unused entries of `pieces` need bags too.  Small ones, because one thread loops over each bag.
     tail = torch.arange(1, ceil_div(places, TAIL), dtype=starts.dtype, device=starts.device) * TAIL
     bags = torch.cat([starts, (starts[..., -1:] + tail).clamp(max=places)], -1)
     before = places * torch.arange(batch * heads, device=starts.device).view(batch, heads, 1)

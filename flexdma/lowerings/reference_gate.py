@@ -1,9 +1,9 @@
-"""Gates as differences: how a gate of any size reaches the logit without losing precision.
+"""Gates as differences, so that gates of any size keep their precision in the logit.
 
 A number that depends on the query alone cancels in the softmax, so the logit may add  gate_j - reference_i  for any
-reference.  With the largest gate that the query sees as reference a rounding error is relative to how far a key is
-behind, and falls on weights that are small already: neither a position of a million (recency) nor an outlier costs the
-others anything.  A float64 gate keeps its low part in a second float32 number.
+reference.  The reference here is the largest gate that the query sees.  The rounding error of a key is then relative to its
+distance from the best key, and is large only where its weight is small.  So neither gates that grow with position (recency)
+nor an outlier cost the others precision.  The low part of a float64 gate is kept in a second float32 number.
 """
 
 import torch
@@ -19,7 +19,7 @@ from flexdma.stages import staged
 def biases(
     key: Tensor, bias: Tensor | None, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """What each key of [B, Hkv, K, D] adds, [B, Hkv, K] of at least float32, and what queries subtract, [B, Hkv, Q]."""
+    """The bias that each key of [B, Hkv, K, D] adds, [B, Hkv, K] in float32 or float64, and the reference, [B, Hkv, Q]."""
     shape = key.shape[:3]
     if bias is None:
         zeros = torch.zeros((1, 1, 1), dtype=torch.float32, device=key.device)
@@ -30,11 +30,12 @@ def biases(
 
 @staged("reference gates")
 def visible_reference(bias: Tensor, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool) -> Tensor:
-    """[B, H, Q] that cancels in the softmax: near the largest finite bias that each of the last Q positions sees.
+    """[B, H, Q]: the largest finite bias that each of the last Q positions sees; 0 if it sees none.
 
-    bias: [B, H, K].  ranked: the best key that a query sees leaves only with its document, as in a selection by this bias;
-        three cumulative passes then find it.
-    exact: that bias itself, with its gradient; otherwise, of ranked ones that float32 rounds to the same number, any.
+    bias: [B, H, K].
+    ranked: the best key that a query sees stays visible to the end of its document, as in a selection by this bias.
+        Three cumulative passes then find it.
+    exact: False allows, of ranked biases that float32 rounds to the same number, any one.  The gradient flows to the bias.
     """
     if ranked:
         return reference_gate(bias, lifespans, exact=exact)[..., bias.shape[-1] - queries :]
@@ -44,12 +45,12 @@ def visible_reference(bias: Tensor, lifespans: Lifespans, queries: int, *, ranke
 
 
 def reference_gate(gate: Tensor, lifespans: Lifespans, *, exact: bool = False) -> Tensor:
-    """The largest finite gate among the keys that live up to each position, in its own document; 0 before the first.
+    """The largest finite gate of the keys at or before each position, in its document, that are ever visible; 0 for none.
 
-    gate, birth, death: [B, H, K] -> [B, H, K]; of equal gates the newer one's, which matters for the gradient alone.  Under a
-    running top-w, and for keys above a threshold, that is the largest gate the query sees: the first in rank leaves only with
-    its document.  Of gates that float32 rounds to the same number it may be any, unless exact.
-    Three cumulative passes; five for exact ones in float64.
+    gate, birth, death: [B, H, K] -> [B, H, K]; of equal gates the newer one's, which matters for the gradient only.  Under a
+    running top-w and under a threshold this is the largest gate that the query sees, because the first key in rank stays
+    visible to the end of its document.  exact=False allows any one of the gates that float32 rounds to the same number.
+    Three cumulative passes; five for exact float64 gates.
     """
     birth, death = (bound.expand(gate.shape) for bound in lifespans)
     best = _best_so_far(gate.detach(), birth, death, exact and gate.dtype == torch.float64)[0]
@@ -64,16 +65,16 @@ def _empty_index(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> lis
 def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> list[Tensor]:
     positions = torch.arange(gate.shape[-1], device=gate.device)
     lives = death > birth
-    # No earlier key lives on at s: a document, or a row without keys, begins.
+    # A document (or a run without keys) begins where no earlier key is alive.
     latest = torch.where(lives, death, 0).cummax(-1).values
     document = (pad(latest[..., :-1], (1, 0)) <= positions).cumsum(-1)
 
-    # One maximum for all documents: an int64 of the document's number and 32 bits that order as the float32 gate does.
+    # One cummax for all documents: an int64 of the document's number and 32 bits that sort like the float32 gate.
     seen = torch.where(gate.isfinite() & lives, gate, float("-inf"))
     place = _ordered(seen) + document * 2**32
     largest, best = place.cummax(-1)
     if twice:
-        # Among those that float32 cannot tell apart, the same once more with what it leaves over.
+        # The same again for the low parts of gates whose float32 values are equal.
         run = (pad(largest[..., :-1], (1, 0)) != largest).cumsum(-1)
         rest = torch.where((place == largest) & seen.isfinite(), seen - seen.float().double(), float("-inf"))
         best = (_ordered(rest) + run * 2**32).cummax(-1).indices
@@ -81,7 +82,7 @@ def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> lis
 
 
 def _ordered(number: Tensor) -> Tensor:
-    """An int64 within 32 bits that orders as the number does in float32."""
+    """An int64 within 32 bits that sorts like the number in float32."""
     bits = number.float().view(torch.int32)
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
@@ -89,7 +90,7 @@ def _ordered(number: Tensor) -> Tensor:
 def split(gate: Tensor) -> tuple[Tensor, Tensor | None]:
     """float64 -> float32 high and low parts, high + low = gate to 48 bits; other dtypes -> (float32, None).
 
-    The gradient flows through the high part alone.
+    The gradient flows through the high part only.
     """
     high = gate.float()
     if gate.dtype != torch.float64:

@@ -1,14 +1,14 @@
-"""Keys and queries on one timeline: lifespans of any births as those of keys that are born at their own positions.
+"""Keys and queries on one timeline, which turns any lifespans into those of keys born at their own positions.
 
-A query block of gather attends to its own keys, one for each position, and to those alive before it.  Where births are not
-positions, keys and queries are put in one row of K + Q slots instead: queries in order, and each key right before the first
-query that sees it.  A key is then born at its own slot, and dies after the slot of its last query.
+A query block of gather attends to its own keys, one for each position, and to the keys alive before it.  Where births are
+not positions, this module puts keys and queries in one row of K + Q slots: queries in order, and each key right before the
+first query that sees it.  A key is then born at its own slot and dies after the slot of its last query.
 
     birth = [0 0 1 1], death = [1 2 2 2], Q = K = 4          slot    0 1 2 3 4 5 6 7
                                                              key     0 1   2 3
                                                              query       0     1 2 3
 
-No query sees more keys than before, so the same capacity holds; attention computes up to twice the rows.
+Each query sees the same keys as before, so the capacity is the same.  Attention computes up to twice the rows.
 """
 
 from collections.abc import Callable
@@ -25,13 +25,13 @@ from flexdma.signatures import ScoreMod
 
 
 class Timeline(NamedTuple):
-    """T = K + Q slots.  [B, H, ...] int64, as the lifespans they are of.
+    """T = K + Q slots; [B, H] are those of the lifespans.
 
-    key: [B, H, T], the key at a slot; any key where a query stands.
-    query: [B, H, T], the query at a slot, else the next one (the last one where there is none).
-    slot: [B, H, Q], where the queries stand.
-    death: [B, H, T] int32, one past the last slot from which the key of a slot is seen; its own slot for those never seen,
-        and for slots of queries.
+    key: [B, H, T] int64, the key at a slot; an arbitrary valid key at the slots of queries.
+    query: [B, H, T] int64, the query at a slot; at the slots of keys the next query, or the last one if there is none.
+    slot: [B, H, Q] int64, the slots of the queries.
+    death: [B, H, T] int32, one past the slot of the last query that sees the key; the slot itself for keys that are never
+        seen and for the slots of queries.
     """
 
     key: Tensor
@@ -41,11 +41,11 @@ class Timeline(NamedTuple):
 
 
 def timeline(lifespans: Lifespans, queries: int) -> Timeline:
-    """Of keys [B, H, K] and the last `queries` of the K positions.  O(K log K)."""
+    """The timeline of keys with lifespans [B, H, K] and the last `queries` of the K positions.  O(K log K) time."""
     born, dies = seen_by_queries(lifespans, queries)
     keys = born.shape[-1]
     never = dies <= born
-    # Keys that no query sees come first, where no query stands.
+    # Keys that no query sees come first, before all queries.
     entry, order = torch.where(never, -1, born).sort(dim=-1, stable=True)
     numbers = torch.arange(queries, dtype=entry.dtype, device=entry.device).expand(*entry.shape[:-1], -1).contiguous()
     slot = numbers + torch.searchsorted(entry, numbers, right=True)
@@ -76,11 +76,12 @@ def attend_any_births(
     score_mod: ScoreMod | None,
     reads_device: bool,
 ) -> Tensor:
-    """Attention [B, Hq, Q, Dv] for any lifespans, by one whose keys are born at their own positions.
+    """Attention [B, Hq, Q, Dv] for any lifespans, by an `attend` whose keys are born at their own positions.
 
-    attend(query, key, value, bias, reference, lifespans, score_mod): that one; bias [B, Hkv, K], reference [B, Hkv, Q].
-    in_order: whether keys are born at their own positions; None: not known.  ranked, exact: see `visible_reference`.
-    reads_device: births may be read, to take the timeline, and its part before the first query, only where needed.
+    attend: called as attend(query, key, value, bias, reference, lifespans, score_mod), with bias [B, Hkv, K] and reference
+        [B, Hkv, Q].
+    in_order: whether keys are born at their own positions; None = not known.  ranked, exact: see `visible_reference`.
+    reads_device: read births, to use the timeline only where needed and without the slots before the first query.
     """
     queries = query.shape[2]
     bias, reference = biases(key, bias, lifespans, queries, ranked=ranked, exact=exact)
@@ -107,7 +108,7 @@ def attend_any_births(
 
 
 def _score_mod_at_slots(score_mod: ScoreMod, line: Timeline, first_query: int, group: int) -> ScoreMod:
-    """A score_mod that maps slots to positions and calls `score_mod`."""
+    """A score_mod that maps slots of the timeline to positions and calls `score_mod`."""
     query_position, key_position = line.query + first_query, line.key
 
     def at_slot(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
