@@ -1,9 +1,9 @@
-"""The keys that can be seen again, and how they are carried on.
+"""The keys that later queries can see, and how one call passes them to the next.
 
 dynamic_mask_state.py   DynamicMaskState
-layout.py               its tensors, and how two states differ
-carry.py                a state before new keys, and the state after them
-rollback.py             a state before its last tokens
+layout.py               the tensors of a state, and the check that two states match
+carry.py                the keys of a state before new ones, and the state after them
+rollback.py             the state before the last tokens
 decoding.py             one new token
 files.py                states as safetensors files
 """

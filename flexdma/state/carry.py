@@ -1,7 +1,7 @@
-"""What is carried from one call to the next: the keys of a state before new ones, and the state after them.
+"""The keys of a state before new ones, and the state after them.
 
-`with_state_keys` puts the keys of a state before the new ones, in order of position; lifespans (arXiv 2508.02124) and
-lowerings then compute on them as on the keys of one sequence.  `state_after` keeps those that the next query can see.
+`with_state_keys` puts the keys of a state before the new ones, in order of position.  Lifespans (arXiv 2508.02124) and
+lowerings then treat them as the keys of one sequence.  `state_after` keeps the keys that the next query can see.
 """
 
 from dataclasses import replace
@@ -22,11 +22,12 @@ if TYPE_CHECKING:
 
 
 class Keys(NamedTuple):
-    """Keys in order of position: C places of a state, then the n new ones; M = C + n.
+    """Keys in order of position: C places of a state, then n new keys; M = C + n.
 
-    key [B, Hkv, M, D], value [B, Hkv, M, Dv], gate [B, Hkv, M], position [B, Hkv, M] int64.  Places of the state without a
-    key have gate -inf and position -1.
-    key_padding_mask, document_ids: [B, M], or None as for the new keys alone.
+    key [B, Hkv, M, D], value [B, Hkv, M, Dv], gate [B, Hkv, M], position [B, Hkv, M] int64.  Empty places of the state have
+    gate -inf and position -1.
+    key_padding_mask, document_ids: [B, M], or None where the new keys have none.
+    new: n.
     """
 
     key: Tensor
@@ -41,7 +42,7 @@ class Keys(NamedTuple):
 def first_keys(
     key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None
 ) -> Keys:
-    """All keys of a sequence from its beginning."""
+    """The keys of a call without a state."""
     position = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
     document_ids = None if document_ids is None else document_ids.long()
     return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2])
@@ -77,13 +78,13 @@ def with_state_keys(
 
 
 def _places(state: "DynamicMaskState") -> Tensor:
-    """[B, Hkv, C]: the slot of the key that comes at each place before the new keys; -1 for none.
+    """[B, Hkv, C]: the slot of the key at each place before the new keys; -1 for an empty place.
 
-    In order of position.  The last `recent` places are those of the last `recent` positions, with or without a key, so that
-    "the last n keys" counted in places is the same counted in positions.
+    Keys are in order of position.  The last `recent` places belong to the last `recent` positions, with or without a key, so
+    the last n places are the last n positions.
     """
     position, capacity = state.position, state.position.shape[-1]
-    back = state.length[:, None, None] - position  # 1: the last token
+    back = state.length[:, None, None] - position  # 1 = the last token
     old = (position >= 0) & (back > state.recent)
     by_age = torch.where(old, position, NEVER).argsort(-1)
     ordinal = torch.arange(capacity, device=position.device)
@@ -94,9 +95,9 @@ def _places(state: "DynamicMaskState") -> Tensor:
 
 
 def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
-    """The state after these keys.
+    """The state after these keys.  O(M log M) time.
 
-    state: the one before, for its options and length.  lifespans: of `keys`.  O(M log M) time.
+    state: the state before them, for its options, length and last positions.  lifespans: of `keys`.
     """
     total = keys.gate.shape[-1]
     real = keys.gate != float("-inf")
@@ -133,7 +134,7 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> 
 
 
 def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
-    """`state`, whose length is already the new one, with the keys among the `real` ones that the last query saw."""
+    """`state` with those of the `real` keys that the last query saw.  `state.length` is already the new length."""
     total = real.shape[-1]
     eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
@@ -159,19 +160,19 @@ def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -
 
 
 def _last_padding(state: "DynamicMaskState", key_padding_mask: Tensor) -> Tensor:
-    """[B]: the latest position that is not real, of the state's tokens and those of this mask [B, n]."""
+    """[B]: the latest padded position among the tokens of the state and those of this mask [B, n]; -1 for none."""
     position = state.length[:, None] + torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
     return torch.where(key_padding_mask, state.last_padding[:, None], position).amax(-1)
 
 
 def _first(numbers: Tensor, count: int) -> Tensor:
-    """The first `count` of [..., n], with -1 for those that are missing."""
+    """The first `count` of [..., n], padded with -1 where n < count."""
     numbers = numbers[..., :count]
     return pad(numbers, (0, count - numbers.shape[-1]), value=-1)
 
 
 def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new: int) -> Tensor:
-    """[B, Hkv]: the latest position whose arrival ended a visible key, in the state or since."""
+    """[B, Hkv]: the latest position whose arrival evicted a visible key, before the state or since."""
     held = total - new
     ended = (lifespans.birth < lifespans.death) & (lifespans.death < total) & (lifespans.death >= held)
     latest = torch.where(ended, lifespans.death.long() - held, -1).amax(-1)
@@ -179,10 +180,13 @@ def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new:
 
 
 def score_mod_at_positions(score_mod: ScoreMod, keys: Keys, length: Tensor, group: int) -> ScoreMod:
-    """A score_mod that maps places among `keys` to positions and calls `score_mod`.  length [B]: of the state before them."""
+    """A score_mod that maps places among `keys` to positions and calls `score_mod`.
+
+    length: [B], of the state before them.
+    """
     held = keys.position.shape[-1] - keys.new
-    # Buffers: the C++ lowering captures no views and no expressions.  Empty places get position 0, so score_mod
-    # never sees -1.
+    # Buffers, because Inductor's C++ FlexAttention captures no views and no expressions.  Empty places get position 0, so
+    # score_mod never sees -1.
     key_position, shift = realize(keys.position.clamp(min=0)), realize(length - held)
 
     def at_position(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:

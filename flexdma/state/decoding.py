@@ -1,8 +1,8 @@
-"""Decoding: one new token against a state, in O(w) time and memory whatever the context.
+"""Decoding: one new token against a state, in O(w) time and memory for any context length.
 
-The newest of w + 1 keys outranks the weakest or does not ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124): one
-slot changes hands, or two with sinks and recent tokens.  Everything is elementwise or a reduction over slots of static
-shape, so it compiles once, and the attention is a plain one over C slots.
+The new key replaces the last of w keys in rank or is not kept ("Trainable Dynamic Mask Sparse Attention", arXiv
+2508.02124): it writes one slot, or two with sinks and recent tokens.  All operations are elementwise or reductions over
+slots of static shape, so they compile once.  Attention is plain attention over C slots.
 """
 
 from dataclasses import replace
@@ -33,8 +33,9 @@ def decode(
     document_ids: Tensor | None,
     sink_logits: Tensor | None,
 ) -> tuple[Tensor, DynamicMaskState]:
-    """Query [B, Hq, 1, D], key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1] -> [B, Hq, 1, Dv] and the new state.
+    """Attention of one new token, [B, Hq, 1, Dv], and the state after it.
 
+    query: [B, Hq, 1, D]; key: [B, Hkv, 1, D]; value: [B, Hkv, 1, Dv]; gate: [B, Hkv, 1].
     key_padding_mask, document_ids: [B, 1].
     """
     if document_ids is not None:
@@ -46,7 +47,7 @@ def decode(
 
 
 def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
-    """The state as the next token of this document [B] finds it: without keys where it is another than the last."""
+    """The state before a token of this document [B].  Where it is not the last token's document, the state loses its keys."""
     ended = (document != state.document)[:, None]
     lost = ended & (state.position >= 0).any(-1)
     slots = ended[..., None]
@@ -63,7 +64,7 @@ def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
 
 
 class _Slots(NamedTuple):
-    """What slots hold: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate and position [B, Hkv, n]."""
+    """The contents of n slots: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate and position [B, Hkv, n]."""
 
     key: Tensor
     value: Tensor
@@ -85,7 +86,7 @@ def inserted(
     if key_padding_mask is not None:
         real = real & key_padding_mask[:, None]
         seen = key_padding_mask[:, 0].long()
-    # NaN in a masked key would reach the output: NaN * 0 is NaN.
+    # 0 * NaN is NaN: a NaN in a masked key would reach the output.
     key, value = key.masked_fill(~real[..., None], 0.0), value.masked_fill(~real[..., None], 0.0)
     gate = gate.masked_fill(~real, float("-inf"))
     position = torch.where(real, now, -1)
@@ -103,13 +104,13 @@ def inserted(
     if state.sinks + state.recent:
         sinks = ((state.position >= 0) & (state.position <= last_sink)).sum(-1, keepdim=True)
         last_sink = torch.where(real & (sinks < state.sinks), now, last_sink)
-        # The one of the two that is not in the top-w may stay as a sink or as recent.
+        # Of the weakest and the new key, the one outside the top-w may stay as a sink or a recent key.
         loser = _Slots(*(_choose(enters, a, b) for a, b in zip(old, new, strict=True)))
         stays = _protected(loser.position, last_sink, now, state.recent)
         loser = _Slots(*(_choose(stays, a, a.new_full((), b)) for a, b in zip(loser, EMPTY_SLOT, strict=True)))
         others = state.position[..., state.widest :]
         safe = _protected(others, last_sink, now, state.recent)
-        expired = (others >= 0) & ~safe  # at most one: the key that has just ceased to be recent
+        expired = (others >= 0) & ~safe  # at most one key, which is no longer recent
         expires = expired.any(-1, keepdim=True)
         lost = (lost & ~stays) | expires
         free = state.widest + torch.where(expired, 0, torch.where(safe, 2, 1)).argmin(-1, keepdim=True)
@@ -132,26 +133,27 @@ def inserted(
 
 
 def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor) -> Tensor:
-    """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the n slots where `writes`."""
+    """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the slots `slot` [B, Hkv, n] where `writes` [B, Hkv, n]."""
     index = slot if tensor.dim() == 3 else slot[..., None].expand_as(fresh)
     return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
 
 
 def _weakest(state: DynamicMaskState) -> Tensor:
-    """[B, Hkv, 1]: the slot of the top-w to give away first: one without a key, else that of the last in rank."""
+    """[B, Hkv, 1]: the slot of the top-w to overwrite: an empty one, else that of the last key in rank."""
     gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
-    beyond = None
+    beyond = None  # slots beyond a head's own window
     if isinstance(state.window_size, tuple):
         beyond = torch.arange(state.widest, device=gate.device) >= state.policy.windows(gate.device)
     return last_in_rank(gate, position, beyond)
 
 
 def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) -> Tensor:
+    """Whether the keys at these positions are sinks or recent."""
     return (position >= 0) & ((position <= last_sink) | (position > now - recent))
 
 
 def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """Where condition [B, Hkv, n] the first, else the second: [B, Hkv, n, ...]."""
+    """torch.where(condition, first, second) for condition [B, Hkv, n] and tensors [B, Hkv, n, ...]."""
     return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
 
 
@@ -194,7 +196,7 @@ def _attend(
 
 
 def _best_gate(state: DynamicMaskState) -> Tensor:
-    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 for none."""
+    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 if it has none."""
     level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
     best = level.amax(-1, keepdim=True)
     newest = torch.where(level == best, state.position, -1).argmax(-1, keepdim=True)

@@ -1,15 +1,15 @@
-"""DynamicMaskState: the keys that can ever be seen again.
+"""DynamicMaskState: the keys that later queries can still see.
 
-After any prefix a causal running top-w ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124) can return only to the
-w keys it shows now; with sinks and recent tokens, to w + sinks + recent of them.  So
+After any prefix of a causal running top-w ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124) later queries can
+see only the w keys that are visible now; with sinks and recent tokens, only w + sinks + recent keys.  So
 
     (state, new tokens) -> (output, new state)
 
-is decoding with one new token, chunked prefill with many, and both equal one pass over everything.  The bound on a cache is
-also that of SparseK (arXiv 2406.16747) and of trained evictions since; that it is exact for trained DMA, ties, sinks,
-documents and all, is what the tests here hold it to.
+is decoding with one new token and chunked prefill with many.  Both equal one pass over all tokens; the tests check this with
+ties, sinks, recent keys, padding and documents.  SparseK (arXiv 2406.16747) and later trained evictions bound a cache in the
+same way.
 
-A state is a value: nothing changes it in place, so that it can be kept, branched from and differentiated through.
+A state is a value: nothing changes it in place, so callers can keep it, branch from it and differentiate through it.
 """
 
 from collections.abc import Callable, Sequence
@@ -28,19 +28,19 @@ from flexdma.state.rollback import cropped
 
 @dataclass(frozen=True, eq=False)
 class DynamicMaskState:
-    """What `dynamic_mask_attention(..., state=..., return_state=True)` takes and returns; make one with `empty`.
+    """The state that `dynamic_mask_attention(..., state=..., return_state=True)` takes and returns; `empty` makes the first.
 
     C = w + sinks + recent slots per KV head, w the widest window.  Slots 0 .. w - 1 hold the top-w in any order, the others
-    the sinks and recent keys that are not among them.  A slot without a key has position -1, gate -inf, key and value 0.
+    hold the sinks and recent keys outside the top-w.  An empty slot has position -1, gate -inf, key and value 0.
 
     key [B, Hkv, C, D], value [B, Hkv, C, Dv], gate [B, Hkv, C] float32 or float64, position [B, Hkv, C] int64.
-    length: [B] int64, tokens so far, padding included: the position of the next one.
-    real_length: [B] int64, tokens so far without padding: the `first_position` of `ValueGate` for the next ones.
-    last_padding: [B] int64, position of the latest padded token; -1 for none.  `crop` asks it.
-    document: [B] int64, the id of the last token's document; 0 where none was given.
-    last_sink: [B, Hkv] int64, position of the latest sink of that document; -1 before the first.
-    last_loss: [B, Hkv] int64, the latest position whose arrival ended a visible key; -1 for none.  `crop` asks it.
-    forgotten: [B, Hkv] float64, for `ValueGate(recency="forget")`: the sum of -logsigmoid so far.  The operator hands it on.
+    length: [B] int64, number of tokens so far, padding included; also the position of the next token.
+    real_length: [B] int64, number of tokens so far without padding; `ValueGate` takes it as `first_position`.
+    last_padding: [B] int64, position of the latest padded token; -1 for none.  `crop` reads it.
+    document: [B] int64, the id of the last token's document; 0 where no ids were given.
+    last_sink: [B, Hkv] int64, position of the latest sink of that document; -1 for none.
+    last_loss: [B, Hkv] int64, the latest position whose arrival evicted a visible key; -1 for none.  `crop` reads it.
+    forgotten: [B, Hkv] float64, the sum of -logsigmoid so far for `ValueGate(recency="forget")`; the operator only copies it.
     window_size, sinks, recent, selection: of the operator.
     """
 
@@ -80,7 +80,7 @@ class DynamicMaskState:
 
         batch_size, num_kv_heads, head_dim, value_dim: B, Hkv, D and Dv (default D).
         window_size, sinks, recent, selection: as in `dynamic_mask_attention`; selection is "causal" or "threshold".
-        dtype: of keys and values.  gate_dtype: float64 for gates that are (those with a recency), float32 for all others.
+        dtype: of keys and values.  gate_dtype: float64 for float64 gates (those with a recency), float32 for all others.
         Raises ValueError or TypeError naming the argument.
         """
         value_dim = head_dim if value_dim is None else value_dim
@@ -103,25 +103,25 @@ class DynamicMaskState:
 
     @property
     def policy(self) -> Selection:
-        """Its options as one value."""
+        """The options as one value."""
         return Selection(self.selection, self.window_size, self.sinks, self.recent)
 
     @property
     def widest(self) -> int:
-        """w: the number of slots of the top-w, which is the largest window."""
+        """w, the largest window: the number of slots for the top-w."""
         return self.position.shape[-1] - self.sinks - self.recent
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all its tensors; they do not grow."""
+        """Bytes of all tensors.  They do not grow with the context."""
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """Its tensors by name."""
+        """The tensors by name."""
         return {name: getattr(self, name) for name in TENSORS}
 
     def options(self) -> dict[str, Any]:
-        """What is not a tensor, by name."""
+        """The fields that are not tensors, by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
     def _layout(self) -> "Layout":
@@ -136,42 +136,42 @@ class DynamicMaskState:
         return replace(self, **{name: function(name, tensor) for name, tensor in self.tensors().items()})  # type: ignore[arg-type]
 
     def to(self, device: torch.device | str | None, *, non_blocking: bool = False) -> "DynamicMaskState":
-        """The same state on another device (None: on its own); it keeps its dtypes.  As accelerate moves arguments."""
+        """The same state on another device, None = its own.  Dtypes stay.  accelerate moves arguments by this method."""
         if not isinstance(device, str | torch.device | None):
             raise TypeError(f"device: expected a device, got {device!r}")
         return self._map(lambda _, tensor: tensor.to(device=device, non_blocking=non_blocking))
 
     def detach(self) -> "DynamicMaskState":
-        """Without the graph behind it: truncated back-propagation through chunks."""
+        """The state without its autograd graph, for truncated back-propagation through chunks."""
         return self._map(lambda _, tensor: tensor.detach())
 
     def checkpoint(self) -> "DynamicMaskState":
-        """A copy to `restore` later, exact whatever is evicted meanwhile, even where CUDA graphs reuse this one's memory."""
+        """A copy to `restore` later.  It stays valid where CUDA graphs reuse the memory of this state."""
         return self._map(lambda _, tensor: tensor.clone())
 
     def restore(self, saved: "DynamicMaskState") -> "DynamicMaskState":
-        """`saved`, a copy of it, where it is a checkpoint of this state's shapes and options; ValueError where not."""
+        """A copy of `saved`.  Raises ValueError or TypeError unless `saved` has this state's shapes, dtypes and options."""
         self._refuse_other("saved", saved)
         return saved.checkpoint()
 
     def reorder(self, rows: Tensor) -> "DynamicMaskState":
-        """The batch rows of these numbers, [any] int64, repeats allowed: beam search, sequences that leave or branch."""
+        """The state of these batch rows, [any] int64, repeats allowed: for beam search, and sequences that end or branch."""
         _check_rows(rows, "rows", self.length)
         return self._map(lambda _, tensor: tensor.index_select(0, rows))
 
     def put(self, rows: Tensor, other: "DynamicMaskState") -> "DynamicMaskState":
-        """A state with the batch rows of these numbers, [n] int64 and distinct, replaced by the n rows of `other`."""
+        """The state with these batch rows, [n] int64 and distinct, replaced by the n rows of `other`."""
         self._refuse_other("other", other, batch=False)
         _check_rows(rows, other.length.shape[0], self.length)
         theirs = other.tensors()
         return self._map(lambda name, tensor: tensor.index_copy(0, rows, theirs[name]))
 
     def crop(self, tokens: int | Tensor) -> "DynamicMaskState":
-        """The state before the last `tokens` tokens, one number or one per sequence [B]; ValueError where it is gone.
+        """The state before the last `tokens` tokens, one int or one per sequence [B] int64.
 
-        Exact as long as no key that was visible has been evicted since, always while one document has had fewer tokens than
-        the narrowest window and recent=0, and as long as no padded token is among the last ones.  Otherwise take a
-        `checkpoint()` first.  Synchronises.
+        Raises ValueError where a visible key has been evicted since, where one of these tokens is padded, and with forget
+        gates; take a `checkpoint()` first in these cases.  Nothing is evicted while recent=0 and there is one document with
+        fewer tokens than the narrowest window.  Synchronises with the device.
         """
         return cropped(self, tokens)
 
@@ -179,7 +179,7 @@ class DynamicMaskState:
 TENSORS = tuple(field.name for field in fields(DynamicMaskState) if field.type is Tensor)
 OPTIONS = tuple(field.name for field in fields(DynamicMaskState) if field.type is not Tensor)
 
-# torch.load(weights_only=True), its default, takes no other classes.
+# torch.load(weights_only=True), the default, loads no other classes.
 torch.serialization.add_safe_globals([DynamicMaskState])
 
 pytree.register_pytree_node(
@@ -198,7 +198,7 @@ pytree.register_pytree_node(
 
 
 def check_state_matches(state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, policy: Selection) -> None:
-    """Raise unless `state` is one that these keys [B, Hkv, n, D], values [B, Hkv, n, Dv] and gates can go on from."""
+    """Raise unless `state` fits keys [B, Hkv, n, D], values [B, Hkv, n, Dv], gates of this dtype and this selection."""
     if not isinstance(state, DynamicMaskState):
         raise TypeError(f"state: expected a DynamicMaskState, got {type(state).__name__}")
     batch, heads, _keys, size = key.shape

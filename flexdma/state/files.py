@@ -1,7 +1,7 @@
-"""States as safetensors files: exact, whole or absent, and refused when they are not what was written.
+"""States as safetensors files.  Writing is atomic, and loading refuses files that have changed.
 
-Tensors are named NAME.FIELD.  The file's metadata holds the options of each state and the SHA-256 of all, since
-safetensors itself notices a file that is cut short, but not a bit that flipped.
+Tensors are named NAME.FIELD.  The metadata holds the options of each state and a SHA-256 of everything, because safetensors
+detects a truncated file but not a flipped bit.
 """
 
 import ctypes
@@ -21,9 +21,9 @@ FORMAT = "flexdma.DynamicMaskState/2"
 
 
 def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> None:
-    """Write states, such as those of all layers, under their names to one safetensors file; an old file is replaced.
+    """Write states, such as those of all layers, by name to one safetensors file.  It replaces an old file.
 
-    Needs safetensors (the extra flexdma[state]).
+    Needs safetensors (the extra flexdma[state]).  Raises TypeError or ValueError naming the argument.
     """
     files = _safetensors()
     if not isinstance(states, Mapping):
@@ -45,9 +45,9 @@ def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> Non
 
 
 def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, DynamicMaskState]:
-    """The states of a file that `save_states` wrote, by name, on this device.
+    """The states of a file written by `save_states`, by name, on this device.
 
-    Raises ValueError, naming the file, where it is cut short, changed, or something else; OSError where it is not there.
+    Raises ValueError naming the file where it is truncated, changed or not such a file; OSError where it does not exist.
     """
     _safetensors()
     from safetensors import SafetensorError, safe_open
@@ -57,7 +57,7 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
             metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"path: expected a whole safetensors file, got {path} ({error})") from None
     if metadata.get("format") != FORMAT:
@@ -93,12 +93,12 @@ def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]
     )
     like.restore(state)  # shapes and dtypes
     if (state.length < 0).any() or not ((state.position >= -1) & (state.position < state.length[:, None, None])).all():
-        raise ValueError(f"{name}: expected positions from -1 to below its length")
+        raise ValueError(f"{name}: expected positions from -1 to below the length of the sequence")
     return state
 
 
 def _digest(options: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of the options and of every tensor's name, dtype, shape and bytes, by name."""
+    """SHA-256 of the options and of every tensor's name, dtype, shape and bytes, sorted by name."""
     digest = hashlib.sha256(options.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())

@@ -1,4 +1,4 @@
-"""The tensors of a state: their shapes and dtypes, and whether a given state has them."""
+"""The shapes and dtypes of a state's tensors, and the check that a given state has them."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -9,7 +9,7 @@ if TYPE_CHECKING:
 
 # Name -> (shape, dtype).
 Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-# What the tensors of an empty state hold where it is not 0.
+# Initial values of the tensors of an empty state, where not 0.
 EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
 
 
@@ -42,7 +42,7 @@ def refuse_difference(
     *,
     batch: bool = True,
 ) -> None:
-    """Raise unless `state` has this layout, these options and this device; batch: and this number of sequences."""
+    """Raise unless `state` has this layout, these options and this device.  batch: also compare the batch size."""
     for option, want in options.items():
         if getattr(state, option) != want:
             raise ValueError(

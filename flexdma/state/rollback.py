@@ -1,4 +1,4 @@
-"""A state before its last tokens, where that can be had exactly."""
+"""The state before its last tokens, where it can be computed exactly."""
 
 from dataclasses import replace
 from typing import TYPE_CHECKING
@@ -30,24 +30,24 @@ def cropped(state: "DynamicMaskState", tokens: int | Tensor) -> "DynamicMaskStat
         at = int(state.last_loss[gone].max())
         raise ValueError(
             f"tokens: expected a rollback past no eviction (the last was at position {at}, and evicted keys are gone), "
-            f"got {tokens}; take state.checkpoint() before tokens that may be rolled back"
+            f"got {tokens}; take a state.checkpoint() before tokens that you may roll back"
         )
     if ((state.last_padding >= left) & taken).any():
         raise ValueError(
             f"tokens: expected a rollback past no padded token (the last was at position {int(state.last_padding.max())}, "
-            f"and how many real tokens came before it is not kept), got {tokens}; take state.checkpoint() before tokens "
-            "that may be rolled back"
+            f"and the number of real tokens before it is not kept), got {tokens}; take a state.checkpoint() before tokens "
+            "that you may roll back"
         )
     if (state.forgotten.any(-1) & taken).any():
         raise ValueError(
-            f"tokens: expected 0 with forget gates, whose sum cannot be undone, got {tokens}; take state.checkpoint() "
-            "before tokens that may be rolled back"
+            f"tokens: expected 0 with forget gates, because their earlier sum is not kept, got {tokens}; take a "
+            "state.checkpoint() before tokens that you may roll back"
         )
     return _without_last(state, left)
 
 
 def _without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
-    """The state at this length [B], of which none of its keys has been lost since."""
+    """The state at this length [B].  None of its keys has been evicted since."""
     no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
     keys = with_state_keys(state, *no_keys, None, None)
     real = (keys.position >= 0) & (keys.position < length[:, None, None])

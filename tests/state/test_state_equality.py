@@ -97,7 +97,7 @@ def test_crop_is_the_prefix_or_refused(gate, data):
         return
     padded = "key_padding_mask" in masks and not masks["key_padding_mask"][:, kept:].all()
     if padded and kept not in (0, length):
-        with pytest.raises(ValueError, match="how many real tokens came before it is not kept"):
+        with pytest.raises(ValueError, match="the number of real tokens before it is not kept"):
             state.crop(length - kept)
         return
     cropped = state.crop(torch.tensor([length - kept]))
