@@ -1,1 +1,1 @@
-"""flexdma inside other people's models: one package per library, imported on its own."""
+"""flexdma in the models of other libraries, one package per library.  `import flexdma` imports none of them."""

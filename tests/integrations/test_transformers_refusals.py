@@ -17,7 +17,7 @@ def model(request):
 
 def test_attention_weights(model):
     with pytest.raises(
-        ValueError, match="output_attentions: expected None, as attention weights are never formed, got True"
+        ValueError, match="output_attentions: expected None, as attention weights are never computed, got True"
     ):
         model(distinct_tokens(1, 8), output_attentions=True)
 

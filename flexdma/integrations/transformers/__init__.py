@@ -1,8 +1,8 @@
 """Hugging Face transformers, 5.17 to 5.24 (extra `flexdma[transformers]`); docs/transformers.md has the recipes.
 
-use_flexdma         Doge models compute their attention with flexdma: same weights, same state_dict
-convert_to_dma      give any decoder that calls the attention interface the gates of Dynamic Mask Attention, to train on
-from_pretrained     load what was saved of either
+use_flexdma         compute the attention of Doge models with flexdma: same weights, same state_dict
+convert_to_dma      add the gates of Dynamic Mask Attention to any decoder that calls the attention interface, for training
+from_pretrained     load a saved model of either kind
 DynamicMaskCache    the bounded key-value cache that `generate` uses with these models
 """
 

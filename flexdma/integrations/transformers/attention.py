@@ -1,4 +1,4 @@
-"""One attention for all models: what the layers of transformers call, and what it does with each kind of cache."""
+"""The attention that converted layers of transformers call, with and without a cache."""
 
 from collections.abc import Callable
 from typing import Any
@@ -39,10 +39,12 @@ def attend(
 ) -> Tensor:
     """Attention of a layer after its cache was updated: [B, Q, Hq, Dv].
 
-    query [B, Hq, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, Dv]: K of all tokens, or with DynamicMaskCache of the new ones.
-    mask: see `light_mask`.  gate(value, key_padding_mask=..., **before): the gates of values, as of `ValueGate`.
-    options: window_size, sinks, recent, lowering.  arguments: the others of the layer's call: `softcap` and
-    `s_aux`, learned sinks, are computed, others are ignored or refused.
+    query [B, Hq, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, Dv]: keys of all tokens, or of the new ones with
+        DynamicMaskCache.
+    mask: see `light_mask`.  gate: called as gate(value, key_padding_mask=..., **before), like `ValueGate`.
+    options: window_size, sinks, recent, lowering.
+    arguments: other arguments of the layer's call.  `softcap` and `s_aux` (learned sinks) are computed, arguments that would
+        change attention are refused, and the rest is ignored.
     """
     refuse_arguments(module, dropout, arguments)
     refuse_cache(cache, module.layer_idx, key.shape[2])
@@ -84,7 +86,7 @@ def attention_interface(
     dynamic_mask_cache: object = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """Transformers' attention interface, for layers that `convert_to_dma` gave a `value_gate`."""
+    """Transformers' attention interface, for layers to which `convert_to_dma` added a `value_gate`."""
     if not hasattr(module, "value_gate"):
         raise TypeError(
             f"attn_implementation: expected a converted model for 'flexdma', got {type(module).__name__} without gates"

@@ -1,4 +1,4 @@
-"""DynamicMaskCache: a transformers cache of one `DynamicMaskState` per layer, as large after a million tokens as after w."""
+"""DynamicMaskCache: a transformers cache of one `DynamicMaskState` per layer.  Its size does not grow with the context."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -11,15 +11,15 @@ from flexdma.integrations.transformers.cache_layer import DynamicMaskLayer
 
 
 def given_cache(arguments: Iterable[object]) -> Cache | None:
-    """The cache among the arguments of a call, by type: its name is `past_key_values` before transformers 5.24, then `cache`.
+    """The cache among the arguments of a call, found by type: transformers 5.24 renamed `past_key_values` to `cache`.
 
-    Raises TypeError for two of them, of which the model would ignore one.
+    Raises TypeError for two caches, because the model would ignore one of them.
     """
     caches = [argument for argument in arguments if isinstance(argument, Cache)]
     if len(caches) > 1:
         raise TypeError(
             f"cache: expected one, got {' and '.join(type(cache).__name__ for cache in caches)}; transformers names the "
-            "argument past_key_values before 5.24, and cache from then on"
+            "argument past_key_values before 5.24, and cache since then"
         )
     return caches[0] if caches else None
 
@@ -27,7 +27,7 @@ def given_cache(arguments: Iterable[object]) -> Cache | None:
 class DynamicMaskCache(Cache):
     """A cache for `use_flexdma` and `convert_to_dma` models; `generate` makes one where none is given.
 
-    Layers are added as they come.  Each holds w + sinks + recent keys per KV head, whatever the context.
+    Layers are added at their first update.  Each holds w + sinks + recent keys per KV head for any context length.
     """
 
     layers: list[DynamicMaskLayer]
@@ -38,8 +38,8 @@ class DynamicMaskCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: Any, **kwargs: Any
     ) -> tuple[Tensor, Tensor]:
-        """As `DynamicMaskLayer.update`.  RuntimeError where the layers before this one saw other tokens than it will have."""
-        # A compiled pass writes to all layers at its end; compared symbolic numbers would break the code of Inductor 2.13.
+        """As `DynamicMaskLayer.update`.  Raises RuntimeError where earlier layers have seen another number of tokens."""
+        # A compiled pass writes to all layers at its end, and comparing symbolic numbers breaks Inductor's code (torch 2.13).
         if not torch.compiler.is_compiling():
             self._refuse_uneven_layers(layer_idx, key_states.shape[2])
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
@@ -49,17 +49,17 @@ class DynamicMaskCache(Cache):
         seen = self.layers[layer_idx].tokens if layer_idx < len(self.layers) else 0
         if before is not None and seen != before.tokens - new:
             raise RuntimeError(
-                f"cache: expected layer {layer_idx} after {before.tokens - new} tokens, as the layers before it were, got it "
-                f"after {seen}: a forward pass did not end, or left layers out; reset() empties the cache"
+                f"cache: expected layer {layer_idx} after {before.tokens - new} tokens, like the layers before it, got it "
+                f"after {seen}: a forward pass did not end, or skipped layers; reset() empties the cache"
             )
 
     def attend(self, layer_idx: int, *tensors: Any, **options: Any) -> Tensor:
-        """As `DynamicMaskLayer.attend`, of this layer."""
+        """As `DynamicMaskLayer.attend`, for this layer."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else DynamicMaskLayer()
         return layer.attend(*tensors, **options)
 
     def activate_past_recording(self) -> None:
-        """As `DynamicMaskLayer.activate_past_recording`, for layers to come as well."""
+        """As `DynamicMaskLayer.activate_past_recording`, for layers added later too."""
         self.layer_class_to_replicate = _RecordingLayer
         super().activate_past_recording()
 

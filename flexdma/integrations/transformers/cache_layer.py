@@ -1,4 +1,4 @@
-"""One layer of a `DynamicMaskCache`: the keys that can ever be seen again, and what is needed to roll back exactly."""
+"""One layer of a `DynamicMaskCache`: the keys that later queries can see, and the records for an exact rollback."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,9 +15,9 @@ from flexdma.state import DynamicMaskState
 
 
 class DynamicMaskLayer(CacheLayerMixin):
-    """One layer's keys that can ever be seen again.
+    """The keys of one layer that later queries can see.
 
-    `update` returns the new keys and values, and `attend`, which follows it once and has the gates, stores them.
+    `update` returns the new keys and values unchanged.  `attend`, called once after it with their gates, stores them.
     """
 
     is_sliding = False
@@ -26,14 +26,14 @@ class DynamicMaskLayer(CacheLayerMixin):
     supports_early_init = False
 
     def __init__(self) -> None:
-        # Not that of the base class, which assigns keys and values.
+        # Does not call the base class's, which assigns `keys` and `values`.
         self.is_initialized = False
         self.state: DynamicMaskState | None = None
         self.tokens = 0
         self.record_past = False
-        # Number of tokens of an `update` that no `attend` has followed.
+        # Number of tokens of the last `update`, until `attend` stores them.
         self._pending: int | None = None
-        self._past: list[RecordedPass] = []  # since the last `crop`
+        self._past: list[RecordedPass] = []  # passes since the last `crop`
 
     @property
     def keys(self) -> Tensor | None:
@@ -42,18 +42,19 @@ class DynamicMaskLayer(CacheLayerMixin):
 
     @property
     def values(self) -> Tensor | None:
-        """[B, Hkv, C, Dv], as `keys`."""
+        """[B, Hkv, C, Dv], the value of each slot, like `keys`."""
         return None if self.state is None else self.state.value
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        """Nothing: the first `attend` makes the state."""
+        """Does nothing, because the first `attend` makes the state."""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """The new keys and values as they are.  RuntimeError where no `attend` followed the last ones, or in a backward.
+        """The new keys and values, unchanged.
 
-        ValueError or TypeError for another number of sequences or another dtype than the cache has.
+        Raises RuntimeError where no `attend` followed the last `update`, or in a backward; ValueError or TypeError where the
+        number of sequences or the dtype is not that of the cache.
         """
-        # Activation checkpointing runs the layer again in the backward: the cache would count its tokens twice.
+        # Activation checkpointing runs the layer again in the backward, and the cache would count its tokens twice.
         if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "cache: expected None under activation checkpointing, got DynamicMaskCache in a recomputation"
@@ -69,9 +70,9 @@ class DynamicMaskLayer(CacheLayerMixin):
         return key_states, value_states
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], **options: Any) -> Tensor:
-        """Attention of the new tokens to all kept keys, which then are among them; [B, Hq, Q, Dv].
+        """Attention [B, Hq, Q, Dv] of the new tokens to the kept keys and their own; stores the new keys.
 
-        RuntimeError where these keys are not those of the last `update`, as the cache would count them twice.
+        Raises RuntimeError unless it follows an `update` of as many keys, because the cache would count keys twice.
         """
         if self._pending is None:
             raise RuntimeError(
@@ -92,12 +93,12 @@ class DynamicMaskLayer(CacheLayerMixin):
         return output
 
     def activate_past_recording(self) -> None:
-        """From now on keep what `crop` needs to be exact; it grows until `crop` is called, as transformers' own caches do."""
+        """From now on record passes, so that `crop` is exact.  The records grow until `crop`, as in transformers' caches."""
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:
-        """Forget the last -tokens_to_remove tokens.  ValueError where keys that they evicted are gone."""
-        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 counts them in a tensor
+        """Remove the last -tokens_to_remove tokens.  Raises ValueError where keys that they evicted are not recorded."""
+        tokens_to_remove = int(tokens_to_remove)  # transformers 5.17 passes a tensor
         if tokens_to_remove > 0:
             raise ValueError(
                 f"tokens_to_remove: expected a number <= 0, as transformers gives it, got {tokens_to_remove}"
@@ -114,44 +115,44 @@ class DynamicMaskLayer(CacheLayerMixin):
         self.tokens = kept
 
     def get_seq_length(self) -> int:
-        """Tokens seen, padding included."""
+        """Number of tokens so far, padding included."""
         return self.tokens
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """(length, offset) of the keys a mask is for: the new ones."""
+        """(length, offset) of the keys that a mask covers: the new ones."""
         return query_length, self.tokens
 
     def get_max_length(self) -> int:
-        """-1: no limit."""
+        """-1 = no limit."""
         return -1
 
     def reset(self) -> None:
-        """Back to no tokens."""
+        """Remove all tokens."""
         self.state, self.tokens, self._past, self._pending, self.is_initialized = None, 0, [], None, False
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
-        """The rows of these numbers, repeats allowed."""
+        """Keep these batch rows; repeats are allowed."""
         if self.state is not None:
-            rows = beam_idx.to(self.state.length.device, torch.int64)  # beam search counts in int32
+            rows = beam_idx.to(self.state.length.device, torch.int64)  # beam search passes int32
             self.state, self._past = self.state.reorder(rows), []
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        """Only these rows, by number or as a mask."""
+        """Keep these batch rows, given by number or as a bool mask."""
         self.reorder_cache(indices.nonzero()[:, 0] if indices.dtype == torch.bool else indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
-        """Each row so many times."""
+        """Repeat each batch row `repeats` times."""
         if self.state is not None:
             device = self.state.length.device
             self.reorder_cache(torch.arange(len(self.state.length), device=device).repeat_interleave(repeats))
 
     def offload(self) -> None:
-        """Refused: what could be offloaded is small."""
+        """Raises NotImplementedError: the cache is small, so there is little to offload."""
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
 
 
 def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) -> None:
-    """Raise unless these keys and values, as the operator takes them, can follow the state's."""
+    """Raise unless these keys and values have the batch size and dtype of the state's."""
     if len(state.length) != len(key):
         raise ValueError(
             f"cache: expected one of batch size {len(key)}, as the tokens have, got one of batch size {len(state.length)}"
@@ -159,6 +160,6 @@ def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) ->
     for name, new, kept in (("keys", key, state.key), ("values", value, state.value)):
         if new.dtype != kept.dtype:
             raise TypeError(
-                f"cache: expected {name} of {new.dtype}, as the layer has, got {kept.dtype}; a cache serves passes under "
-                "torch.autocast, or passes outside of it"
+                f"cache: expected {name} of {new.dtype}, as the layer has, got {kept.dtype}; use one cache either under "
+                "torch.autocast or outside of it, not both"
             )

@@ -1,7 +1,7 @@
-"""Any decoder whose layers call the attention interface, given the gates of Dynamic Mask Attention (arXiv 2508.02124).
+"""Add the gates of Dynamic Mask Attention (arXiv 2508.02124) to any decoder whose layers call the attention interface.
 
-A new gate is constant (A = 0), and of equal gates the newest win: the converted model starts as the old one with a sliding
-window of w, which is the old one itself while the context is not longer than w.
+A new gate is constant (A = 0), and of equal gates the newest rank highest.  So the converted model starts as the old model
+with a sliding window of w, and equals the old model while the context is not longer than w.
 """
 
 from collections.abc import Sequence
@@ -33,20 +33,22 @@ def convert_to_dma(
     recent: int = 0,
     lowering: str | None = None,
 ) -> Model:
-    """Give every attention layer a `value_gate` (a `ValueGate`) and compute it with flexdma; in place, and returned.
+    """Add a `value_gate` (a `ValueGate`) to every attention layer and compute its attention with flexdma.
 
-    model: a decoder of transformers (docs/transformers.md lists families); its weights and their names stay as they are.
-        Two forward passes of three tokens show which layers attend and how; a model on meta will do, a sharded one will not.
-    window_size: w.  Where the model has sliding windows, at most as long as they are: w takes their place.
-    form, recency: the gate's.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
-    sinks, recent, lowering: the operator's.
+    Changes the model in place and returns it.
 
-    The start is exactly a sliding window of w, with `sinks` more keys if any, for recency None and "slope".  With "forget"
-    that window starts with a decay of 0.05 logits per token in it, the same for all tokens.
-    The choice and the sizes are written to `model.config.flexdma`, from which
+    model: a decoder of transformers (docs/transformers.md lists families).  Its weights and their names do not change.
+        Two forward passes of three tokens find the attention layers.  The model may be on meta, but not sharded.
+    window_size: w.  It replaces the model's own sliding windows, and must not be larger than they are.
+    form, recency: of the gate.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
+    sinks, recent, lowering: of the operator.
+
+    With recency None and "slope" the converted model starts exactly as a sliding window of w, plus `sinks` keys.  With
+    "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.
+    The options and sizes are written to `model.config.flexdma`, from which
     `flexdma.integrations.transformers.from_pretrained` rebuilds the model.
-    Gates are float32 whatever the model's dtype: small steps of A would vanish in bfloat16.
-    Raises TypeError or ValueError naming what the model has that is not supported.
+    Gates are float32 for any dtype of the model, because bfloat16 would lose small steps of A.
+    Raises TypeError or ValueError naming the property of the model that is not supported.
     """
     choice = {"window_size": window_size, "form": form, "recency": recency, "sinks": sinks, "recent": recent}
     _check_choice(choice, lowering)
@@ -65,17 +67,17 @@ def convert_to_dma(
 
 
 def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[float] | None = None) -> ValueGate:
-    """A gate for values [B, heads, K, size] that begins as a constant."""
+    """A gate for values [B, heads, K, size], constant at initialisation."""
     recency = choice["recency"]
     start = [0.0] * heads if recency == "slope" and slopes is None else slopes
     gate = ValueGate(heads, size, choice["form"], recency, slopes=start)
     if recency == "forget":
-        nn.init.zeros_(gate.forget_proj.weight)  # one decay for all tokens, until trained
+        nn.init.zeros_(gate.forget_proj.weight)  # the same decay for all tokens until training
     return gate
 
 
 def attach(layer: Any, gate: ValueGate, choice: dict[str, Any], lowering: str | None) -> None:
-    """Give an attention layer what the attention interface asks it for."""
+    """Add to an attention layer the attributes and the hook that `attention_interface` needs."""
     reroute(layer)
     layer.value_gate = gate.train(layer.training)
     options = {name: choice[name] for name in ("window_size", "sinks", "recent")}
@@ -84,7 +86,7 @@ def attach(layer: Any, gate: ValueGate, choice: dict[str, Any], lowering: str | 
 
 
 def finish(model: Model, choice: dict[str, Any]) -> Model:
-    """Let a model whose layers have gates compute, generate and be saved with them."""
+    """Set the attention implementation, config and cache of a model whose layers have gates."""
     model.config._attn_implementation = NAME
     model.config.flexdma = choice
     bound_the_cache(model)
@@ -92,7 +94,7 @@ def finish(model: Model, choice: dict[str, Any]) -> Model:
 
 
 def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
-    """The layer passes unknown arguments on to the attention interface, which otherwise would not see the cache."""
+    """Pre-hook that adds the cache to the layer's keywords: layers pass unknown ones, but not the cache, to the interface."""
     if layer.config._attn_implementation != NAME:
         raise ValueError(
             f"attn_implementation: expected {NAME!r} for a converted model, got {layer.config._attn_implementation!r}, "

@@ -1,7 +1,7 @@
-"""Packed sequences as flash-attention's arguments give them: cu_seq_lens_q and cu_seq_lens_k, or seq_idx.
+"""Packed sequences given by flash-attention's arguments: cu_seq_lens_q and cu_seq_lens_k, or seq_idx.
 
-transformers' DataCollatorWithFlattening makes them, with or without position_ids that restart.  max_length_q and max_length_k
-size flash-attention's kernels and hold nothing that cu_seq_lens does not.
+transformers' DataCollatorWithFlattening makes them, with or without position_ids that restart.  This code does not read
+max_length_q and max_length_k, which follow from cu_seq_lens.
 """
 
 from typing import Any
@@ -16,9 +16,9 @@ from flexdma.transforms import is_recorded
 def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tensor | None:
     """Document numbers [B, K] of the keys [B, Hkv, K, D] of a first forward pass; None where no argument gives documents.
 
-    arguments: of the layer: cu_seq_lens_q [N + 1] integers, the ends of N documents after a 0; cu_seq_lens_k, the same;
+    arguments: of the layer: cu_seq_lens_q [N + 1] integers, 0 and the ends of N documents; cu_seq_lens_k, equal to it;
         seq_idx [B, K] integers, the number of each token's document.
-    past: tokens in the cache.
+    past: number of tokens in the cache.
     Raises TypeError or ValueError naming the argument.
     """
     names = [name for name in ("cu_seq_lens_q", "cu_seq_lens_k", "seq_idx") if arguments.get(name) is not None]
@@ -38,9 +38,9 @@ def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tenso
 
 
 def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None:
-    """Raise ValueError where other arguments than those of `packed_documents` [B, K] divide the sequences otherwise.
+    """Raise ValueError where other arguments contradict the `documents` [B, K] of `packed_documents`.
 
-    Reads values, so one layer of a model does it, and none while compiling, or of meta and fake tensors.
+    It reads values, so only one layer of a model calls it.  It does nothing while compiling and for meta and fake tensors.
     """
     if torch.compiler.is_compiling() or is_recorded(documents):
         return
@@ -53,16 +53,16 @@ def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None
             raise ValueError(f"cu_seq_lens_q: expected growing numbers from 0 to {keys} tokens, got {ends.tolist()}")
         numbers = arguments.get("seq_idx")
         if numbers is not None and not torch.equal(numbers.diff(dim=-1) == 0, inside):
-            raise ValueError("seq_idx: expected the documents of cu_seq_lens_q, got others")
+            raise ValueError("seq_idx: expected the same documents as cu_seq_lens_q, got others")
     positions = arguments.get("position_ids")
     if positions is not None and positions.dim() == 2 and bool(((positions.diff(dim=-1) != 1) & inside).any()):
-        raise ValueError("position_ids: expected consecutive positions in each document, got some that restart in one")
+        raise ValueError("position_ids: expected consecutive positions in each document, got a restart inside one")
 
 
 def refuse_growing_cache_after_documents(layer: Any, past: int, documents: Tensor | None) -> None:
-    """Raise ValueError for a pass that follows packed sequences: a DynamicCache keeps no document numbers.
+    """Raise ValueError for a pass after packed sequences, because a DynamicCache keeps no document numbers.
 
-    layer: of a DynamicCache; the first pass writes to it whether its tokens were packed.
+    layer: of a DynamicCache.  The first pass sets its attribute `is_packed`.
     """
     if not past:
         layer.is_packed = documents is not None

@@ -1,7 +1,7 @@
 """Hugging Face's Doge, the model of "Trainable Dynamic Mask Sparse Attention" (arXiv 2508.02124), on flexdma.
 
-As shipped, each layer builds a [B, Hq, Q, K] mask with a top-k per query before it calls the attention interface, so the
-layer itself has to change: its class is replaced by a subclass, which keeps parameters, names and hooks.
+The layers of transformers build a [B, Hq, Q, K] mask with a top-k per query before they call the attention interface, so the
+layers themselves have to change: `use_flexdma` replaces their class by a subclass, which keeps parameters, names and hooks.
 """
 
 from typing import Any, TypeVar
@@ -23,7 +23,7 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 class DogeDynamicMaskAttention(DogeAttention):
-    """DogeAttention's parameters and projections, with the operator of flexdma."""
+    """DogeAttention with the same parameters and projections, and flexdma's operator."""
 
     lowering: str | None = None
 
@@ -35,7 +35,7 @@ class DogeDynamicMaskAttention(DogeAttention):
         *args: Any,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As DogeAttention's; attention_mask is `light_mask`'s."""
+        """As DogeAttention.forward; attention_mask as `light_mask` makes it."""
         heads = (-1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
@@ -52,27 +52,27 @@ class DogeDynamicMaskAttention(DogeAttention):
         return self.o_proj(output.flatten(2)), None
 
     def gate(self, value: Tensor, *, key_padding_mask: Tensor | None = None, **_: Any) -> Tensor:
-        """exp(A * softplus(dt_proj(values))): [B, Hkv, K, D] -> [B, Hkv, K], at least float32.
+        """exp(A * softplus(dt_proj(values))): [B, Hkv, K, D] -> [B, Hkv, K], float32 or float64.
 
-        dt_proj is called in the dtype of its parameters, as shipped; unlike there, nothing is rounded to it afterwards.
+        dt_proj runs in the dtype of its parameters, as in transformers.  Later operations run in float32, unlike there.
         """
-        if key_padding_mask is not None:  # whatever a masked token holds reaches no gradient
+        if key_padding_mask is not None:  # so that values of masked tokens reach no gradient
             value = value.masked_fill(~key_padding_mask[:, None, :, None], 0.0)
         joined = value.transpose(1, 2).flatten(2)
         with without_autocast(value.device):
-            # Contiguous: on a view aten::softplus_backward has other strides than torch.compile expects (torch 2.13).
+            # Contiguous: for a view aten::softplus_backward returns other strides than torch.compile expects (torch 2.13).
             step = self.dt_proj(joined.to(self.A.dtype)).mT.contiguous()
             wide = torch.promote_types(step.dtype, torch.float32)
             return torch.exp(self.A.to(wide)[:, None] * softplus(step.to(wide)))
 
 
 def use_flexdma(model: Model, *, lowering: str | None = None) -> Model:
-    """Let a Doge model's layers compute with flexdma; the model is changed in place and returned.
+    """Compute the attention of a Doge model with flexdma.  Changes the model in place and returns it.
 
-    Same parameters, same state_dict, same config on disk.  `generate` then keeps a DynamicMaskCache, and
+    Parameters, state_dict and saved config stay the same.  `generate` then uses a DynamicMaskCache, and
     `torch.compile(model, fullgraph=True)` works.
     lowering: of the operator, see `dynamic_mask_attention`.
-    Raises TypeError where there is no DogeAttention, ValueError for a config that is not Dynamic Mask Attention alone.
+    Raises TypeError where there is no DogeAttention, ValueError where the config also has a sliding window.
     """
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")

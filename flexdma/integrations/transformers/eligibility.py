@@ -1,7 +1,7 @@
-"""Which models `convert_to_dma` accepts: each refusal names what was observed in the model.
+"""The models that `convert_to_dma` accepts.  Each refusal names what was observed in the model.
 
-What decides is the model's own forward pass (`probe`), not its name or its attributes: a family that transformers adds later
-is converted rightly, or refused for its own reason.
+The model's own forward pass (`probe`) decides, not its name or attributes, so that families which transformers adds later
+are converted correctly or refused for a property that they have.
 """
 
 from bisect import bisect_left
@@ -14,7 +14,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from flexdma.integrations.transformers.probe import TOKENS, AttentionCall, observe
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
-# Arguments of the attention interface that flexdma computes, or that change nothing here.
+# Arguments of the attention interface that flexdma computes, or that change nothing in attention.
 ARGUMENTS = {
     "scaling", "dropout", "softcap", "s_aux", "sliding_window", "is_causal", "position_ids", "cache_position", "use_cache",
     "dynamic_mask_cache",
@@ -24,7 +24,7 @@ ARGUMENTS = {
 def attention_calls(model: PreTrainedModel, window_size: int) -> list[AttentionCall]:
     """One call of the attention interface per attention layer of the model, in order.
 
-    Raises TypeError or ValueError naming what the model does that flexdma does not compute.
+    Raises TypeError or ValueError naming the operation of the model that flexdma does not compute.
     """
     _check_model(model)
     observed = observe(model)
@@ -51,7 +51,9 @@ def attention_calls(model: PreTrainedModel, window_size: int) -> list[AttentionC
             "_supports_sdpa are False"
         )
     if observed.mixes:
-        raise TypeError(f"model: expected attention as the only way between tokens, got {kind}, which has another")
+        raise TypeError(
+            f"model: expected attention as the only operation across tokens, got {kind}, which has another one"
+        )
     for call in calls:
         _check_layer(model, call)
         _check_arguments(call)
@@ -76,14 +78,13 @@ def _check_layer(model: PreTrainedModel, call: AttentionCall) -> None:
     if getattr(layer, "config", None) is not model.config:
         raise TypeError(
             f"model: expected a text decoder whose layers have the config of the model, got {type(model).__name__}, in which "
-            f"{name} has another"
+            f"{name} has another config"
         )
     if not isinstance(getattr(layer, "layer_idx", None), int):
         raise TypeError(f"model: expected layers that have their number in layer_idx, got {name}")
     if "dynamic_mask_cache" not in call.arguments:
         raise TypeError(
-            f"model: expected layers that are given a cache and pass unknown arguments on to the attention interface, "
-            f"got {name}"
+            f"model: expected layers that take a cache and pass unknown arguments on to the attention interface, got {name}"
         )
 
 
@@ -111,7 +112,7 @@ def _check_mask(model: PreTrainedModel, call: AttentionCall, window_size: int) -
             f"attention_mask: expected the result of transformers' mask interface in the layers, got another mask in {name}"
         )
     if call.own_mask:
-        raise ValueError(f"attention_mask: expected a causal mask with padding, got {name} with a mask of its own")
+        raise ValueError(f"attention_mask: expected a causal mask with padding, got {name} with its own mask function")
 
     def sees(query: int, key: int) -> bool:
         zero, i, j = (torch.tensor(number, device="cpu") for number in (0, query, key))
@@ -128,14 +129,14 @@ def _check_mask(model: PreTrainedModel, call: AttentionCall, window_size: int) -
 
 
 def _check_cache(calls: list[AttentionCall]) -> None:
-    """Each call has its own layer of the cache, and there are no others.  What it keeps of a token is the layer's affair."""
+    """Check that each call has its own layer of the cache, and that there are no other layers."""
     cache = calls[0].cache
     if cache is None or type(cache) is not DynamicCache:
         raise TypeError(f"cache: expected a model that makes a DynamicCache, got {type(cache).__name__}")
     for kept in cache.layers:
         if type(kept) not in (DynamicLayer, DynamicSlidingWindowLayer):
             raise TypeError(
-                "cache: expected layers that each cache keys and values of their own and nothing else, "
+                "cache: expected layers that each cache their own keys and values and nothing else, "
                 f"got a {type(kept).__name__}"
             )
     if len({call.layer.layer_idx for call in calls}) < len(calls):
@@ -145,5 +146,5 @@ def _check_cache(calls: list[AttentionCall]) -> None:
         if number >= len(cache.layers) or not cache.layers[number].is_initialized or call.key.shape[2] != TOKENS:
             raise TypeError(
                 "cache: expected layers that attend to the keys of their own tokens, got one of "
-                f"{type(call.layer).__name__} that attends to others"
+                f"{type(call.layer).__name__} that attends to other keys"
             )

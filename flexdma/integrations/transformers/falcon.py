@@ -1,6 +1,6 @@
-"""Falcon, whose attention computes scores itself: the same parameters, with a call of the attention interface.
+"""Falcon layers that call the attention interface, with the same parameters; transformers' own compute scores themselves.
 
-Key and value heads of the new architecture stay grouped, where the shipped layer repeats them for each query head.
+Key and value heads of the new architecture stay grouped; the layer of transformers repeats them for each query head.
 """
 
 from collections.abc import Iterator
@@ -15,7 +15,7 @@ from flexdma.integrations.transformers.cache import given_cache
 
 
 class FalconInterfaceAttention(FalconAttention):
-    """FalconAttention by the attention interface; its cached keys and values are those of the KV heads."""
+    """FalconAttention that calls the attention interface and caches keys and values per KV head."""
 
     def forward(
         self,
@@ -26,13 +26,13 @@ class FalconInterfaceAttention(FalconAttention):
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
-        """As FalconAttention's, without attention dropout, which that applies with ALiBi alone."""
+        """As FalconAttention.forward, without its attention dropout, which applies only with ALiBi."""
         query, key, value = (heads.transpose(1, 2) for heads in self._heads(hidden_states))
         if alibi is not None:
             kwargs["alibi"] = alibi
         elif position_embeddings is not None:
             query, key = apply_rotary_pos_emb(query, key, *position_embeddings)
-        # A converted layer is given its cache twice: a hook names it `dynamic_mask_cache` for the attention interface.
+        # A converted layer gets its cache twice: a hook adds it as `dynamic_mask_cache` for the attention interface.
         cache = given_cache((*args, *(argument for name, argument in kwargs.items() if name != "dynamic_mask_cache")))
         if cache is not None:
             key, value = cache.update(key, value, self.layer_idx)
@@ -52,12 +52,12 @@ class FalconInterfaceAttention(FalconAttention):
         return groups[..., :-2, :].flatten(2, 3), groups[..., -2, :], groups[..., -1, :]
 
 
-# Attention layers that compute scores themselves -> the class that calls the attention interface instead.
+# Attention layers that compute scores themselves -> the class that calls the attention interface.
 REROUTED: dict[type, type] = {FalconAttention: FalconInterfaceAttention}
 
 
 def reroute(layer: nn.Module) -> None:
-    """Let an attention layer call the attention interface; any other layer stays as it is."""
+    """Make a layer of REROUTED call the attention interface.  Other layers stay unchanged."""
     layer.__class__ = REROUTED.get(type(layer), type(layer))
 
 

@@ -1,7 +1,7 @@
 """`generate` with the bounded cache by default.
 
-transformers makes the cache of a `generate` call in one method of the model.  It is shadowed on this one instance, as a
-subclass of the model would write its own name into saved configs.  The DynamicCache that it makes is replaced.
+transformers makes the cache of a `generate` call in one method of the model.  This module replaces the method on the
+instance, because a subclass of the model would write its own name into saved configs, and replaces the DynamicCache.
 """
 
 from copy import copy
@@ -16,7 +16,7 @@ from flexdma.integrations.transformers.refusals import refuse_cache_kind
 
 
 def bound_the_cache(model: nn.Module) -> None:
-    """Let `generate` of this model make a DynamicMaskCache where no other cache is asked for."""
+    """Make `generate` of this model use a DynamicMaskCache where the caller requests no other cache."""
     if isinstance(model, GenerationMixin):
         model._prepare_cache_for_generation = partial(_prepare_cache, model)
 
@@ -34,7 +34,7 @@ def _prepare_cache(
     if given is not None:
         refuse_cache_kind(given)
     elif implementation == "static":
-        # DynamicMaskCache has static shapes as it is; transformers would make a StaticCache.
+        # DynamicMaskCache already has static shapes; transformers would make a StaticCache.
         generation_config, implementation = copy(generation_config), None
         generation_config.cache_implementation = None
     type(model)._prepare_cache_for_generation(model, generation_config, model_kwargs, *others, **named)

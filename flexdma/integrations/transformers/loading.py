@@ -1,4 +1,4 @@
-"""Load what `save_pretrained` wrote of a Doge model, or of a model with gates, ready to use."""
+"""Load a saved Doge model, or a saved model with gates, ready to use."""
 
 from typing import Any
 
@@ -8,15 +8,15 @@ from transformers import AutoConfig, PreTrainedModel
 from flexdma.integrations.transformers.conversion import attach, convert_to_dma, finish, new_gate
 from flexdma.integrations.transformers.doge import use_flexdma
 
-# Arguments of transformers' from_pretrained that say where the files are, the config among them.
+# Arguments of transformers' from_pretrained that locate the files, also those of the config.
 LOCATION = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
 
 def from_pretrained(name_or_path: str, *, lowering: str | None = None, **arguments: Any) -> PreTrainedModel:
-    """Transformers' from_pretrained, then `use_flexdma` for Doge and `convert_to_dma` as its config says for others.
+    """Transformers' from_pretrained for a Doge model, with `use_flexdma`, or for a converted model, with its gates.
 
-    lowering: of the operator.  arguments: of transformers' from_pretrained.  The class is the one that was saved.
-    Raises ValueError where the config is neither Doge's nor that of a converted model, or weights of gates are missing.
+    lowering: of the operator.  arguments: of transformers' from_pretrained.  The class of the model is that of the saved one.
+    Raises ValueError where the config is neither Doge's nor that of a converted model, or where weights of gates are missing.
     """
     where = {name: arguments[name] for name in LOCATION if name in arguments}
     config = arguments.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
@@ -39,13 +39,13 @@ def from_pretrained(name_or_path: str, *, lowering: str | None = None, **argumen
         raise ValueError(
             f"name_or_path: expected the weights of all gates in {str(name_or_path)!r}, got no {missing[0]}"
         )
-    # Its own class again, whose name save_pretrained writes.
+    # Restore the class, because save_pretrained writes its name.
     model.__class__ = plain
     return model
 
 
 def _with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> Any:
-    """The class, with gates before its weights are loaded, which stay float32 as `convert_to_dma` makes them."""
+    """A subclass whose constructor adds the gates, so that loading finds them.  Gates stay float32."""
 
     def initialise(self: Any, config: Any, *arguments: Any, **named: Any) -> None:
         plain.__init__(self, config, *arguments, **named)  # type: ignore[misc]
@@ -58,6 +58,6 @@ def _with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> An
         finish(self, choice)
 
     float32 = {*(plain._keep_in_fp32_modules_strict or ()), "value_gate"}  # type: ignore[attr-defined]
-    # Its own name and module: by them transformers knows which weights have other names in files.
+    # The name and module of the class: transformers uses them to find weights that have other names in files.
     members = {"__init__": initialise, "__module__": plain.__module__, "_keep_in_fp32_modules_strict": float32}
     return type(plain.__name__, (plain,), members)

@@ -1,7 +1,7 @@
-"""The mask that reaches the layers: one number per key, where transformers' own are Q x K.
+"""The mask that layers get: one number per key, where transformers' own masks are Q x K.
 
-Causality and the selection are the operator's; what is left is padding and packed sequences.  Both fit a [B, 1, 1, K] tensor,
-which transformers hands through unread because it has four dimensions.
+The operator computes causality and the selection.  Padding and packed sequences remain, and fit in a [B, 1, 1, K] tensor,
+which transformers passes through unchanged because it has four dimensions.
 """
 
 from collections.abc import Callable
@@ -31,14 +31,15 @@ def light_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface: None, or [B, 1, 1, K]: bool, True = real, or int64, the number of the key's document; or
-    int8 for a bidirectional mask, which `read_light_mask` refuses.
+    """Transformers' mask interface.  Returns None or [B, 1, 1, K].
 
-    A sliding window in `mask_function` is not looked at: `convert_to_dma` accepts models whose windows are not shorter than
-    its own, which takes their place.  Raises ValueError for masks of the model's own, or not as long as the tokens.
+    bool: True = real token.  int64: the number of the key's document.  int8: a bidirectional mask, which `read_light_mask`
+    refuses.
+    A sliding window in `mask_function` is ignored, because the window of `convert_to_dma` replaces it and is not larger.
+    Raises ValueError for a mask function of the model's own, and for a mask of another length than the tokens.
     """
     if "allow_is_bidirectional_skip" in others:
-        # Refused where it is used: decoders of encoder-decoders make one for cross-attention, whether they have it or not.
+        # Refused where a layer uses it: decoders of encoder-decoders make one for cross-attention even if they have none.
         return torch.zeros(batch_size, 1, 1, kv_length, dtype=BIDIRECTIONAL, device=device)
     if use_vmap:
         raise ValueError("attention_mask: expected a causal mask with padding, got a model with its own mask function")
@@ -50,7 +51,7 @@ def light_mask(
             )
         return attention_mask[:, None, None, kv_offset:]
     if mask_function is causal_mask_function or q_length != kv_length:
-        return None  # packed sequences come in one piece
+        return None  # packed sequences come in one forward pass
     documents = _documents(mask_function, batch_size, q_length, device)
     return None if documents is None else documents[:, None, None, :]
 
@@ -58,7 +59,8 @@ def light_mask(
 def _documents(mask_function: Callable, batch: int, length: int, device: torch.device | str) -> Tensor | None:
     """Document numbers [B, K] of packed sequences: a token that does not see the one before it begins a document.
 
-    None where there is one document, if that can be asked: not while compiling, and not of meta and fake tensors.
+    None where there is one document.  While compiling and for meta and fake tensors values cannot be read, and it is never
+    None.
     """
     row = torch.arange(batch, device=device)[:, None]
     later = torch.arange(1, length, device=device)[None, :]
@@ -73,7 +75,7 @@ def _documents(mask_function: Callable, batch: int, length: int, device: torch.d
 
 
 def read_light_mask(mask: object, batch: int, keys: int) -> dict[str, Tensor | None]:
-    """The operator's key_padding_mask and document_ids.  Raises ValueError for any other mask that was given."""
+    """The operator's key_padding_mask and document_ids.  Raises ValueError for masks that are not `light_mask`'s."""
     if mask is None:
         return {"key_padding_mask": None, "document_ids": None}
     if isinstance(mask, Tensor) and mask.dtype == BIDIRECTIONAL:

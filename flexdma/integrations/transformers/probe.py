@@ -1,7 +1,7 @@
-"""What the attention layers of a model do, observed in two forward passes of three tokens.
+"""Observe the attention layers of a model in two forward passes of three tokens.
 
-Attribute names differ between model families; the call of the attention interface does not.  It shows which modules attend,
-with which heads and arguments, under which mask and on which cache.
+Attribute names differ between model families, but all call the attention interface in the same way.  These calls show the
+attention modules, their heads and arguments, their masks and their caches.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -25,11 +25,11 @@ TOKENS = 3
 class AttentionCall:
     """One call of the attention interface.
 
-    layer: the module that called.  query, key, value: as they came, [1, heads, TOKENS, size].
-    mask_function: transformers' mask function (b, h, q, kv) -> bool; None where the layer got a mask from elsewhere, or none.
-    own_mask: whether the model changed that function by one of its own.
+    layer: the calling module.  query, key, value: [1, heads, TOKENS, size], unchanged.
+    mask_function: transformers' mask function (b, h, q, kv) -> bool; None where the layer got another mask or none.
+    own_mask: whether the model combined that function with one of its own.
     arguments: by name, those that are not None.
-    cache: what the layer was given, after the forward pass; None for no cache.
+    cache: the cache that the layer got, after the forward pass; None for no cache.
     """
 
     layer: Any
@@ -44,10 +44,11 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class Observation:
-    """calls: all of one forward pass, in order.  error: what ended the pass early, if anything did.
+    """The result of `observe`.
 
-    mixes: whether the last token's output depends on another token although all attention gave 0; False on meta
-    and for fake tensors.
+    calls: those of one forward pass, in order.  error: the exception that ended the pass, or None.
+    mixes: whether the last token's output depends on another token although all attention returned 0; False for meta and
+        fake tensors.
     """
 
     calls: list[AttentionCall]
@@ -56,11 +57,11 @@ class Observation:
 
 
 def observe(model: PreTrainedModel) -> Observation:
-    """What the model does in a forward pass.
+    """Run the model and record its calls of the attention interface.
 
-    A second pass, with another second token, gives the layers found in the first one an argument `dynamic_mask_cache`, as
-    converted layers get it: it is among the arguments of those that pass it on.  Weights, modes and configs are left as they
-    were.
+    The second pass changes the second token, and adds an argument `dynamic_mask_cache` to the layers that the first pass
+    found, as converted layers get it.  The recorded arguments then show which layers pass it on.  Weights, modes and configs
+    stay the same.
     """
     first, second = _Record(), _Record()
     try:
@@ -78,19 +79,19 @@ def observe(model: PreTrainedModel) -> Observation:
 
 
 def _forward(model: PreTrainedModel, record: "_Record", layers: Iterable[nn.Module], change: int) -> Tensor:
-    """The output of the last token, where the one before it is another by `change`."""
+    """The output of the last token, after adding `change` to the token before it."""
     device = _device(model)
-    # From the middle of the vocabulary, away from special tokens.
+    # The middle of the vocabulary, because special tokens are at its ends.
     tokens = torch.full((1, TOKENS), model.config.get_text_config(decoder=True).vocab_size // 2, device=device)
     tokens[:, 1] += change
-    # The first token is padding, so that the model cannot do without a mask.
+    # The first token is padding, so that the model makes a mask.
     padding = (torch.arange(TOKENS, device=device) > 0).long()[None]
     with _set_up(model, record, layers, tokens.is_meta):
         return model(input_ids=tokens, attention_mask=padding, use_cache=True)[0][:, -1]
 
 
 class _Record:
-    """What is seen of one forward pass."""
+    """The calls, masks and caches of one forward pass."""
 
     def __init__(self) -> None:
         self.calls: list[AttentionCall] = []
@@ -98,15 +99,15 @@ class _Record:
         self.caches: dict[nn.Module, Cache | None] = {}
 
     def note_the_cache(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> None:
-        """A pre-hook of every module."""
+        """Pre-hook of every module."""
         self.caches[module] = given_cache((*arguments, *named.values()))
 
     def pass_the_cache_on(self, module: nn.Module, arguments: tuple, named: dict[str, Any]) -> tuple[tuple, dict]:
-        """A pre-hook of attention layers, as in converted models."""
+        """Pre-hook of attention layers, as in converted models."""
         return arguments, {**named, "dynamic_mask_cache": self.caches.get(module)}
 
     def mask_of(self, given: object) -> tuple[Callable | None, bool]:
-        """The mask function behind a mask that a layer got, and whether it is the model's own."""
+        """The mask function of a mask that a layer got, and whether the model combined it with its own."""
         for number, (made, function, own) in enumerate(self.masks):
             if given is made or _is_copy(given, made, number):
                 return function, own
@@ -114,7 +115,7 @@ class _Record:
 
 
 def _is_copy(given: object, made: Tensor, number: int) -> bool:
-    """Whether `given` is a slice of this mask, or a copy on another device: the number in it says so, where there is one."""
+    """Whether `given` is a slice of this mask, or a copy on another device.  The number in each mask identifies it."""
     if not isinstance(given, Tensor) or given.dtype != made.dtype or given.shape[:3] != made.shape[:3]:
         return False
     return not is_recorded(given) and bool((given == number).all())
@@ -126,11 +127,11 @@ _record: ContextVar[_Record] = ContextVar("record")
 def _attend(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: object = None, **arguments: Any
 ) -> tuple[Tensor, None]:
-    """The attention interface of the probe: writes the call down, and gives zeros."""
+    """The attention interface of the probe: records the call and returns zeros."""
     record = _record.get()
-    asked = {name: value for name, value in arguments.items() if value is not None}
+    given = {name: value for name, value in arguments.items() if value is not None}
     function, own = record.mask_of(attention_mask)
-    record.calls.append(AttentionCall(module, query, key, value, function, own, asked, record.caches.get(module)))
+    record.calls.append(AttentionCall(module, query, key, value, function, own, given, record.caches.get(module)))
     return value.new_zeros(query.shape[0], query.shape[2], query.shape[1], value.shape[3]), None
 
 
@@ -143,7 +144,7 @@ def _mask(
     device: Any = None,
     **others: Any,
 ) -> Tensor:
-    """The mask interface of the probe: [B, 1, 1, K], int64, full of the mask's number."""
+    """The mask interface of the probe: [B, 1, 1, K] int64, filled with the number of the mask."""
     masks = _record.get().masks
     made = torch.full((batch_size, 1, 1, kv_length), len(masks), dtype=torch.int64, device=device)
     masks.append((made, mask_function, use_vmap))
@@ -156,12 +157,12 @@ AttentionMaskInterface.register(NAME, _mask)
 
 @contextmanager
 def _set_up(model: PreTrainedModel, record: _Record, layers: Iterable[nn.Module], meta: bool) -> Iterator[None]:
-    """In eval mode, without gradients, with the probe's interface and hooks; then everything as it was."""
+    """While active, the model is in eval mode, without gradients, with the probe's interface and hooks."""
     modules = list(model.modules())
     modes = [module.training for module in modules]
     configs = {id(c): c for m in modules if (c := getattr(m, "config", None)) is not None}.values()
     attention = [(c, c._attn_implementation) for c in configs if hasattr(c, "_attn_implementation")]
-    # The other implementations of experts ask for numbers, which a model without weights has not.
+    # The other implementations of experts read values, and a model on meta has none.
     experts = [(c, c._experts_implementation) for c, _ in attention if meta and hasattr(c, "_experts_implementation")]
     with ExitStack() as stack:
         stack.enter_context(torch.no_grad())
@@ -187,7 +188,7 @@ def _set_up(model: PreTrainedModel, record: _Record, layers: Iterable[nn.Module]
 
 
 def _device(model: PreTrainedModel) -> torch.device:
-    """Where its inputs go: to the first weight that is somewhere, or to meta if all are there and none is offloaded."""
+    """The device for inputs: that of the first weight not on meta, else the CPU if weights are offloaded, else meta."""
     devices = [parameter.device for parameter in model.parameters()]
     offloaded = any(hasattr(module, "_hf_hook") for module in model.modules())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu" if offloaded else "meta"))

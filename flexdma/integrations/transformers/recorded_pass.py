@@ -1,4 +1,4 @@
-"""One layer's part of a forward pass, and the state after any number of its tokens: what an exact rollback needs."""
+"""The record of one layer's forward pass, from which an exact rollback computes the state after any of its tokens."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -15,10 +15,10 @@ from flexdma.state import DynamicMaskState
 class RecordedPass:
     """The inputs of a pass of n tokens.
 
-    state: before it; None for no tokens.  length: the number of tokens before it.
-    key [B, Hkv, n, D], value [B, Hkv, n, Dv]: of its tokens.
-    gates [B, Hkv, n]: of its tokens.  A rollback runs outside of the layer's forward, where `gate` may have no weights.
-    gate: the gates of values.  dtype: of keys and values in a state.  options: of `dynamic_mask_attention`.
+    state: before the pass; None before the first token.  length: number of tokens before the pass.
+    key [B, Hkv, n, D], value [B, Hkv, n, Dv].
+    gates [B, Hkv, n]: kept because a rollback runs outside of the layer's forward, where `gate` may have no weights.
+    gate: the function from values to gates.  dtype: of keys and values in a state.  options: of `dynamic_mask_attention`.
     """
 
     state: DynamicMaskState | None
@@ -31,7 +31,7 @@ class RecordedPass:
     options: dict[str, Any]
 
     def state_after(self, tokens: int) -> DynamicMaskState | None:
-        """The state after the first tokens of the pass."""
+        """The state after the first `tokens` tokens of the pass."""
         if tokens == 0:
             return self.state
         key, value, gates = self.key[:, :, :tokens], self.value[:, :, :tokens], self.gates[:, :, :tokens]
@@ -49,14 +49,14 @@ class RecordedPass:
 
 
 def forgets(gate: Callable[..., Any]) -> bool:
-    """Whether these gates are a running sum, which a state keeps."""
+    """Whether this gate has a running sum, which a state keeps."""
     return getattr(gate, "recency", None) == "forget"
 
 
 def gated(
     gate: Callable[..., Any], value: Tensor, state: DynamicMaskState | None, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gates of values that follow a state, and the sum after them of gates that forget, else None."""
+    """The gates of values that follow a state, and the running sum after them if the gate has one, else None."""
     before: dict[str, Any] = {"key_padding_mask": key_padding_mask}
     if state is not None:
         before |= {"first_position": state.real_length, "forgotten": state.forgotten}

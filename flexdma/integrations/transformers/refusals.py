@@ -1,4 +1,4 @@
-"""What these integrations do not compute, each refused by name: nothing that changes attention is silently ignored."""
+"""Refusals of arguments and caches that these integrations do not compute.  Each names the argument."""
 
 from typing import Any
 
@@ -11,38 +11,38 @@ from flexdma.integrations.transformers.cache import DynamicMaskCache
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.transforms import is_recorded
 
-# Argument of an attention layer -> why it is refused.  None and False are no request.
+# Argument of an attention layer -> reason for the refusal.  None and False are accepted.
 REFUSED = {
-    "output_attentions": "attention weights are never formed",
+    "output_attentions": "attention weights are never computed",
     "head_mask": "heads are not masked",
     "position_bias": "there is no position bias",
 }
 
 
 def refuse_arguments(module: nn.Module, dropout: float, arguments: dict[str, Any]) -> None:
-    """Raise ValueError for an argument of the layer that would need attention weights, or another attention."""
+    """Raise ValueError for an argument of the layer that needs attention weights or changes attention."""
     if dropout:
         names = (name for name, value in vars(module.config).items() if value == dropout)
         name = next((name for name in names if "att" in name and "drop" in name), "attention_dropout")
         raise ValueError(f"{name}: expected 0 in training, got {dropout}")
     for name, why in REFUSED.items():
-        asked = arguments.get(name)
-        if asked is not None and asked is not False:
-            raise ValueError(f"{name}: expected None, as {why}, got {_text(asked)}")
+        value = arguments.get(name)
+        if value is not None and value is not False:
+            raise ValueError(f"{name}: expected None, as {why}, got {_text(value)}")
     if getattr(module.config, "output_attentions", False):
-        raise ValueError("config.output_attentions: expected False, as attention weights are never formed, got True")
+        raise ValueError("config.output_attentions: expected False, as attention weights are never computed, got True")
     if arguments.get("is_causal") is False:
         raise ValueError("is_causal: expected True, got False")
 
 
 def refuse_cache_kind(cache: object) -> None:
-    """Raise TypeError unless the cache is one that gives every key back, or DynamicMaskCache."""
+    """Raise TypeError unless the cache is a DynamicMaskCache or a DynamicCache, which returns every key."""
     if not isinstance(cache, DynamicMaskCache | DynamicCache):
         raise TypeError(f"cache: expected DynamicMaskCache or DynamicCache, got {type(cache).__name__}")
 
 
 def refuse_cache(cache: Any, layer: int, keys: int) -> None:
-    """Raise unless the cache, updated, gave `keys` keys that are all there are, or is DynamicMaskCache."""
+    """Raise unless the cache is a DynamicMaskCache, or returned all keys, `keys` of them, in its last update."""
     if cache is None or isinstance(cache, DynamicMaskCache):
         return
     refuse_cache_kind(cache)
@@ -55,14 +55,14 @@ def refuse_cache(cache: Any, layer: int, keys: int) -> None:
     if seen != keys:
         raise ValueError(
             f"cache: expected all {seen} keys, got {keys}: the model's own sliding-window cache has dropped keys "
-            "that may be selected again; expected DynamicMaskCache"
+            "that may be selected again; use DynamicMaskCache"
         )
 
 
 def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> None:
-    """Raise ValueError for a DynamicCache around a traced FlexAttention, made by the forward pass itself as a rule.
+    """Raise ValueError for a DynamicCache in a traced call of FlexAttention; usually the forward pass itself made it.
 
-    torch 2.13 loses writes to an object made in the graph that follow a higher-order operator, so its keys would be stale.
+    torch 2.13 loses writes to an object made in the graph after a higher-order operator, so the cache would keep old keys.
     """
     if not torch.compiler.is_compiling() or not isinstance(cache, DynamicCache):
         return
@@ -73,7 +73,7 @@ def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> N
 
 
 def refuse_unmarked_packing(position_ids: Tensor | None, mask: Tensor | None, cache: object) -> None:
-    """Raise ValueError where positions restart and no mask says so: transformers looks for packing without a cache only."""
+    """Raise ValueError where positions restart without a mask: with a cache transformers does not detect packing."""
     if position_ids is None or mask is not None or cache is None:
         return
     if torch.compiler.is_compiling() or is_recorded(position_ids):
