@@ -1,15 +1,15 @@
 """Pictures of dynamic masks, with matplotlib (`pip install flexdma[plot]`).
 
-Each function takes lifespans or gates and returns a matplotlib Figure; none writes a file, opens a window or touches
+Each function takes lifespans or gates and returns a matplotlib Figure.  None of them writes a file, opens a window or uses
 pyplot, so they work without a display: `mask_figure(lifespans).savefig("mask.png")`.
 
 mask_figure        the mask, query x key
-block_figure       the blocks a kernel visits, before and after packing, partial and full
+block_figure       the blocks that a kernel visits, before and after packing, partial and full
 lifespan_figure    one horizontal line per key, from birth to death
-lifetime_figure    how many keys live how long
+lifetime_figure    histogram of the lifetimes of keys
 gate_figure        gates along a text, with its tokens
-sparsity_figure    what share of the keys no query sees, per layer and head, over training
-scaling_figure     time against length and window, as the benchmark measured it
+sparsity_figure    the share of keys that no query sees, per layer and head, over training
+scaling_figure     time against length and window, from benchmark results
 """
 
 import importlib.util

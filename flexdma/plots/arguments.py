@@ -1,4 +1,4 @@
-"""What the pictures are given, brought into one form: one head, or labelled rows of layers."""
+"""Convert the arguments of pictures to one form: one head, or labelled rows of layers."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,18 +25,20 @@ def one_row(name: str, numbers: Tensor, batch: int, head: int, length: int) -> T
 
 
 def labelled_layers(lifespans: Layers) -> dict[str, list[Lifespans]]:
-    """One row of layers per label; all of them of one shape."""
+    """One list of layers per label.  Raises ValueError unless all labels have as many layers of the same shape."""
     rows = lifespans if isinstance(lifespans, Mapping) else {"": lifespans}
-    # A Lifespans is a tuple, so it is asked for first.
+    # A Lifespans is a tuple too, so check for it first.
     named = {label: [row] if isinstance(row, Lifespans) else list(row) for label, row in rows.items()}
     shapes = {(len(row), *(tuple(layer.birth.shape) for layer in row)) for row in named.values()}
     if len(shapes) != 1 or not next(iter(named.values())):
-        raise ValueError(f"lifespans: expected as many layers of one shape for each label, got {sorted(shapes)}")
+        raise ValueError(
+            f"lifespans: expected the same number and shape of layers for each label, got {sorted(shapes)}"
+        )
     return named
 
 
 def head_name(layer: int, head: int, *, layers: int = 2) -> str:
-    """As they are indexed, from 0; the layer is left out where there is one."""
+    """The name of a head, counted from 0, without the layer if there is only one layer."""
     return f"layer {layer}, head {head}" if layers > 1 else f"head {head}"
 
 

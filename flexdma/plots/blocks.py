@@ -1,4 +1,4 @@
-"""The blocks a kernel visits, before and after packing; partial ones need the mask, full ones do not."""
+"""The blocks that a kernel visits, before and after packing.  Partial blocks need the mask, full ones do not."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -20,14 +20,17 @@ SKIPPED, PARTIAL, FULL = 0, 1, 2  # values of a tile map
 
 
 class TileMaps(NamedTuple):
-    """SKIPPED, PARTIAL or FULL for each tile [query blocks, key blocks] of one head, keys in two orders."""
+    """SKIPPED, PARTIAL or FULL for each tile [query blocks, key blocks] of one head, with keys in two orders."""
 
     natural: Tensor
     packed: Tensor
 
 
 def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
-    """Which tiles a kernel visits for one head; birth, death [K], of which no query sees more than window_size."""
+    """The tiles that a kernel visits for one head.
+
+    lifespans: birth, death [K].  window_size: upper bound on the keys that one query sees.
+    """
     one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
     length = one.birth.shape[-1]
     natural = block_index(*one, queries=length, block_size=(block, block))
@@ -36,7 +39,7 @@ def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
 
 
 def visited(tiles: Tensor) -> int:
-    """How many tiles a kernel computes."""
+    """The number of tiles that a kernel computes."""
     return int((tiles != SKIPPED).sum())
 
 
@@ -49,9 +52,9 @@ def block_figure(
     head: int = 0,
     title: str | None = None,
 ) -> Figure:
-    """Left the tiles visited with keys in natural order, right with keys packed; one row per label.
+    """The tiles visited with keys in natural order (left) and packed (right); one row per label.
 
-    lifespans: [K] of one head, or [B, H, K] of which `batch` and `head` are drawn, or {label: one of these}.
+    lifespans: [K], or [B, H, K] of which `batch` and `head` are drawn, or {label: one of these}.
     """
     rows = lifespans if isinstance(lifespans, Mapping) else {"": lifespans}
     figure = Figure(figsize=(10.5, 5.2 * len(rows) + 0.8))
@@ -79,6 +82,7 @@ def block_figure(
 
 
 def _tile_map(index: BlockIndex) -> Tensor:
+    """[query blocks, key blocks] of the first head."""
     number, indices, full_number, full_indices = (t[0, 0].long() for t in index.tensors())
     tiles = torch.full(indices.shape, SKIPPED)
     for count, visited, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):

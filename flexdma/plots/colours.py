@@ -1,4 +1,4 @@
-"""Colours that every eye tells apart (Okabe and Ito's), and the styles made of them."""
+"""Colours for colour-blind readers too (Okabe and Ito's), and line styles made of them."""
 
 SERIES = ("#E69F00", "#0072B2", "#444444", "#009E73", "#CC79A7", "#D55E00")
 TILES = ("#F2F2F2", "#56B4E9", "#0B3C6F")  # skipped, partial, full
@@ -8,5 +8,5 @@ LINE_STYLES = ("-", "--", ":", "-.")
 
 
 def series_style(index: int) -> dict[str, str]:
-    """Colour and line style of the index-th series: they differ for 24 of them."""
+    """Colour and line style of the index-th series.  The first 24 series differ."""
     return {"color": SERIES[index % len(SERIES)], "linestyle": LINE_STYLES[index // len(SERIES) % len(LINE_STYLES)]}

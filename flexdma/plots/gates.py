@@ -1,4 +1,4 @@
-"""Gates along a text, with the tokens written below."""
+"""Gates along a text, with the tokens below."""
 
 from collections.abc import Sequence
 
@@ -26,10 +26,10 @@ def gate_figure(
     head: int = 0,
     title: str | None = None,
 ) -> Figure:
-    """A bar for each key's gate of one head, its token below, `per_line` tokens a line.
+    """One bar per key with the gate of one head, its token below, `per_line` tokens per line.
 
-    gate, lifespans: [B, H, K], of which `batch` and `head` are drawn, or [K]; tokens: K strings.
-    With lifespans the bars say what `query` (default: the last one) sees: kept, evicted, never visible, yet to come.
+    gate, lifespans: [B, H, K], of which `batch` and `head` are drawn, or [K].  tokens: K strings.
+    With lifespans the colours show which keys `query` (default: the last one) sees: kept, evicted, never visible, yet to come.
     """
     length = len(tokens)
     heights = one_row("gate", gate, batch, head, length)
@@ -43,7 +43,7 @@ def gate_figure(
     panels = figure.subplots(lines, 1, squeeze=False, sharey=True)[:, 0]
     finite = heights[heights.isfinite()]
     low, high = (finite.min().item(), finite.max().item()) if len(finite) else (0.0, 1.0)
-    # Bars stand on the axis: gates that hardly differ would otherwise be bars of one height.
+    # Bars start near the smallest gate, because bars of nearly equal gates from 0 would look equally high.
     floor = 0.0 if low >= 0 and low < (high - low) else low - 0.08 * (high - low or 1)
     for line, axes in enumerate(panels):
         there = slice(line * per_line, (line + 1) * per_line)
@@ -66,7 +66,7 @@ def _draw_line(
     axes: Axes, heights: Tensor, floor: float, tokens: Sequence[str], colours: list[str], first: int
 ) -> None:
     places = range(len(tokens))
-    # A gate that is not finite has no bar; its token shows that it is there.
+    # A gate that is not finite has no bar, only a token.
     shown = torch.where(heights.isfinite(), heights, floor)
     axes.bar(places, (shown - floor).tolist(), bottom=floor, color=colours, edgecolor="#777777", linewidth=0.3)
     axes.set_xticks(places, [drawable(token) for token in tokens], fontsize=8, family="DejaVu Sans Mono")
@@ -76,7 +76,7 @@ def _draw_line(
 
 
 def _states(alive: Lifespans, query: int) -> tuple[list[str], dict[str, str]]:
-    """A colour for each key, and what the colours mean."""
+    """A colour for each key, and a legend {name: colour}."""
     legend = {f"kept by query {query}": KEPT, "evicted before it": EVICTED, "never visible": NEVER}
     colours = []
     for birth, death in zip(alive.birth.tolist(), alive.death.tolist(), strict=True):

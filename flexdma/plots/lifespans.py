@@ -1,4 +1,4 @@
-"""Lifespans as lines, and how many keys live how long."""
+"""Lifespans as lines, and histograms of lifetimes."""
 
 from collections.abc import Sequence
 
@@ -13,7 +13,7 @@ from flexdma.plots.arguments import Layers, head_name, labelled_layers, one_head
 from flexdma.plots.colours import QUERY, SERIES
 from flexdma.plots.tokens import drawable
 
-NAMED_KEYS = 100  # up to so many keys the tokens stand beside their lines
+NAMED_KEYS = 100  # largest number of keys with tokens beside their lines
 
 
 def lifespan_figure(
@@ -26,11 +26,11 @@ def lifespan_figure(
     head: int = 0,
     title: str | None = None,
 ) -> Figure:
-    """One horizontal line per key of one head, from its birth to its death; keys that no query sees are dots.
+    """One horizontal line per key of one head, from its birth to its death; a dot for a key that no query sees.
 
-    lifespans, gate: [B, H, K], of which `batch` and `head` are drawn, or [K].
-    Lines are coloured by gate where gates are given, else by lifetime.  tokens: K strings, written beside the lines of
-    short texts.  query: a vertical line at this position, which crosses the lines of exactly the keys that it sees.
+    lifespans, gate: [B, H, K], of which `batch` and `head` are drawn, or [K].  gate: colours the lines; None = by lifetime.
+    tokens: K strings, drawn beside the lines of short texts.
+    query: draw a vertical line at this position, which crosses the lines of exactly the keys that it sees.
     """
     birth, death = one_head(lifespans, batch, head)
     length = len(birth)
@@ -61,7 +61,7 @@ def lifespan_figure(
         axes.plot(never.numpy(), never.numpy(), ".", color="#888888", markersize=3, label=label)
     if query is not None:
         count = int(((birth <= query) & (query < death)).sum())
-        # Half a step in: a line from 3 to 5 is seen by 3 and 4.
+        # At query + 0.5: the line of a key from 3 to 5 is then crossed by queries 3 and 4.
         axes.axvline(query + 0.5, color=QUERY, linewidth=1.2, label=f"query {query} crosses the {count} keys it sees")
     axes.set_xlim(0, length)
     axes.set_ylim(length - 0.5, -0.5)
@@ -84,7 +84,7 @@ def lifetime_figure(
     """Histogram of lifetimes, one panel per label, one bar per layer and head.
 
     lifespans: [B, H, K] of one layer, a list of layers, or {label: layers}.
-    Counts the keys of the first half: the others lack the text to live long in.
+    Counts only keys of the first half, because the text ends before later keys could live long.
     """
     rows = labelled_layers(lifespans)
     heads, length = next(iter(rows.values()))[0].birth.shape[1:]
@@ -107,7 +107,7 @@ def lifetime_figure(
                 color=SERIES[index % len(SERIES)],
                 label=head_name(layer, head, layers=len(layers)),
             )
-        # Logarithmic: the few keys that live long are what selection is about.
+        # Logarithmic, so that the few long-lived keys show.
         axes.set_yscale("log")
         axes.set_ylim(0.5 / born, 1.5)
         axes.yaxis.set_major_formatter(lambda share, _: f"{100 * share:g} %")

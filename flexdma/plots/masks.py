@@ -1,4 +1,4 @@
-"""The mask, query x key, coloured by how long each key stays visible."""
+"""The mask, query x key, coloured by the lifetime of each key."""
 
 import torch
 from matplotlib.colors import LogNorm
@@ -8,9 +8,9 @@ from flexdma.plots.arguments import Layers, head_name, labelled_layers, one_head
 
 
 def mask_figure(lifespans: Layers, *, batch: int = 0, title: str | None = None) -> Figure:
-    """The mask of each layer (across) and head (across), one row per label.
+    """The mask of each layer and head, one column each; one row per label.
 
-    lifespans: [B, H, K] of one layer, a list of layers, or {label: layers}.  Drawn densely: for K up to a few thousand.
+    lifespans: [B, H, K] of one layer, a list of layers, or {label: layers}.  Drawn densely, so for K up to a few thousand.
     """
     rows = labelled_layers(lifespans)
     first = next(iter(rows.values()))

@@ -7,16 +7,15 @@ from matplotlib.figure import Figure
 
 from flexdma.plots.colours import series_style
 
-# section of the results, what varies, what is constant
+# (section of the results, the size that varies, the size that is constant)
 PANELS = (("lengths", "length", "window"), ("windows", "window", "length"))
 NAMES = {"length": "N", "window": "w"}
 
 
 def scaling_figure(results: dict[str, Any]) -> Figure:
-    """Two panels, logarithmic: milliseconds of the forward against N, and against w.
+    """Up to two logarithmic panels: milliseconds of the forward against N, and against w.
 
-    results: what `python -m flexdma bench --out FOLDER` wrote as JSON, of a suite that measures both.
-    Raises ValueError where they hold neither.
+    results: the JSON of `python -m flexdma bench --out FOLDER`.  Raises ValueError where it has neither.
     """
     records = [dict(zip(results["columns"], record, strict=True)) for record in results["records"]]
     times = [record for record in records if record["metric"] == "seconds"]

@@ -1,4 +1,4 @@
-"""Tokens as matplotlib can write them."""
+"""Tokens in a form that matplotlib can draw."""
 
 from functools import cache
 
@@ -8,7 +8,7 @@ MISSING = "□"
 
 
 def drawable(token: str) -> str:
-    """The token, with a box for what the font lacks, and nothing that matplotlib would read as mathematics."""
+    """The token with a box for each character that the font lacks, and with `$` escaped."""
     known = "".join(c if c.isprintable() and _in_font(c) else MISSING for c in token)
     return known.replace("$", r"\$")
 

@@ -210,7 +210,12 @@ def with_a_recurrence():
             TypeError,
             "attention layers that call the attention interface, got GPTNeoForCausalLM",
         ),
-        (with_a_recurrence, {}, TypeError, "expected attention as the only operation across tokens, got LlamaForCausalLM"),
+        (
+            with_a_recurrence,
+            {},
+            TypeError,
+            "expected attention as the only operation across tokens, got LlamaForCausalLM",
+        ),
         (lambda: causal_lm("Llama"), {"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
         (lambda: causal_lm("Llama"), {"recency": "last"}, ValueError, "recency: expected one of"),
         (lambda: torch.nn.Linear(1, 1), {}, TypeError, "expected a transformers PreTrainedModel, got Linear"),
