@@ -5,7 +5,7 @@
     o_i = sum over j in the top-w of {gate_j : j <= i} of  softmax_j(q_i . k_j * scale + gate_j) v_j
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, overload
 
 import torch
@@ -83,7 +83,7 @@ def dynamic_mask_attention(
     return_state: bool = False,
     lowering: str | None = None,
     block_size: int | tuple[int, int] | None = None,
-    kernel_options: dict | None = None,
+    kernel_options: Mapping[str, object] | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor | tuple[Tensor, DynamicMaskState]:
     """Attention in which each query sees the `window_size` best-gated keys at or before it; gates are added to the logits.

@@ -1,6 +1,6 @@
 """Dynamic Mask Attention as a layer (arXiv 2508.02124): projections, gate, operator, output projection."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Literal, overload
 
@@ -47,7 +47,7 @@ class DynamicMaskAttention(nn.Module):
         bias: bool = False,
         lowering: str | None = None,
         block_size: int | tuple[int, int] | None = None,
-        kernel_options: dict | None = None,
+        kernel_options: Mapping[str, object] | None = None,
     ) -> None:
         super().__init__()
         for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads),
@@ -86,6 +86,19 @@ class DynamicMaskAttention(nn.Module):
         state: DynamicMaskState | None = None,
         return_state: Literal[False] = False,
     ) -> Tensor: ...
+
+    @overload
+    def forward(
+        self,
+        hidden_states: Tensor,
+        position_embeddings: tuple[Tensor, Tensor] | None = None,
+        *,
+        key_padding_mask: Tensor | None = None,
+        document_ids: Tensor | None = None,
+        score_mod: ScoreMod | None = None,
+        state: DynamicMaskState | None = None,
+        return_state: Literal[True],
+    ) -> tuple[Tensor, DynamicMaskState]: ...
 
     @overload
     def forward(

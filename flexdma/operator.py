@@ -1,5 +1,7 @@
 """Attention over lifespans: the one operator between the policies that make lifespans and the lowerings that use them."""
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -25,7 +27,7 @@ def lifespan_attention(
     capacity: int | None = None,
     lowering: str | None = None,
     block_size: int | tuple[int, int] | None = None,
-    kernel_options: dict | None = None,
+    kernel_options: Mapping[str, object] | None = None,
     in_order: bool | None = None,
 ) -> Tensor:
     """Attention in which key j is visible to the query at position i where birth_j <= i < death_j.

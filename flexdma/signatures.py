@@ -5,7 +5,7 @@ same function on whole tiles.  Index captured tensors in one step (`t[b, h, i, j
 in compiled kernels.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypedDict
 
 from torch import Tensor
@@ -28,5 +28,5 @@ class AttentionOptions(TypedDict, total=False):
     document_ids: Tensor | None
     lowering: str | None
     block_size: int | tuple[int, int] | None
-    kernel_options: dict | None
+    kernel_options: Mapping[str, object] | None
     sink_logits: Tensor | None

@@ -7,6 +7,8 @@ bias) and lifespans.  Two properties of the lifespans save work where they hold:
     ranked      the best-biased key that a query sees stays visible to the end of its document, as in a selection by this bias
 """
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -34,7 +36,7 @@ def attend(
     score_mod: ScoreMod | None,
     lowering: str | None,
     block_size: int | tuple[int, int] | None,
-    kernel_options: dict | None,
+    kernel_options: Mapping[str, object] | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
     """Attention [B, Hq, Q, Dv] by the chosen lowering.  The caller has checked shapes, dtypes and devices.
@@ -103,11 +105,14 @@ def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
 
 
 def _check_lowering_options(
-    lowering: str, dtype: torch.dtype, block_size: int | tuple[int, int] | None, kernel_options: dict | None
+    lowering: str,
+    dtype: torch.dtype,
+    block_size: int | tuple[int, int] | None,
+    kernel_options: Mapping[str, object] | None,
 ) -> None:
     if lowering == "flex" and dtype not in FLEX_DTYPES:
         raise TypeError(f"lowering: 'flex' computes in float32, bfloat16 and float16, got {dtype}; expected 'gather'")
-    if kernel_options is not None and not isinstance(kernel_options, dict):
+    if kernel_options is not None and not isinstance(kernel_options, Mapping):
         raise TypeError(f"kernel_options: expected a dict, got {type(kernel_options).__name__}")
     if kernel_options is not None and lowering != "flex":
         raise ValueError(

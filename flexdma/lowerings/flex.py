@@ -5,6 +5,7 @@ CPU backward).  The query heads of a group are folded into the rows of one head,
 one mask and one visit of each key block.
 """
 
+from collections.abc import Mapping
 from operator import index
 
 import torch
@@ -43,7 +44,7 @@ def flex_attend(
     scale: float,
     score_mod: ScoreMod | None,
     block_size: tuple[int, int],
-    kernel_options: dict | None,
+    kernel_options: Mapping[str, object] | None,
     needs_gradient: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
@@ -112,7 +113,7 @@ def flex_attend(
         rows = realize(rows)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
     else:
         # For fewer than 128 rows Inductor would use its decoding kernel, which spills and, in float32, compiles for minutes.
-        kernel_options = {"FORCE_USE_FLEX_ATTENTION": True} | (kernel_options or {})
+        kernel_options = {"FORCE_USE_FLEX_ATTENTION": True, **(kernel_options or {})}
     output, lse = gate_gradient.attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
         return_lse=sink_logits is not None,

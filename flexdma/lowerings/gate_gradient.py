@@ -12,7 +12,7 @@ Figures and the reasons for the default: docs/gate-gradient.md.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import gcd
 from typing import Any, cast
 
@@ -151,7 +151,7 @@ def as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | flo
     return values, unit
 
 
-def _transposed_options(options: dict | None, block_size: tuple[int, int], dtype: torch.dtype) -> Any:
+def _transposed_options(options: Mapping[str, object] | None, block_size: tuple[int, int], dtype: torch.dtype) -> Any:
     """The caller's kernel options with M and N of the tile swapped and without `fwd_` options; TILE if no tile is given."""
     given = {name: option for name, option in (options or {}).items() if not name.startswith("fwd_")}
     rows, columns = block_size
