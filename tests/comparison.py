@@ -1,5 +1,7 @@
 """One helper that compares an implementation with the dense specification, outputs and gradients."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from flexdma.reference import dense_dynamic_mask_attention
 
 
 def inputs(
-    batch, query_heads, heads, queries, keys, size, value_size=None, dtype=torch.float64, gate_heads=None, seed=0
+    batch, query_heads, heads, queries, keys, size, value_size=None, *, dtype=torch.float64, gate_heads=None, seed=0
 ):
     """query, key, value, gate; gates are float32 unless dtype is float64, with ties in every third position."""
     generator = torch.Generator().manual_seed(seed)
@@ -31,6 +33,15 @@ def with_gradients(function, tensors, *captured, **options):
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     gradients = torch.autograd.grad(output, [*leaves, *captured], cotangent.to(output.dtype))
     return [output.detach(), *gradients]
+
+
+def gradients_of(leaves: Iterable[Tensor]) -> list[Tensor]:
+    """Copies of the gradients of tensors, which must all have one."""
+    gradients = []
+    for leaf in leaves:
+        assert leaf.grad is not None
+        gradients.append(leaf.grad.clone())
+    return gradients
 
 
 def assert_same(function, tensors, *, tolerance, gradients=True, dense_options=None, **options):

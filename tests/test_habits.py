@@ -89,9 +89,15 @@ def test_hooks_run_the_tools_of_the_project():
 def test_the_workflow_runs_the_supported_versions():
     """From the lower bounds of pyproject.toml to what the kernels were recorded with."""
     project = (ROOT / "pyproject.toml").read_text()
-    pythons = SpecifierSet(re.search(r'^requires-python = "(.*)"', project, re.MULTILINE)[1])
-    torch = Requirement(re.search(r'^dependencies = \["(torch.*?)"\]', project, re.MULTILINE)[1]).specifier
-    triton = Requirement(re.search(r'^kernels = \["(triton[^;]*?);', project, re.MULTILINE)[1].strip()).specifier
+
+    def declared(line: str) -> str:
+        match = re.search(line, project, re.MULTILINE)
+        assert match, line
+        return match[1]
+
+    pythons = SpecifierSet(declared(r'^requires-python = "(.*)"'))
+    torch = Requirement(declared(r'^dependencies = \["(torch.*?)"\]')).specifier
+    triton = Requirement(declared(r'^kernels = \["(triton[^;]*?);').strip()).specifier
     for bounds, name in ((pythons, "python"), (torch, "torch"), (triton, "triton")):
         versions = [Version(job[name]) for job in jobs]
         assert all(version in bounds for version in versions), name

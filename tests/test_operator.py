@@ -1,5 +1,7 @@
 """The operator by the gather lowering, which runs everywhere, against the dense specification in float64."""
 
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
@@ -30,7 +32,7 @@ documents = torch.tensor([[0] * 50 + [1] * 3 + [2] * 76, [4] * 129])
 left_padding = torch.arange(129) >= torch.tensor([[0], [40]])
 right_padding = torch.arange(129) < torch.tensor([[129], [77]])
 
-VARIANTS = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "causal": {},
     "global": {"selection": "global"},
     "threshold": {"selection": "threshold", "window_size": None},
@@ -222,11 +224,12 @@ def test_an_outlier_that_is_not_seen_costs_the_others_nothing(outlier):
     """A key hidden by padding, by another document, or by its rank."""
     tensors = inputs(1, 2, 1, 100, 100, 16, dtype=torch.float32)
     tensors[3][..., 10] = outlier
-    for options in (
+    masks: list[dict[str, Any]] = [
         {"key_padding_mask": torch.arange(100)[None] > 20},
         {"document_ids": (torch.arange(100)[None] > 20).long()},
         {} if outlier < 0 else {"key_padding_mask": torch.arange(100)[None] != 10},
-    ):
+    ]
+    for options in masks:
         got = gather(*tensors, window_size=16, **options)[:, :, 40:]
         want = dense_dynamic_mask_attention(*[t.double() for t in tensors], window_size=16, **options)[:, :, 40:]
         assert (got - want).abs().max() < 3e-6

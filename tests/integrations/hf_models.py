@@ -1,6 +1,7 @@
 """Small random models of transformers, made offline."""
 
 import os
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -15,7 +16,7 @@ SIZES = {
 }  # fmt: skip
 # What models of this transformers name their cache, as an argument and in their output.
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
-FAMILIES = {
+FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
     "Qwen3": {"head_dim": 16},
     "Mistral": {"sliding_window": 6},
@@ -60,11 +61,11 @@ def in_a_window(model: transformers.PreTrainedModel, ids: torch.Tensor, window: 
     position = torch.arange(ids.shape[1])
     age = position[:, None] - position
     mask = torch.where((age >= 0) & (age < window), 0.0, torch.finfo(torch.float32).min).expand(len(ids), 1, -1, -1)
-    if getattr(model.config, "layer_types", None):
-        mask = {"full_attention": mask, "sliding_attention": mask}
+    by_type = {"full_attention": mask, "sliding_attention": mask}
+    given = by_type if getattr(model.config, "layer_types", None) else mask
     # OPT would count positions in the mask.
     positions = {"position_ids": position.expand_as(ids)} if model.config.model_type == "opt" else {}
-    return model(ids, attention_mask=mask, **positions).logits
+    return model(ids, attention_mask=given, **positions).logits
 
 
 def padding(side: str, like: torch.Tensor) -> torch.Tensor:

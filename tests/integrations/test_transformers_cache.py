@@ -1,6 +1,7 @@
 """The bounded cache: the same tokens as the shipped model and as a growing cache, in memory that does not grow."""
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -74,11 +75,12 @@ def test_its_keys_and_values_can_be_read():
     model, ids = gated(), distinct_tokens(2, 16)
     cache, growing = DynamicMaskCache(), DynamicCache()
     model(ids[:, :1], **{CACHE: cache})
-    first = cache.layers[0]
+    layers: list[Any] = cache.layers  # whose keys and values are no longer None
+    first = layers[0]
     assert first.keys.shape == first.values.shape == (2, 2, 6, 8)
     model(ids[:, 1:], **{CACHE: cache})
     model(ids, **{CACHE: growing})
-    for layer, every in zip(cache.layers, growing.layers, strict=True):
+    for layer, every in zip(layers, growing.layers, strict=True):
         slots = layer.state.position[..., None].expand_as(layer.keys)
         assert_close(layer.keys, every.keys.gather(2, slots))
         assert_close(layer.values, every.values.gather(2, slots))

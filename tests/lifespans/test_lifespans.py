@@ -25,7 +25,9 @@ def streamed(gate, window, sinks=0, recent=0, key_padding_mask=None, document_id
     """Rows of visible keys, one query at a time: a heap of the best `window` (gate, position) of the document so far."""
     length = len(gate)
     real = [key_padding_mask is None or bool(key_padding_mask[j]) for j in range(length)]
-    rows, heap, first, start = [], [], [], 0
+    heap: list[tuple[bool, float, int]] = []
+    first: list[int] = []
+    rows, start = [], 0
     for i in range(length):
         if i and document_ids is not None and document_ids[i] != document_ids[i - 1]:
             heap, first, start = [], [], i

@@ -22,8 +22,8 @@ def test_the_example_of_the_docstring(kth_smallest):
 def test_equals_sorting_the_range(kth_smallest, case):
     permutation, random = case
     n = len(permutation)
-    ranges = [sorted((random.randint(0, n), random.randint(0, n))) for _ in range(n)]
-    ranges = [(min(left, n - 1), max(right, left + 1)) for left, right in ranges]
+    ends = [sorted((random.randint(0, n), random.randint(0, n))) for _ in range(n)]
+    ranges = [(min(left, n - 1), max(right, left + 1)) for left, right in ends]
     k = [random.randrange(right - left) for left, right in ((left, min(right, n)) for left, right in ranges)]
     left, right = (torch.tensor(side).clamp(max=n) for side in zip(*ranges, strict=True))
     got = kth_smallest(torch.tensor(permutation, dtype=torch.int32), left, right, torch.tensor(k)).tolist()

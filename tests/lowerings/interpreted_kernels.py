@@ -9,6 +9,7 @@ import json
 import re
 import sys
 import warnings
+from typing import Any
 
 import torch
 
@@ -30,7 +31,7 @@ def squashed(score, b, h, q_idx, kv_idx):
     return score / (1 + score.abs() / 4) - 0.01 * (h + 1) * (q_idx - kv_idx)
 
 
-CASES = {
+CASES: dict[str, dict[str, Any]] = {
     "causal, grouped, documents, float64 gates, float32, deterministic": {
         "shape": (1, 4, 2, 141, 141, 16), "dtype": "float32", "gate_dtype": "float64", "window_size": 40, "documents": True,
         "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "controls": True, "deterministic": True,
@@ -122,7 +123,7 @@ def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_he
     def reference(tensors, gradient):
         leaves = [t.detach().double().requires_grad_(training) for t in tensors if t.is_floating_point()]
         others = leaves[4:] if sink_logits else tensors[4:]
-        output = dense_dynamic_mask_attention(*leaves[:4], **named(others), **options)
+        output = dense_dynamic_mask_attention(*leaves[:4], **(named(others) | options))
         gradients = torch.autograd.grad(output, leaves, gradient.double()) if training else ()
         return [output.detach(), *gradients]
 

@@ -8,10 +8,12 @@ import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from flexdma import dynamic_mask_attention, inspect_kernels
+from flexdma.tools.inspect.kernel import Kernel
 from tests.comparison import by_transposed_attention
 
 RECORD = Path(__file__).parent / "kernels.json"
@@ -21,6 +23,12 @@ SETTINGS = {
     "training, bfloat16, float64 gates": {"gate_dtype": "float64", "route": "atomics"},
     "training, bfloat16, the gate's gradient by transposed attention": {"gate_dtype": "float32", "route": "transposed"},
 }
+
+
+def compiled(kernel: Kernel) -> dict[str, Any]:
+    """The figures of its compiled file."""
+    assert kernel.compiled is not None, kernel.name
+    return asdict(kernel.compiled)
 
 
 def figures(setting: str) -> dict:
@@ -45,7 +53,7 @@ def figures(setting: str) -> dict:
             "warps": kernel.warps,
             "stages": kernel.stages,
             "atomic lines": len(kernel.atomic_lines),
-            **asdict(kernel.compiled),
+            **compiled(kernel),
         }
         for kernel in report.attention
     }

@@ -1,17 +1,20 @@
 """A batch without sequences: outputs, gradients and states of the right shapes and dtypes, eager and traced."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from flexdma import DynamicMaskAttention, DynamicMaskState, dynamic_mask_attention, load_states, save_states
+from tests.comparison import gradients_of
 
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {},
     {"sinks": 1, "recent": 2, "score_mod": lambda score, b, h, q_idx, kv_idx: score + (q_idx - kv_idx)},
     {"selection": "global", "document_ids": torch.zeros(0, 9, dtype=torch.int64)},
     {"selection": "threshold", "window_size": None, "key_padding_mask": torch.ones(0, 9, dtype=torch.bool)},
 ]
-EVERYTHING = {"sinks": 1, "recent": 2, "recency": "forget"}
+EVERYTHING: dict[str, Any] = {"sinks": 1, "recent": 2, "recency": "forget"}
 NO_ROWS = torch.zeros(0, dtype=torch.int64)
 
 
@@ -31,7 +34,7 @@ def test_the_operator(options, lowering, compiled):
     for output in outputs:
         assert (output.shape, output.dtype) == ((0, 4, 7, 8), torch.bfloat16)
     outputs[1].sum().backward()
-    assert [tensor.grad.shape for tensor in tensors] == shapes
+    assert [gradient.shape for gradient in gradients_of(tensors)] == shapes
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """lifespan_attention for any lifespans, in every lowering: births before and after the key's own position, empty ones."""
 
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -94,9 +95,9 @@ def test_gather_for_any_sizes(lengths, longest, together, block, seed):
     queries, keys = lengths
     tensors, lifespans = case((1, 2, 1, queries, keys, 4), longest, together=together, seed=seed)
     want = called(dense_lifespan_attention, lifespans)(*tensors)
+    query, key, value, bias = tensors
     for leaf in (False, True):  # fused, and with gradients
-        query = tensors[0].clone().requires_grad_(leaf)
-        got = lifespan_attention(query, *tensors[1:3], lifespans, bias=tensors[3], block_size=block)
+        got = lifespan_attention(query.clone().requires_grad_(leaf), key, value, lifespans, bias=bias, block_size=block)
         torch.testing.assert_close(got.detach(), want, rtol=1e-9, atol=1e-9)
 
 
@@ -175,7 +176,7 @@ def test_what_queries_see(queries, more, longest, seed):
     position = torch.arange(keys - queries, keys)[:, None]
     visible = (lifespans.birth[..., None, :] <= position) & (position < lifespans.death[..., None, :])
     assert most_visible(lifespans, queries) == visible.sum(-1).max()
-    best = best_visible(bias, *lifespans, queries)[0]
+    best = best_visible(bias, lifespans.birth, lifespans.death, queries)[0]
     for head in range(2):
         for i in range(queries):
             seen = [
@@ -208,6 +209,6 @@ WRONG = [
 
 @pytest.mark.parametrize(("wrong", "error", "message"), WRONG, ids=lambda each: str(each)[:40])
 def test_names_the_argument(wrong, error, message):
-    arguments = {"lifespans": Lifespans(BIRTH, BIRTH + 4)} | wrong
+    arguments: dict[str, Any] = {"lifespans": Lifespans(BIRTH, BIRTH + 4)} | wrong
     with pytest.raises(error, match=message):
-        lifespan_attention(*TENSORS[:3], arguments.pop("lifespans"), **arguments)
+        lifespan_attention(*TENSORS[:3], **arguments)

@@ -1,5 +1,7 @@
 """Learned sinks: one more term in the softmax, against the specification, finite differences and GPT-OSS's own formula."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -29,7 +31,7 @@ def assert_same_with_sinks(attend, tensors, *, tolerance, **options):
         assert error <= tolerance * max(1.0, b.abs().max().item()), f"{name}: error {error}"
 
 
-OPTIONS = {
+OPTIONS: dict[str, dict[str, Any]] = {
     "causal": {},
     "sinks and recent": {"sinks": 2, "recent": 5},
     "global": {"selection": "global"},

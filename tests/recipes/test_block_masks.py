@@ -50,9 +50,10 @@ def check_index(index, dense, rows, columns):
     """Against the mask [..., rows of queries, keys] that they are the blocks of."""
     some, every = blocks_of(dense, rows, columns)
     row_blocks, key_blocks = some.shape[-2:]
-    partial, full = listed(*index[:2], key_blocks), listed(*index[2:4], key_blocks)
-    partial_transposed = listed(*index.transposed[:2], row_blocks)
-    full_transposed = listed(*index.transposed[2:4], row_blocks)
+    partial = listed(index.partial_num, index.partial_indices, key_blocks)
+    full = listed(index.full_num, index.full_indices, key_blocks)
+    partial_transposed = listed(index.transposed.partial_num, index.transposed.partial_indices, row_blocks)
+    full_transposed = listed(index.transposed.full_num, index.transposed.full_indices, row_blocks)
     assert torch.equal(partial | full, some)
     assert torch.equal(full, every & some)
     assert not (partial & full).any()

@@ -1,6 +1,7 @@
 """Continuous batching: sequences join and leave one static batch of states, and each is what it is alone."""
 
 import random
+from typing import Any
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,7 +9,8 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from flexdma import DynamicMaskState, dynamic_mask_attention
 from tests.comparison import inputs
 
-SLOTS, OPTIONS = 4, {"window_size": 6, "sinks": 1, "recent": 2}
+SLOTS = 4
+OPTIONS: dict[str, Any] = {"window_size": 6, "sinks": 1, "recent": 2}
 
 
 class Sequence:
@@ -18,7 +20,8 @@ class Sequence:
         self.prompt, self.decoded = chance.randint(1, 30), chance.randint(1, 25)
         length = self.prompt + self.decoded
         self.tensors = inputs(1, 4, 2, length, length, 4, seed=100 + number)
-        self.outputs, self.read = [], 0
+        self.outputs: list[torch.Tensor] = []
+        self.read = 0
 
     def next(self, count: int) -> list[torch.Tensor]:
         self.read += count
@@ -33,9 +36,10 @@ def test_sequences_join_and_leave_a_static_batch():
     chance = random.Random(0)
     sequences = [Sequence(number, chance) for number in range(17)]
     counter = CompileCounterWithBackend("aot_eager")
-    step = torch.compile(dynamic_mask_attention, fullgraph=True, backend=counter)
+    step: Any = torch.compile(dynamic_mask_attention, fullgraph=True, backend=counter)
     batch = DynamicMaskState.empty(SLOTS, 2, 4, dtype=torch.float64, gate_dtype=torch.float64, **OPTIONS)
-    waiting, slots, occupancy = list(sequences), [None] * SLOTS, []
+    slots: list[Sequence | None] = [None] * SLOTS
+    waiting, occupancy = list(sequences), []
     idle = [torch.full((1, heads, 1, *size), torch.nan, dtype=torch.float64)
             for heads, size in ((4, (4,)), (2, (4,)), (2, (4,)), (2, ()))]  # fmt: skip
     with torch.no_grad():

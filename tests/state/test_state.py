@@ -1,6 +1,7 @@
 """DynamicMaskState as a value: what it holds, how it is moved, cropped, saved, and what it refuses."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -195,7 +196,7 @@ def test_what_no_file_can_hold(tmp_path):
                             ({"a": 1}, "states: expected names to DynamicMaskState, got 'a' to int"),
                             ([state], "states: expected a mapping of names to DynamicMaskState, got list")):  # fmt: skip
         with pytest.raises(TypeError, match=message):
-            save_states(tmp_path / "state", states)
+            save_states(tmp_path / "state", states)  # type: ignore[arg-type]  # refused
     for path in (tmp_path, tmp_path / "absent" / "state"):
         with pytest.raises(ValueError, match="path: expected a file in a folder that exists"):
             save_states(path, {"a": state})
@@ -248,7 +249,11 @@ def test_ids_of_documents_may_be_overwritten_after_a_call(sizes):
     outputs, state, buffers = [], None, {n: torch.zeros(1, n, dtype=torch.int64) for n in sizes}
     chunks = (t.split(sizes, 2) for t in (query, key, value, gate))
     for *tensors, ids in zip(*chunks, documents.split(sizes, 1), strict=True):
-        options = {"document_ids": buffers[ids.shape[1]].copy_(ids), "state": state, "return_state": True}
+        options: dict[str, Any] = {
+            "document_ids": buffers[ids.shape[1]].copy_(ids),
+            "state": state,
+            "return_state": True,
+        }
         output, state = dynamic_mask_attention(*tensors, window_size=3, **options)
         buffers[ids.shape[1]].fill_(7)
         outputs.append(output)
@@ -268,7 +273,7 @@ def test_a_state_holds_no_memory_of_its_chunk():
 
 def test_foreign_states_are_refused():
     state, _ = after(4)
-    cases = [
+    cases: list[tuple[dict[str, Any], type[Exception], str]] = [
         ({"window_size": 4}, ValueError, "state: expected window_size=4, got a state with window_size=3"),
         ({"sinks": 1}, ValueError, "state: expected sinks=1, got a state with sinks=0"),
         ({"recent": 2}, ValueError, "state: expected recent=2, got a state with recent=0"),

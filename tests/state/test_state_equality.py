@@ -1,6 +1,7 @@
 """One pass = chunks of any sizes = token by token: outputs, states and gradients."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ def run(tensors, sizes, *, state=None, detached=False, key_padding_mask=None, do
         chunk = [t[:, :, start : start + size] for t in tensors]
         masks = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
         masks = {name: None if mask is None else mask[:, start : start + size] for name, mask in masks.items()}
-        output, state = dynamic_mask_attention(*chunk, state=state, return_state=True, **masks, **options)
+        output, state = dynamic_mask_attention(*chunk, state=state, return_state=True, **(masks | options))
         state = state.detach() if detached else state
         outputs.append(output)
         start += size
@@ -47,7 +48,7 @@ def assert_same_states(a, b):
 @st.composite
 def splits(draw, length):
     """Sizes of consecutive chunks that make up the length; often single tokens."""
-    sizes = []
+    sizes: list[int] = []
     while sum(sizes) < length:
         sizes.append(
             draw(st.sampled_from([1, 1, 1, 2, 5, 17])) if draw(st.booleans()) else draw(st.integers(1, length))
@@ -164,7 +165,7 @@ def test_score_mods_see_no_position_that_does_not_exist(lowering):
     """A table by distance is not asked beyond its end, however empty the state."""
     table = torch.randn(6, dtype=torch.float64)
     tensors = inputs(1, 4, 2, 6, 6, 4)
-    options = {
+    options: dict[str, Any] = {
         "window_size": 8,
         "recent": 3,
         "score_mod": lambda score, b, h, i, j: score + table[(i - j).clamp(min=0)],
@@ -204,7 +205,7 @@ def test_score_mods_are_told_positions(lowering):
         return score + slopes[h] * (j - i) + 0.01 * b * (h + 1) * (i % 3) * (j % 5)
 
     tensors = inputs(2, 4, 2, 30, 30, 4)
-    options = {"window_size": 6, "sinks": 1, "recent": 2, "score_mod": alibi}
+    options: dict[str, Any] = {"window_size": 6, "sinks": 1, "recent": 2, "score_mod": alibi}
     whole = dynamic_mask_attention(*tensors, lowering="dense", **options)
     split, _state = run(tensors, [11, 1, 1, 9, 8], lowering=lowering, **options)
     torch.testing.assert_close(split, whole, rtol=1e-9, atol=1e-9)
@@ -267,11 +268,11 @@ def test_decoding_compiles_once_and_chunks_through_flex():
     def score_mod(score, b, h, i, j):
         return score + slopes[h] * (j - i)
 
-    options = {"window_size": 16, "sinks": 1, "recent": 2, "score_mod": score_mod}
+    options: dict[str, Any] = {"window_size": 16, "sinks": 1, "recent": 2, "score_mod": score_mod}
     with torch.no_grad():
         whole = dynamic_mask_attention(*tensors, lowering="dense", **options)
         counter = CompileCounterWithBackend("inductor")
-        step = torch.compile(dynamic_mask_attention, fullgraph=True, backend=counter)
+        step: Any = torch.compile(dynamic_mask_attention, fullgraph=True, backend=counter)
         output, state = step(*(t[:, :, :64] for t in tensors), return_state=True, lowering="flex", **options)
         torch.testing.assert_close(output, whole[:, :, :64], rtol=1e-4, atol=1e-5)
         outputs = []

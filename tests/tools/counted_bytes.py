@@ -13,6 +13,7 @@ import math
 import sys
 import warnings
 from types import SimpleNamespace
+from typing import Any
 
 import torch
 from torch._inductor import config, ir
@@ -70,7 +71,7 @@ def nbytes(buffer: ir.IRNode) -> int:
 def generate(shape: list[int], window: int, backward: bool = False, decode: bool = False) -> None:
     """The kernels of one call, in bfloat16; `decode`: of one token against a state of `window` slots."""
     batch, query_heads, heads, length, size = shape
-    options = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
+    options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
     query, key, value = (torch.empty(batch, h, length, size, **options) for h in (query_heads, heads, heads))
     gate = torch.empty(batch, heads, length, device="cuda", requires_grad=backward)
     state = None

@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import sympy
@@ -24,7 +25,7 @@ RECORD = ROOT / "tests" / "tools" / "counted_bytes.json"
 LENGTH = 32768
 ONE, TWO = [1, 4, 1], [1, 8, 2]  # batch, query heads, KV heads
 # Several periods and one, few tiles and many, 6 to 10 rounds of ranking by two bits and 21 by one; one KV head, several, all.
-CASES = [
+CASES: list[dict[str, Any]] = [
     *({"shape": [*ONE, n, 64], "window": 512} for n in (4096, 16384)),
     *({"shape": [*ONE, 16384, 64], "window": w} for w in (4096, 8192)),
     *({"shape": [*ONE, n, 64], "window": 1024} for n in (65536, 2**20, 2**21)),
@@ -76,7 +77,7 @@ def packing_peak(window: int, training: bool) -> tuple[int, int, int]:
 
     def build() -> tuple[Packing, BlockIndex]:
         packing = pack(alive, layout, queries=LENGTH)
-        sizes = {"queries": LENGTH, "group": 4, "block_size": (128, 128), "transposed": training}
+        sizes: dict[str, Any] = {"queries": LENGTH, "group": 4, "block_size": (128, 128), "transposed": training}
         return packing, block_index(packing.birth, packing.death, **sizes, periods=layout.periods, period=layout.period)
 
     packing, index = build()

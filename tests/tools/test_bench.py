@@ -3,7 +3,9 @@
 import contextlib
 import weakref
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -122,7 +124,7 @@ def test_masks_and_metadata_are_far_from_a_dense_mask():
     shape = Shape(8192, 128, False)
     gate = inputs(shape, "cpu", torch.float32)[3]
     for lowering in ("flex", "gather"):
-        assert peak_bytes(lambda lowering=lowering: build_masks(lowering, shape, gate)) < shape.length**2 / 4
+        assert peak_bytes(partial(build_masks, lowering, shape, gate)) < shape.length**2 / 4
 
 
 def test_there_are_seven_families_and_packing_helps_in_each():
@@ -142,7 +144,8 @@ def test_the_autoregressive_family_is_its_recurrence():
 def test_the_dense_path_computes_dynamic_mask_attention():
     leaves = [torch.randn(2, heads, 50, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
     leaves.append(torch.randn(2, 2, 50, dtype=torch.float64, requires_grad=True))  # no ties: topk breaks them anyhow
-    got = dense_mask_attention(*leaves, 12)
+    query, key, value, gate = leaves
+    got = dense_mask_attention(query, key, value, gate, 12)
     want = dense_dynamic_mask_attention(*leaves, window_size=12)
     torch.testing.assert_close(got, want)
     cotangent = torch.randn_like(got)
@@ -171,7 +174,7 @@ def uncompiled():
 def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled):
     shape = Shape(200, 24, False, 4, 2, 16, every=True)
     tensors = inputs(shape, "cpu", torch.float32)
-    calls = contenders(shape, tensors, uncompiled)
+    calls: dict[str, Any] = contenders(shape, tensors, uncompiled)  # steps, whose first argument is the call
     want = dense_dynamic_mask_attention(*tensors, window_size=24)
     same = [name for name in calls if name in visited_over_ideal(shape, tensors[3]) and "causal" not in name]
     assert len(same) == 4

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -47,8 +48,12 @@ def good():
     return torch.ones(3) + 1
 
 
+def fail() -> None:
+    raise RuntimeError("CUDA error: the GPU takes no more calls")
+
+
 def lose_the_device():
-    timing.synchronise = lambda: 1 / 0
+    timing.synchronise = fail
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
@@ -116,7 +121,8 @@ def test_a_contender_that_never_ends_loses_its_share_and_no_other(monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for processes in /proc")
 def test_ctrl_c_leaves_finished_cases_whole_and_nothing_running():
-    started, results = [], Results({"suite": "quick"})
+    started: list[int] = []
+    results = Results({"suite": "quick"})
 
     def progress(case, contender, done, of):
         if contender:
@@ -153,6 +159,7 @@ def test_no_process_outlives_the_command(tmp_path):
     command = [sys.executable, str(tmp_path / "driver.py")]
     environment = os.environ | {"PYTHONPATH": os.getcwd()}
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env=environment) as process:
+        assert process.stdout
         pids = next(line for line in process.stdout if line.strip()).split()
         process.kill()
     for pid in pids:
@@ -200,8 +207,10 @@ class Heard:
     ],
 )  # fmt: skip
 def test_a_process_is_followed_to_its_end_or_to_a_limit(messages, closed, ended, seconds):
-    clock, ticks = HandMovedClock(), []
-    assert follow(Heard(clock, *messages, closed=closed), Budget(100, clock), ticks.append) == ended
+    clock = HandMovedClock()
+    ticks: list[str] = []
+    connection: Any = Heard(clock, *messages, closed=closed)
+    assert follow(connection, Budget(100, clock), ticks.append) == ended
     assert clock() == seconds
     assert ticks == [message[2] for message in messages if message[1] == "contender"]
 
@@ -230,7 +239,7 @@ def test_a_lost_gpu_ends_the_case(monkeypatch):
 
 
 def test_a_gpu_is_timed_from_when_the_host_has_queued_the_call(monkeypatch):
-    order = []
+    order: list[object] = []
 
     class Event:
         def __init__(self, enable_timing):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +33,7 @@ def corrupt(folder: Path, how: str) -> None:
     elif how == "a list of weights":
         torch.save([1, 2], weights)
     else:
-        changed: dict = {
+        changes: dict[str, dict[str, Any]] = {
             "other sizes": {"sizes": {**description["sizes"], "width": 64}},
             "odd sizes": {"sizes": {**description["sizes"], "heads": 3}},
             "no heads": {"sizes": {**description["sizes"], "heads": 0}},
@@ -40,8 +41,8 @@ def corrupt(folder: Path, how: str) -> None:
             "missing sizes": {"sizes": {}},
             "unknown recency": {"recency": "never"},
             "no label": {"label": None},
-        }[how]
-        description.update(changed)
+        }
+        description.update(changes[how])
         config.write_text(json.dumps(content))
 
 

@@ -40,6 +40,8 @@ def test_every_option_has_a_help_text(name):
 def test_a_reader_that_goes_away_is_no_error():
     command = [sys.executable, "-m", "flexdma", "explain", "--length", "2048", "--window", "64"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout
+        assert process.stderr
         process.stdout.close()
         error = process.stderr.read()
     assert (process.returncode, error) == (UNREAD, "")

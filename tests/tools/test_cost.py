@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import random
+from typing import Any
 
 import pytest
 import sympy
@@ -60,7 +61,7 @@ def test_metadata_is_what_the_schedule_holds(length, window, query_heads, traini
     bound = torch.empty(2, 2, length, dtype=torch.int32, device="meta")  # on a CPU lists are longer
     sizes = {"queries": length, "group": query_heads // 2, "capacity": window, "block_size": (128, 128)}
     packing, index = schedule(Lifespans(bound, bound), **sizes, transposed=training)
-    held = [*packing[: 5 if training else 3], *index.tensors()]  # pieces and starts are for the gradients
+    held: list[Any] = [*packing[: 5 if training else 3], *index.tensors()]  # pieces and starts are for the gradients
     got = cost.forward(training=training).at(**SIZES | {"Hq": query_heads}, N=length, w=window)["metadata"]
     assert got == sum(tensor.nbytes for tensor in held)
 
@@ -82,7 +83,7 @@ def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, trainin
 )
 def test_bytes_are_those_that_the_compiler_counts():
     """At sizes other than those that the table was fitted to."""
-    cases = [
+    cases: list[dict[str, Any]] = [
         {"shape": [2, 4, 4, 900, 32], "window": 500},  # one period, no groups
         {"shape": [2, 8, 2, 1500, 64], "window": 70, "backward": True},
         {"shape": [3, 8, 2, 1, 64], "window": 700, "decode": True},
@@ -104,7 +105,7 @@ def test_decoding_costs_its_state():
     held = (state.key, state.value, state.gate, state.position)
     assert got["peak"] == sum(tensor.nbytes for tensor in held)
     query, key = torch.randn(2, 8, 1, 64).bfloat16(), torch.randn(2, 2, 1, 64).bfloat16()
-    options = {"window_size": 30, "recent": 6, "state": state, "return_state": True}
+    options: dict[str, Any] = {"window_size": 30, "recent": 6, "state": state, "return_state": True}
     with FlopCounterMode(display=False) as counter:
         flexdma.dynamic_mask_attention(query, key, key, torch.randn(2, 2, 1), **options)
     assert got["flops"] == counter.get_total_flops()

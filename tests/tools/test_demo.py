@@ -67,7 +67,8 @@ def test_the_bounded_state_gives_the_logits_of_one_pass(kind, recency):
         torch.nn.init.normal_(attention.gate.A)
     tokens = torch.randint(256, (2, 40))
     with torch.no_grad():
-        whole, states, logits = model(tokens), model.empty_states(2), []
+        whole, states = model(tokens), model.empty_states(2)
+        logits: list[torch.Tensor] = []
         for size in (17, 1, 1, 20, 1):
             read = sum(part.shape[1] for part in logits)
             part, states = model.following(tokens[:, read : read + size], states)

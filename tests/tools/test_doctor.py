@@ -193,10 +193,10 @@ def test_bad_requests_are_one_line(capsys, arguments, message):
 
 def test_bad_arguments_name_themselves():
     with pytest.raises(TypeError, match=r"fn_or_module: expected a function or an nn\.Module, got int"):
-        flexdma.doctor(3, (X,))
+        flexdma.doctor(3, (X,))  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match="calls: expected at least one"):
         flexdma.doctor(patients.prints)
     with pytest.raises(TypeError, match=r"calls: expected tuples .* got Tensor"):
-        flexdma.doctor(patients.prints, X)
+        flexdma.doctor(patients.prints, X)  # type: ignore[arg-type]  # refused
     with pytest.raises(ValueError, match="backend: expected one of 'inductor', 'eager'"):
         flexdma.doctor(patients.prints, (X,), backend="cuda")

@@ -4,6 +4,7 @@ import json
 import statistics
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,8 @@ def test_counts_are_those_of_the_dense_mask(options):
     assert report.natural.visited == pytest.approx(statistics.mean(visited))
     assert report.natural.full == pytest.approx(statistics.mean(full))
     names = {"selection": "kind", "sinks": "sinks", "recent": "recent"}
-    policy = {"kind": "causal", "sinks": 0, "recent": 0} | {names[n]: options[n] for n in names if n in options}
+    policy: dict[str, Any] = {"kind": "causal", "sinks": 0, "recent": 0}
+    policy |= {names[n]: options[n] for n in names if n in options}
     masks = {name: option for name, option in options.items() if name not in names}
     alive = Selection.of(window_size=12, heads=gate.shape[1], **policy).lifespans(gate, **masks)
     length, capacity = gate.shape[-1], 12 + options.get("sinks", 0) + options.get("recent", 0)
@@ -161,6 +163,8 @@ def test_longer_contexts_and_smaller_windows_pay_more(lowering):
 def test_break_even_is_where_the_speed_up_crosses_one(lowering):
     length = break_even_length(RATES, lowering, PROBLEM)
     window = break_even_window(RATES, lowering, PROBLEM)
+    assert length is not None
+    assert window is not None
     assert speedup(RATES, lowering, replace(PROBLEM, length=length)) >= 1
     assert speedup(RATES, lowering, replace(PROBLEM, length=length - 1)) < 1
     assert speedup(RATES, lowering, replace(PROBLEM, window=window)) >= 1
@@ -177,6 +181,7 @@ def test_the_rates_that_ship_say_where_they_are_from():
     for rates in measured.RATES.values():
         assert "torch" in rates.measured_on
         # A pair costs a lowering no less than it costs SDPA; else the measurement went wrong.
+        assert rates.gather is not None
         assert rates.gather >= rates.causal > 0
 
 

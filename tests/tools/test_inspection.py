@@ -118,7 +118,7 @@ def test_an_unknown_target_lists_the_known_ones():
 
 def test_something_that_is_no_function_is_refused():
     with pytest.raises(TypeError, match=r"expected a function or an nn\.Module, got Tensor"):
-        flexdma.inspect_kernels(torch.ones(2), torch.ones(2))
+        flexdma.inspect_kernels(torch.ones(2), torch.ones(2))  # type: ignore[arg-type]  # refused
 
 
 def test_a_function_without_attention_is_named():

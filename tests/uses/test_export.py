@@ -2,6 +2,7 @@
 
 import copy
 import io
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from flexdma import DynamicMaskAttention
 
-OPTIONS = {"recency": "slope", "qk_norm": True, "sinks": 1, "recent": 2}
+OPTIONS: dict[str, Any] = {"recency": "slope", "qk_norm": True, "sinks": 1, "recent": 2}
 LENGTH = {"hidden_states": {0: Dim("batch", min=2, max=64), 1: Dim("length", min=2, max=4096)}}
 
 

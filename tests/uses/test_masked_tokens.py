@@ -1,11 +1,13 @@
 """A masked token might as well not be there: not for a slope, not for forget gates, not for any gradient."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 
 from flexdma import DynamicMaskAttention, ValueGate, dynamic_mask_attention
-from tests.comparison import inputs, with_gradients
+from tests.comparison import gradients_of, inputs, with_gradients
 from tests.integrations.hf_models import CACHE, causal_lm, distinct_tokens
 from tests.test_modules import rotary
 
@@ -16,7 +18,7 @@ MASK = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0,
 REAL = int(MASK[0].sum())
 RECENCIES = [None, "slope", "forget"]
 # Gates are computed in float32, and their sums run in another order where the masked tokens are gone.
-CLOSE = {"rtol": 1e-4, "atol": 1e-5}
+CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def trained(recency, **options):
@@ -43,7 +45,7 @@ def without_masked(tensor):
 def backward(layer, output):
     layer.zero_grad()
     output.square().sum().backward()
-    return [p.grad.clone() for p in layer.parameters()]
+    return gradients_of(layer.parameters())
 
 
 @pytest.mark.parametrize("recency", RECENCIES)
@@ -69,6 +71,7 @@ def test_through_a_state_too(recency, sizes):
         output, state = layer(part, (cos, sin), key_padding_mask=mask, state=state, return_state=True)
         outputs.append(output)
     torch.testing.assert_close(without_masked(torch.cat(outputs, 1)), want, **CLOSE)
+    assert state is not None
     assert state.real_length.tolist() == [REAL, REAL]
     assert state.length.tolist() == [14, 14]
     assert state.last_padding.tolist() == [13, 13]
@@ -86,7 +89,7 @@ def test_what_a_masked_token_holds_reaches_no_gate_and_no_gradient_of_one(recenc
         gates = gate(torch.where(MASK[:, None, :, None], value, held), key_padding_mask=MASK)
         gates = gates.masked_fill(~MASK[:, None], 0.0)
         gates.square().sum().backward()
-        results.append([gates, *(p.grad.clone() for p in gate.parameters())])
+        results.append([gates, *gradients_of(gate.parameters())])
     for a, b in zip(*results, strict=True):
         assert a.isfinite().all()
         assert torch.equal(a, b)

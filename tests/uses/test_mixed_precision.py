@@ -1,17 +1,19 @@
 """Under torch.autocast the operator is itself on query, key and value cast by hand, as scaled_dot_product_attention is."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from flexdma import DynamicMaskAttention, dynamic_mask_attention
-from tests.comparison import inputs, with_gradients
+from tests.comparison import gradients_of, inputs, with_gradients
 from tests.test_modules import rotary
 
 pytestmark = pytest.mark.filterwarnings("ignore:Mismatch dtype between input and weight")
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-OPTIONS = {"window_size": 9, "sinks": 1, "recent": 2}
+OPTIONS: dict[str, Any] = {"window_size": 9, "sinks": 1, "recent": 2}
 
 
 def mixed(query_dtype=F32, key_dtype=F32, value_dtype=BF16, length=150):
@@ -57,11 +59,10 @@ def test_outputs_and_gradients_are_those_of_a_cast_by_hand(lowering):
 
 def test_logits_stay_in_float32():
     """The error is that of rounding inputs and output, not that of scores in bfloat16."""
-    tensors = [t.to(BF16) for t in mixed()[:3]]
-    gate = mixed()[3]
+    tensors = by_hand(mixed(), BF16)
     with torch.autocast("cpu", BF16):
-        got = dynamic_mask_attention(*tensors, gate, **OPTIONS)
-    want = dynamic_mask_attention(*(t.double() for t in tensors), gate, **OPTIONS)
+        got = dynamic_mask_attention(*tensors, **OPTIONS)
+    want = dynamic_mask_attention(*by_hand(tensors, torch.float64), **OPTIONS)
     assert (got - want).abs().max() <= 2**-8 * want.abs().max()
 
 
@@ -101,7 +102,7 @@ def test_states_hold_keys_of_autocast_and_a_state_of_another_dtype_is_refused():
     torch.testing.assert_close(got, whole, atol=2**-7, rtol=2**-7)
     assert (state.key.dtype, state.value.dtype, state.gate.dtype) == (BF16, BF16, torch.float64)
     with pytest.raises(TypeError, match=r"state: expected key of torch.float32, got torch.bfloat16"):
-        dynamic_mask_attention(*(t[:, :, :1].float() for t in tensors[:3]), tensors[3][..., :1], state=state, **OPTIONS)
+        dynamic_mask_attention(*(t[:, :, :1] for t in by_hand(tensors, F32)), state=state, **OPTIONS)
 
 
 @pytest.mark.parametrize("training", [True, False])
@@ -151,7 +152,7 @@ def test_the_layer_trains_and_decodes_under_autocast(recency):
                 pieces.append(output)
                 start = end
     assert got.dtype == state.key.dtype == BF16
-    assert all(p.grad.dtype == F32 and p.grad.isfinite().all() for p in layer.parameters())
+    assert all(g.dtype == F32 and g.isfinite().all() for g in gradients_of(layer.parameters()))
     # Values in bfloat16 make other gates, which may select other keys: alike on the whole, not everywhere.
     assert (got - exact).abs().mean() < 0.02 * exact.abs().mean() + 0.02
     torch.testing.assert_close(torch.cat(pieces, 1), got, atol=2**-6, rtol=2**-6)

@@ -1,5 +1,6 @@
 """Whatever a policy of activation checkpointing saves, gradients are those without checkpointing."""
 
+from collections.abc import Callable
 from functools import partial
 
 import pytest
@@ -39,7 +40,7 @@ def in_chunks(*tensors, sizes=(100, 1, 28), **options):
     return torch.cat(outputs, 2)
 
 
-CALLS = {
+CALLS: dict[str, Callable[..., torch.Tensor]] = {
     "gather": dynamic_mask_attention,
     "dense": partial(dynamic_mask_attention, lowering="dense"),
     "score_mod": partial(dynamic_mask_attention, score_mod=lambda s, b, h, i, j: s.tanh()),

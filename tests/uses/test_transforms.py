@@ -1,6 +1,8 @@
 """torch.func, forward-mode AD and tracers: the same numbers as the dense specification, or a refusal by name."""
 
+from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import pytest
 import torch
@@ -17,12 +19,12 @@ from tests.comparison import inputs
 
 PADDING = torch.arange(20) >= torch.tensor([[0], [4]])
 SINKS = {"sink_logits": torch.linspace(-1, 2, 4, dtype=torch.float64)}
-OPTIONS = [
+OPTIONS: list[dict[str, Any]] = [
     {"window_size": 5},
     {"window_size": [5, 3], "sinks": 1, "recent": 2, "selection": "threshold", "key_padding_mask": PADDING},
     {"window_size": 5, "selection": "global", "score_mod": alibi_score_mod(torch.rand(4)), **SINKS},
 ]
-WITH_STATE = {"window_size": 4, "sinks": 1, "recent": 1, **SINKS}
+WITH_STATE: dict[str, Any] = {"window_size": 4, "sinks": 1, "recent": 1, **SINKS}
 
 
 def in_chunks(*tensors):
@@ -35,7 +37,9 @@ def in_chunks(*tensors):
     return torch.cat(outputs, 2)
 
 
-CASES = [[partial(f, **options) for f in (dynamic_mask_attention, dense_dynamic_mask_attention)] for options in OPTIONS]
+CASES: list[list[Callable[..., torch.Tensor]]] = [
+    [partial(f, **options) for f in (dynamic_mask_attention, dense_dynamic_mask_attention)] for options in OPTIONS
+]
 CASES.append([in_chunks, partial(dense_dynamic_mask_attention, **WITH_STATE)])
 PAIRS = pytest.mark.parametrize(("attend", "specification"), CASES, ids=["causal", "threshold", "global", "state"])
 
