@@ -56,7 +56,7 @@ def test_masks_of_several_models_and_layers_stand_in_a_grid():
     titles = [axes.get_title() for axes in figure.axes if axes.images]
     assert len(titles) == 8
     assert titles[5] == "two\nlayer 0, head 1"
-    with pytest.raises(ValueError, match="one shape"):
+    with pytest.raises(ValueError, match="the same number and shape of layers"):
         plots.mask_figure({"one": [ALIVE], "two": [ALIVE, ALIVE]})
 
 

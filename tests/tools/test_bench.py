@@ -224,7 +224,7 @@ def test_stages_are_observed_while_asked_for():
         assert not seen
         flexdma.causal_top_w(gate, 2)
     flexdma.causal_top_w(gate, 2)
-    assert seen == ["ranking"]
+    assert seen == ["lifespans", "ranking"]
 
 
 @pytest.mark.parametrize("lowering", ["gather", "flex"])
