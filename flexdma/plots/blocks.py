@@ -1,6 +1,6 @@
 """The blocks that a kernel visits, before and after packing.  Partial blocks need the mask, full ones do not."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -51,10 +51,12 @@ def block_figure(
     batch: int = 0,
     head: int = 0,
     title: str | None = None,
+    colours: Sequence[str] = TILES,
 ) -> Figure:
     """The tiles visited with keys in natural order (left) and packed (right); one row per label.
 
     lifespans: [K], or [B, H, K] of which `batch` and `head` are drawn, or {label: one of these}.
+    colours: of skipped, partial and full tiles.
     """
     rows = lifespans if isinstance(lifespans, Mapping) else {"": lifespans}
     figure = Figure(figsize=(10.5, 5.2 * len(rows) + 0.8))
@@ -67,13 +69,13 @@ def block_figure(
         maps = tile_maps(one, window_size, block_size)
         for axes, tiles, order in zip(row, maps, ("natural order", "packed by lifespan"), strict=True):
             full = int((tiles == FULL).sum())
-            axes.imshow(tiles.numpy(), cmap=ListedColormap(TILES), vmin=0, vmax=2, interpolation="nearest")
+            axes.imshow(tiles.numpy(), cmap=ListedColormap(colours), vmin=0, vmax=2, interpolation="nearest")
             name = f"{label}, {order}" if label else order
             axes.set_title(f"{name}:\n{visited(tiles):,} tiles visited, {full:,} of them full", fontsize=11)
             axes.set_xlabel(f"key block ({block_size} keys, {order})")
             axes.set_ylabel(f"query block ({block_size} queries)")
     names = ("skipped", "partial: visited, some pairs masked", "full: visited, no mask needed")
-    patches = [Patch(facecolor=c, edgecolor="#888888", label=n) for c, n in zip(TILES, names, strict=True)]
+    patches = [Patch(facecolor=c, edgecolor="#888888", label=n) for c, n in zip(colours, names, strict=True)]
     figure.legend(handles=patches, loc="outside lower center", ncols=3, frameon=False)
     blocks = ceil_div(length, block_size)
     counted = f"{length:,} keys, {blocks * (blocks + 1) // 2:,} causal tiles of {block_size} x {block_size}"
