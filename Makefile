@@ -1,6 +1,7 @@
 # make test    what CI runs: environment, lint, types, tests
 # make demo    train four small byte models on real text and draw what they learned (about five minutes)
 # make bench   the benchmark of docs/benchmarks.md
+# make docs    the documentation in site/ (make docs-serve: at http://127.0.0.1:8000, rebuilt as it is edited)
 # make clean   remove everything that the targets above made
 #
 # TORCH is installed first, because what pulls a plain torch brings gigabytes of CUDA; override it for another build:
@@ -13,7 +14,7 @@ VENV ?= .venv
 WORKERS ?= 2
 BIN = $(VENV)/bin
 
-.PHONY: test lint pytest demo bench clean
+.PHONY: test lint pytest demo bench docs docs-serve clean
 
 test: lint pytest
 
@@ -32,6 +33,12 @@ demo: $(VENV)/.demo
 bench: $(VENV)/.demo
 	$(BIN)/python -m flexdma bench $(ARGS)
 
+docs: $(VENV)/.docs
+	$(BIN)/mkdocs build
+
+docs-serve: $(VENV)/.docs
+	$(BIN)/mkdocs serve
+
 $(VENV)/.torch:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "setuptools>=77" wheel
@@ -48,5 +55,9 @@ $(VENV)/.dev: $(VENV)/.torch pyproject.toml
 	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[test,dev]"
 	touch $@
 
+$(VENV)/.docs: $(VENV)/.torch pyproject.toml
+	$(BIN)/python -m pip install --quiet --no-build-isolation -e ".[docs]"
+	touch $@
+
 clean:
-	rm -rf $(VENV) .inductor-cache .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-report
+	rm -rf $(VENV) .inductor-cache .import_linter_cache .pytest_cache .mypy_cache .ruff_cache .hypothesis build dist *.egg-info demo-report site

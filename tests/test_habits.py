@@ -17,7 +17,8 @@ CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
 HOOKS = ROOT / ".pre-commit-config.yaml"
-PAGES = [ROOT / "CONTRIBUTING.md", ROOT / ".github" / "pull_request_template.md", *FORMS, WORKFLOW, HOOKS]
+WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
+PAGES = [ROOT / "CONTRIBUTING.md", ROOT / ".github" / "pull_request_template.md", *FORMS, *WORKFLOWS, HOOKS]
 PATH = r"[\w./-]*/[\w./-]*|[\w-]+\.(?:md|toml)"
 jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]["test"]["strategy"]["matrix"]["include"]
 
