@@ -10,7 +10,7 @@ try:
     import transformers as _transformers  # noqa: F401
 except ImportError as error:
     raise ImportError(
-        "transformers: expected 5.17 or newer to be installed, got none; pip install 'flexdma[transformers]'"
+        "transformers: expected to be installed, got none; pip install 'flexdma[transformers]'"
     ) from error
 
 from flexdma.integrations.transformers.cache import DynamicMaskCache
