@@ -3,6 +3,7 @@
 They do not compute the same: each contender's name says what it selects.
 """
 
+import importlib.metadata
 import importlib.util
 from collections.abc import Callable
 from functools import partial
@@ -13,6 +14,7 @@ from torch import Tensor
 from flexdma.tools.shapes import Shape
 from flexdma.tools.timing import UnavailableError
 
+FLASH_SPARSE_ATTN = "flash-sparse-attn<2"  # 2.x, which PyPI serves by default, takes no mask
 NSA_GROUP = 16  # its kernels take multiples of 16 query heads per KV head
 NSA_BLOCK = 64
 
@@ -36,6 +38,9 @@ def _module(name: str) -> None:
 def _flash_sparse_attn(shape: Shape, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
     """github.com/flash-algo/flash-sparse-attention, called as its README does, its mask built inside the timer."""
     _module("flash_sparse_attn")
+    version = importlib.metadata.version("flash-sparse-attn")
+    if int(version.split(".")[0]) >= 2:
+        raise UnavailableError(f"version {version} takes no mask: pip install '{FLASH_SPARSE_ATTN}'")
     from flash_sparse_attn import flash_sparse_attn_func_auto
     from flash_sparse_attn.utils.mask import create_mask
 
