@@ -36,6 +36,7 @@ class InterpretedCall:
         install(known_target(target))
         _multiply_bfloat16_as_float32()
         _do_without_libdevice()
+        _add_atomically_at_contiguous_addresses()
         # Fake tensors have no address, and would be copied as misaligned.
         aligned = config.patch(assume_aligned_inputs=True)
         with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
@@ -109,6 +110,22 @@ def _multiply_bfloat16_as_float32() -> None:
         return interpreter.TensorHandle(bits.view(numpy.float32), language.float32)
 
     builder.create_dot = lambda self, a, b, *rest: multiply(self, widened(a), widened(b), *rest)
+
+
+def _add_atomically_at_contiguous_addresses() -> None:
+    """Triton's interpreter reads the operands of an atomic operation as contiguous, broadcast ones too (3.8)."""
+    import numpy
+    from triton.runtime import interpreter
+
+    builder = interpreter.InterpreterBuilder
+    operate = builder.create_atomic_rmw
+
+    def contiguous(handle: Any) -> Any:
+        return interpreter.TensorHandle(numpy.ascontiguousarray(handle.data), handle.dtype)
+
+    builder.create_atomic_rmw = lambda self, operation, pointer, value, mask, *rest: operate(
+        self, operation, contiguous(pointer), contiguous(value), contiguous(mask), *rest
+    )
 
 
 def _do_without_libdevice() -> None:

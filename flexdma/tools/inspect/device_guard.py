@@ -12,8 +12,8 @@ import os
 import torch
 
 # Version and whether it is a CUDA build.
-TESTED = (("2.11.0", True), ("2.13.0", False))
-# Positions in the vtable of at::CUDAHooksInterface, the same in both; two words before it (offset to top, RTTI) belong to it.
+TESTED = (("2.11.0", True), ("2.13.0", False), ("2.14.1", True))
+# Positions in the vtable of at::CUDAHooksInterface, the same in all; two words before it (offset to top, RTTI) belong to it.
 VTABLE_ENTRIES, WORDS_BEFORE, IS_BUILT, HAS_PRIMARY_CONTEXT = 64, 2, 2, 4
 CUDA_DEVICE_TYPE = 1  # c10::DeviceType::CUDA, the index into the registry of guards
 _kept_alive: list[object] = []

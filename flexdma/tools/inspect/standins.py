@@ -13,8 +13,6 @@ import torch
 from flexdma.tools.inspect.device_guard import install_device_guard
 from flexdma.tools.inspect.targets import Target
 
-TESTED = "torch 2.13.0+cpu with triton 3.9.0, torch 2.11.0+cu130 with triton 3.6.0"
-
 
 def install(target: Target) -> None:
     """Make this process believe in one CUDA device of this kind.  Tensors on it must be fake."""
@@ -54,6 +52,7 @@ def _answer_for_the_device(target: Target) -> None:
         "current_device": lambda: 0,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: capability,
+        "is_current_stream_capturing": lambda: False,  # Dynamo asks from torch 2.14 on
         "synchronize": lambda device=None: None,
         "set_device": lambda device: None,
         "get_rng_state": lambda *_, **__: torch.zeros(16, dtype=torch.uint8),
