@@ -1,26 +1,20 @@
-"""CONTRIBUTING, .github and the hooks name paths, functions, commands and versions that exist."""
+"""CONTRIBUTING, .github and the hooks name paths, functions and commands that exist."""
 
-import json
 import re
 from pathlib import Path
 
 import pytest
 import yaml
-from packaging.requirements import Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.version import Version
 
 from flexdma.__main__ import COMMANDS
 
 ROOT = Path(__file__).parent.parent
 CONTRIBUTING = (ROOT / "CONTRIBUTING.md").read_text()
 FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
-WORKFLOW = ROOT / ".github" / "workflows" / "test.yml"
 HOOKS = ROOT / ".pre-commit-config.yaml"
 WORKFLOWS = sorted((ROOT / ".github" / "workflows").glob("*.yml"))
 PAGES = [ROOT / "CONTRIBUTING.md", ROOT / ".github" / "pull_request_template.md", *FORMS, *WORKFLOWS, HOOKS]
 PATH = r"[\w./-]*/[\w./-]*|[\w-]+\.(?:md|toml)"
-jobs = yaml.safe_load(WORKFLOW.read_text())["jobs"]["test"]["strategy"]["matrix"]["include"]
 
 
 def code(text: str) -> list[str]:
@@ -85,25 +79,3 @@ def test_hooks_run_the_tools_of_the_project():
     for hook in repository["hooks"]:
         command = hook["entry"].replace(".venv/bin/", "$(BIN)/").removesuffix(" --force-exclude")
         assert command == "make lint" or command in makefile
-
-
-def test_the_workflow_runs_the_supported_versions():
-    """From the lower bounds of pyproject.toml to what the kernels were recorded with."""
-    project = (ROOT / "pyproject.toml").read_text()
-
-    def declared(line: str) -> str:
-        match = re.search(line, project, re.MULTILINE)
-        assert match, line
-        return match[1]
-
-    pythons = SpecifierSet(declared(r'^requires-python = "(.*)"'))
-    torch = Requirement(declared(r'^dependencies = \["(torch.*?)"\]')).specifier
-    triton = Requirement(declared(r'^kernels = \["(triton[^;]*?);').strip()).specifier
-    for bounds, name in ((pythons, "python"), (torch, "torch"), (triton, "triton")):
-        versions = [Version(job[name]) for job in jobs]
-        assert all(version in bounds for version in versions), name
-        oldest = min(Version(bound.version) for bound in bounds if bound.operator == ">=")
-        assert min(versions).release[:2] == oldest.release[:2], name
-    recorded = json.loads((ROOT / "tests" / "lowerings" / "kernels.json").read_text())["versions"]
-    assert recorded in [{"torch": f"{job['torch']}+cpu", "triton": job["triton"]} for job in jobs]
-    assert f"TRITON ?= triton=={recorded['triton']}\n" in (ROOT / "Makefile").read_text()

@@ -1,6 +1,7 @@
 """The doctor finds each ill with its line, and nothing in a healthy layer.  Graphs alone are compiled, but for one test."""
 
 import dataclasses
+import importlib.metadata
 import inspect
 import json
 
@@ -136,7 +137,9 @@ HERE = Environment("2.13.0", "3.6.0", "3.11", None, None, True, "g++")
     ("change", "problem"),
     [
         ({"torch": "2.10.1"}, True),
-        ({"torch": "2.14.0"}, False),
+        ({"torch": "2.15.0"}, False),
+        ({"transformers": "5.16.1"}, True),
+        ({"transformers": "5.25.0"}, False),
         ({"gpu": "a GPU", "cuda": "13.0", "triton": None}, True),
         ({"cuda": "13.0"}, False),
         ({"cpp_compiler": None}, True),
@@ -150,9 +153,19 @@ def test_what_the_machine_lacks_is_said(change, problem):
     assert do
 
 
-@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1", "2.13.0+cpu"])
+@pytest.mark.parametrize("version", ["2.11.0+cu130", "2.12.1", "2.13.0+cpu", "2.14.1+cu130"])
 def test_supported_versions_are_fine(version):
     assert shortcomings(dataclasses.replace(HERE, torch=version)) == []
+
+
+def test_without_an_installation_the_supported_versions_are_unknown(monkeypatch):
+    def absent(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", absent)
+    ((is_problem, what, _),) = shortcomings(HERE)
+    assert not is_problem
+    assert "flexdma is not installed" in what
 
 
 def test_the_self_check_passes(capsys):

@@ -1,14 +1,13 @@
 """The machine and the versions: what is there, and whether flexdma is tested with it."""
 
+import importlib.metadata
 import platform
 from dataclasses import dataclass
 
 import torch
-from torch.torch_version import TorchVersion
 
 from flexdma.tools.machine import cpp_compiler, triton_version
-
-OLDEST, FIRST_UNTESTED = "2.11", "2.14"
+from flexdma.tools.versions import bounds
 
 
 @dataclass(frozen=True)
@@ -22,10 +21,12 @@ class Environment:
     gpu: str | None
     avx2: bool
     cpp_compiler: str | None
+    transformers: str | None = None
 
     def __str__(self) -> str:
         return (
-            f"torch {self.torch}, triton {self.triton or 'absent'}, Python {self.python}, "
+            f"torch {self.torch}, triton {self.triton or 'absent'}, transformers {self.transformers or 'absent'}, "
+            f"Python {self.python}, "
             f"{self.gpu or 'no GPU'} (torch built for {'CUDA ' + self.cuda if self.cuda else 'CPU'}), "
             f"AVX2 {'yes' if self.avx2 else 'no'}, C++ compiler {self.cpp_compiler or 'absent'}"
         )
@@ -41,20 +42,15 @@ def this_environment() -> Environment:
         gpu=torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         avx2=torch.cpu._is_avx2_supported(),
         cpp_compiler=cpp_compiler(),
+        transformers=_transformers(),
     )
 
 
 def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
     """(is a problem, what, what to do) for everything that is missing or untested."""
-    found = []
-    version = TorchVersion(here.torch)
-    if version < OLDEST:
-        found.append((True, f"torch {here.torch} is older than {OLDEST}", f"pip install 'torch>={OLDEST}'"))
-    elif version >= FIRST_UNTESTED:
-        found.append((
-            False, f"torch {here.torch} is newer than what flexdma is tested with, {OLDEST} to 2.13",
-            "run flexdma's tests, or pip install 'torch<2.14'",
-        ))  # fmt: skip
+    found = _untested("torch", here.torch)
+    if here.transformers:
+        found += _untested("transformers", here.transformers)
     if here.gpu and not here.triton:
         found.append((True, "there is a GPU and no Triton, so nothing compiles for it", "pip install triton"))
     if here.cuda and not here.gpu:
@@ -72,3 +68,23 @@ def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
             "nothing: lowering=None never takes it on a CPU",
         ))  # fmt: skip
     return found
+
+
+def _untested(package: str, version: str) -> list[tuple[bool, str, str]]:
+    supported = bounds(package)
+    if supported is None:
+        return [(False, f"flexdma is not installed, so which {package} it supports is unknown", "pip install -e .")]
+    install = f"pip install '{package}{supported}'"
+    if supported.is_older(version):
+        return [(True, f"{package} {version} is older than {supported.oldest}", install)]
+    if supported.is_newer(version):
+        what = f"{package} {version} is newer than what flexdma is tested with, {supported}"
+        return [(False, what, f"run flexdma's tests, or {install}")]
+    return []
+
+
+def _transformers() -> str | None:
+    try:
+        return importlib.metadata.version("transformers")
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,6 +1,6 @@
 """What torch says and does while calls run: frames compiled, graph breaks, limits, FlexAttention that runs uncompiled.
 
-Read from Dynamo's compilation metrics and its list of graph breaks, which are the same in torch 2.11 to 2.13; logs are
+Read from Dynamo's compilation metrics and its list of graph breaks, which are the same in torch 2.11 to 2.14; logs are
 not parsed, except for the one warning of the recompile limit, which has no other trace.
 """
 
