@@ -15,7 +15,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors  # the argument checks refuse them by name
     kind = tensors[0].device.type
-    if not torch.amp.is_autocast_available(kind) or not torch.is_autocast_enabled(kind):
+    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
         return tensors
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
@@ -24,6 +24,11 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context that disables autocast; an empty one for devices without autocast, such as meta."""
-    if not torch.amp.is_autocast_available(device.type):
+    if not _has_autocast(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
+
+
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace the question
+def _has_autocast(kind: str) -> bool:
+    return torch.amp.is_autocast_available(kind)
