@@ -52,6 +52,8 @@ def test_offloaded_weights(recency, hidden):
         layer.empty_state(2)
 
 
+# transformers 5.17 warns that the first weight is on the meta device.
+@pytest.mark.filterwarnings("ignore:You are calling .generate:UserWarning")
 @torch.no_grad()
 def test_a_model_with_layers_on_disk(tmp_path):
     model, ids = convert_to_dma(causal_lm("Llama"), 6, recency="slope"), distinct_tokens(2, 24)
