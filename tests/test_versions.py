@@ -18,7 +18,7 @@ from flexdma.tools.versions import bounds
 ROOT = Path(__file__).parent.parent
 PROJECT = (ROOT / "pyproject.toml").read_text()
 REQUIREMENTS = [Requirement(found) for found in re.findall(r'"((?:torch|transformers|triton)[<>=][^"]*)"', PROJECT)]
-PYTHONS = SpecifierSet(re.search(r'^requires-python = "(.*)"', PROJECT, re.MULTILINE)[1])
+PYTHONS = SpecifierSet(re.findall(r'^requires-python = "(.*)"', PROJECT, re.MULTILINE)[0])
 # Pages that tell users what is supported; others name versions in which something was seen.
 PROSE = ("README.md", "docs/design.md", "docs/doctor.md", "docs/transformers.md",
          "flexdma/integrations/transformers/__init__.py")  # fmt: skip
