@@ -121,9 +121,13 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
         floating(name, argument)
         if argument.dtype != query.dtype:
             raise TypeError(f"{name}: expected {query.dtype} as query has, got {argument.dtype}")
-    for name, size in (("query", queries), ("key", heads)):
-        if size < 1:
-            raise ValueError(f"{name}: expected at least 1 {'position' if name == 'query' else 'head'}, got {size}")
+    for name, count, what in (
+        ("query", queries, "position"),
+        ("key", heads, "head"),
+        ("query", size, "element a head"),
+    ):
+        if count < 1:
+            raise ValueError(f"{name}: expected at least 1 {what}, got {count}")
     if query_heads % heads:
         raise ValueError(f"query: expected a multiple of key's {heads} heads, got {query_heads} heads")
     if queries > keys:

@@ -43,7 +43,7 @@ def lifespan_attention(
         torch.func and with fake tensors nothing can be read, and None means K.
     lowering, block_size, kernel_options: as in `dynamic_mask_attention`.
     in_order: True = the caller guarantees that each key that is ever visible is born at its own position.  None checks it,
-        which reads the device; where nothing can be read, None means False, and gather computes twice the rows.
+        which reads the device; where nothing can be read, None means False, and gather computes K + Q rows.
         A wrong capacity or in_order raises on a CPU outside of torch.compile.  Elsewhere the results are wrong.
 
         birth = [0 1 2 2], death = [4 2 4 4]        query 0: 0
@@ -53,7 +53,8 @@ def lifespan_attention(
 
     Returns [B, Hq, Q, Dv], in query's dtype.  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, bias, and tensors that score_mod captures.
-    Raises ValueError or TypeError naming the argument.  O(K log K + Q capacity) time.
+    Raises ValueError or TypeError naming the argument.  O(K log K + Q capacity) time; gather needs
+    (K + Q) capacity where births are not positions.
     One interval per key is the mask format of FlashMask (arXiv 2410.01359).
     """
     refuse_jit_trace()

@@ -47,6 +47,8 @@ class Selection:
         windows = checks.windows(window_size, heads, needed=kind != "threshold")
         checks.positive_int("sinks", sinks, 0)
         checks.positive_int("recent", recent, 0)
+        if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:
+            raise TypeError(f"threshold: expected a number, got {threshold!r}")
         window = None if not windows else windows[0] if len(windows) == 1 else tuple(windows)
         return cls(kind, window, sinks, recent, threshold)
 
@@ -87,6 +89,9 @@ class Selection:
             key_padding_mask, document_ids,
         )  # fmt: skip
         return Lifespans(birth, death)
+
+
+torch.serialization.add_safe_globals([Selection])
 
 
 def _empty_lifespans(

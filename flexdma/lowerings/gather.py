@@ -117,7 +117,10 @@ def _attend_in_order(
     rows = rows.unflatten(2, (blocks, block_size)).unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, R, G, M, D]
     # Rows beyond the last query get its position, so score_mod never sees one out of range.  They are dropped at the end.
     positions = torch.arange(first_query, first_query + blocks * block_size, device=query.device).clamp(max=keys - 1)
-    inputs = (rows, _take(bias, slots), reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
+    gathered = _take(bias, slots)
+    # Hidden keys have a finite score, which would outweigh that of a visible key with a bias of -inf.
+    death = death.masked_fill(gathered.detach() == float("-inf"), 0)
+    inputs = (rows, gathered, reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
 
     elements = batch * query_heads * blocks * block_size * slots.shape[-1]
     if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:

@@ -8,7 +8,8 @@ first query that sees it.  A key is then born at its own slot and dies after the
                                                              key     0 1   2 3
                                                              query       0     1 2 3
 
-Each query sees the same keys as before, so the capacity is the same.  Attention computes up to twice the rows.
+Each query sees the same keys as before, so the capacity is the same.  Attention computes K + Q rows; where it can read the
+device, only those from the first query on.
 """
 
 from collections.abc import Callable
@@ -88,6 +89,9 @@ def attend_any_births(
     if in_order is None:
         in_order = reads_device and births_are_positions(lifespans)
     if in_order:
+        # Keys that no query sees take no slot, and what they hold reaches no query.
+        unseen = lifespans.death <= key.shape[2] - queries
+        lifespans = lifespans._replace(death=torch.where(unseen, lifespans.birth, lifespans.death))
         return attend(query, key, value, bias, reference, lifespans, score_mod)
     batch, heads, keys, _size = key.shape
     group = query.shape[1] // heads

@@ -155,6 +155,44 @@ def test_nothing_visible_is_zero_and_nan_in_a_hidden_key_stays_there():
     assert (results[0][:, :, seen] != 0).all()
 
 
+@given(st.integers(1, 4), st.integers(4, 40), st.integers(1, 30), st.integers(0, 10**6))
+def test_keys_that_died_before_the_queries_take_no_room(queries, keys, longest, seed):
+    """In order, with the exact capacity: what earlier positions saw does not count; nor does what such keys hold."""
+    tensors, (_, spans) = case((1, 2, 1, queries, keys, 4), longest, seed=seed)
+    position = torch.arange(keys)
+    alive = Lifespans(position.expand_as(spans), position + spans % longest)
+    tensors[1][:, :, alive.death[0, 0] <= keys - queries] = float("nan")
+    options = {"capacity": max(1, most_visible(alive, queries)), "in_order": True}
+    want = with_gradients(called(dense_lifespan_attention, alive), tensors)
+    got = with_gradients(called(lifespan_attention, alive, **options), tensors)
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+    with torch.no_grad():
+        inferred = called(lifespan_attention, alive, **options)(*tensors)
+    torch.testing.assert_close(inferred, want[0], rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("lowering", LOWERINGS)
+def test_a_bias_of_minus_infinity_hides(lowering):
+    """As users write padding; queries that see nothing else give 0."""
+    tensors, _ = case(**CASES["square"])
+    tensors[3][..., :3] = float("-inf")
+    whole = Lifespans(torch.arange(40).expand(2, 2, 40), torch.full((2, 2, 40), 40))
+    got = with_gradients(called(LOWERINGS[lowering], whole), tensors)
+    want = with_gradients(called(dense_lifespan_attention, whole), tensors)
+    assert (got[0][:, :, :3] == 0).all()
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_nan_in_an_evicted_key_reaches_no_later_query():
+    """A key that the selection evicted before the first query."""
+    key, gate = torch.randn(1, 1, 5, 4), torch.tensor([[[-1.0, 2.0, 3.0, 4.0, 5.0]]])
+    key[:, :, 0] = float("nan")
+    query = torch.randn(1, 1, 1, 4, requires_grad=True)
+    assert flexdma.dynamic_mask_attention(query, key, torch.randn(1, 1, 5, 4), gate, window_size=2).isfinite().all()
+
+
 def test_inside_torch_func():
     tensors, lifespans = case(**CASES["births together"])
 
