@@ -29,8 +29,7 @@ def gate_figure(
     """One bar per key with the gate of one head, its token below, `per_line` tokens per line.
 
     gate, lifespans: [B, H, K], of which `batch` and `head` are drawn, or [K].  tokens: K strings.
-    With lifespans the colours show which keys `query` (default: the last one) sees: kept, evicted, never visible, yet to
-        come.
+    With lifespans the colours show which keys `query` (default: the last) sees: kept, evicted, never visible, yet to come.
     """
     length = len(tokens)
     heights = one_row("gate", gate, batch, head, length)
