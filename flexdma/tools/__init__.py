@@ -1,1 +1,1 @@
-"""What is built on the operator and never imported by it: the commands of `python -m flexdma`, a folder each."""
+"""The commands of `python -m flexdma`, one folder each, and the modules that they share.  The core imports none of them."""

@@ -1,4 +1,4 @@
-"""Types of the commands' options: each takes the text and returns the value, or says what was expected and what came.
+"""Types of the commands' options.  Each converts the text to a value, or raises with what was expected and what came.
 
     parser.add_argument("--window", type=positive_int, default=1024)
 
@@ -28,7 +28,7 @@ BOUNDS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at mo
 
 
 def bounded(kind: type, **bounds: float) -> Callable[[str], Any]:
-    """A number of this kind (int or float) within bounds: least, above, most."""
+    """A type for a number (int or float) within bounds: least, above, most."""
 
     def parse(text: str) -> Any:
         try:
@@ -50,7 +50,7 @@ positive_number, fraction = bounded(float, above=0), bounded(float, above=0, mos
 
 
 def one_of(names: Sequence[str]) -> Callable[[str], str]:
-    """One of these names, where argparse's `choices` do not serve: in a part of an option's text."""
+    """A type for one of these names, for use inside other types, where argparse's `choices` does not work."""
 
     def parse(text: str) -> str:
         if text not in names:
@@ -69,7 +69,7 @@ def pair(text: str) -> tuple[str, str]:
 
 
 def device(*kinds: str) -> Callable[[str], str]:
-    """A device of these kinds (any kind, where none is named) that this torch can use: cpu, cuda, cuda:1, ..."""
+    """A type for a device of these kinds (without arguments: of any kind) that this torch can use: cpu, cuda, cuda:1, ..."""
 
     def parse(text: str) -> str:
         if kinds and re.fullmatch(rf"({'|'.join(kinds)})(:\d+)?", text) is None:
@@ -85,7 +85,7 @@ def device(*kinds: str) -> Callable[[str], str]:
 
 
 def input_file(text: str) -> Path:
-    """A file that can be read."""
+    """A readable file."""
     try:
         with open(text, "rb"):
             return Path(text)
@@ -94,18 +94,18 @@ def input_file(text: str) -> Path:
 
 
 def bench_results(text: str) -> Results:
-    """What `python -m flexdma bench --out FOLDER` wrote as bench-SUITE.json."""
+    """The results in a bench-SUITE.json that `python -m flexdma bench --out FOLDER` wrote."""
     path = input_file(text)
     try:
         return Results.from_json(path.read_text())
-    except ValueError as error:  # JSON's too
+    except ValueError as error:  # JSONDecodeError too
         raise ArgumentTypeError(
             f"expected JSON that this version of the benchmark wrote, got {path}: {error}"
         ) from error
 
 
 def output_file(text: str) -> Path:
-    """A file that can be written, in a folder that exists."""
+    """A writable file in an existing folder."""
     path = Path(text)
     if not path.name or path.is_dir() or not os.access(path.resolve().parent, os.W_OK):
         raise ArgumentTypeError(f"expected a file in a folder that exists, got {text}")
@@ -113,7 +113,7 @@ def output_file(text: str) -> Path:
 
 
 def output_folder(text: str) -> Path:
-    """A folder that can be written, or made."""
+    """A writable folder, or one that can be made."""
     path = Path(text)
     above = next(folder for folder in (path, *path.resolve().parents) if folder.exists())
     if not (above.is_dir() and os.access(above, os.W_OK)):
@@ -135,22 +135,22 @@ def picture(text: str) -> Path:
 
 
 class Function(NamedTuple):
-    """A function, and the text that names it."""
+    """A function and its name on the command line."""
 
     text: str
     call: Callable
 
 
 def function(text: str) -> Function:
-    """What `package.module:function` names."""
+    """The function named by `package.module:function`."""
     module, colon, name = text.partition(":")
     if not (module and colon and name):
         raise ArgumentTypeError(f"expected MODULE:FUNCTION, got {text!r}")
     if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())  # as `python -m` has it, for the installed script too
+        sys.path.insert(0, os.getcwd())  # `python -m` adds it, the installed script does not
     try:
         found = importlib.import_module(module)
-    except Exception as error:  # whatever the module does when it is imported
+    except Exception as error:  # the import runs the user's code
         raise ArgumentTypeError(
             f"expected a module that can be imported, got {module!r}: {type(error).__name__}: {error}"
         ) from error
@@ -164,7 +164,7 @@ def function(text: str) -> Function:
 
 
 def check_multiple(arguments: argparse.Namespace, name: str, of: str) -> None:
-    """Raises RefusedError where option `name` is no multiple of option `of`."""
+    """Raise RefusedError unless option `name` is a multiple of option `of`."""
     value, divisor = getattr(arguments, name), getattr(arguments, of)
     if value % divisor:
         options = (f"--{option.replace('_', '-')}" for option in (name, of))

@@ -1,4 +1,4 @@
-"""Seven families of gates, from kind to unkind, that packing is measured over."""
+"""Seven families of gates on which packing is measured."""
 
 import torch
 from torch import Tensor
@@ -25,7 +25,7 @@ def gate_families(length: int, seed: int = 1) -> dict[str, Tensor]:
 
 
 def autoregressive(noise: Tensor, coefficient: float) -> Tensor:
-    """x[t] = coefficient * x[t-1] + noise[t], by the truncated sum of its powers (0.98 ** 2048 is 1e-18)."""
+    """x[t] = coefficient * x[t-1] + noise[t], as a convolution with 2048 powers (0.98 ** 2048 is 1e-18)."""
     powers = coefficient ** torch.arange(2048, dtype=torch.float64)
     padded = torch.nn.functional.pad(noise, (len(powers) - 1, 0))
     return torch.nn.functional.conv1d(padded[None, None], powers.flip(0)[None, None])[0, 0]

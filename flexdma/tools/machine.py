@@ -1,4 +1,4 @@
-"""The machine that numbers are measured on, and what compiles for it."""
+"""The machine of a measurement, and its compilers."""
 
 import importlib.util
 import platform
@@ -11,7 +11,7 @@ from flexdma._version import __version__
 
 
 def machine(device: torch.device | str) -> dict[str, Any]:
-    """What stands beside measured numbers: the processor or GPU, threads of a CPU, system and versions."""
+    """The processor or GPU, threads of a CPU, system and versions, to record with measured numbers."""
     device = torch.device(device)
     on_cpu = device.type == "cpu"
     return {
@@ -25,13 +25,13 @@ def machine(device: torch.device | str) -> dict[str, Any]:
 
 
 def synchronise() -> None:
-    """Wait for what the GPU is still computing, where there is one."""
+    """Wait for the GPU, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def triton_version() -> str | None:
-    """None: Triton is not installed."""
+    """Triton's version; None if it is not installed."""
     if importlib.util.find_spec("triton") is None:
         return None
     import triton
@@ -40,7 +40,7 @@ def triton_version() -> str | None:
 
 
 def cpp_compiler() -> str | None:
-    """The command that Inductor compiles C++ with; None: there is none."""
+    """Inductor's command for the C++ compiler; None if there is none."""
     from torch._inductor.cpp_builder import get_cpp_compiler
     from torch._inductor.exc import InvalidCxxCompiler
 
@@ -51,7 +51,7 @@ def cpp_compiler() -> str | None:
 
 
 def _processor() -> str:
-    """The processor's name, which Linux has in /proc/cpuinfo."""
+    """The processor's name, on Linux from /proc/cpuinfo."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
     except OSError:

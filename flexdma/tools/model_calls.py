@@ -1,4 +1,4 @@
-"""Calls of a model as training makes them: forward, and the gradients of everything that asks for one."""
+"""Calls of a model as in training: forward, then gradients of all tensors that require one."""
 
 from collections.abc import Callable
 from typing import Any
@@ -15,7 +15,7 @@ def tensors_of(fn_or_module: Callable | nn.Module, *arguments: Any) -> list[Tens
 
 
 def call_with_gradients(compiled: Callable, fn_or_module: Callable | nn.Module, args: Any, kwargs: dict) -> None:
-    """Call `compiled`, which was made of `fn_or_module`, then its backward where there is one; no .grad is touched."""
+    """Call `compiled`, the compiled `fn_or_module`, then its backward if it has one, without changing any .grad."""
     outputs = [out for out in tree_leaves(compiled(*args, **kwargs)) if isinstance(out, Tensor) and out.requires_grad]
     wanted = [tensor for tensor in tensors_of(fn_or_module, args, kwargs) if tensor.requires_grad]
     if outputs and wanted:

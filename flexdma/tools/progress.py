@@ -1,4 +1,4 @@
-"""Progress bars, alike in all commands.  Needs rich: import it where a bar is shown."""
+"""Progress bars of all commands.  Needs rich, so import it only where a bar is shown."""
 
 from typing import Any
 
@@ -15,9 +15,9 @@ from rich.progress import (
 
 
 def progress_bars(console: Console | None = None, **options: Any) -> Progress:
-    """A line per task: its description, how much of it is done, seconds spent and left, and its field `note`.
+    """Bars with one line per task: description, progress, seconds spent and left, and the task's field `note`.
 
-    console: None: standard error, so that what a command prints stays clean.  options: those of rich's Progress.
+    console: None = standard error, so that standard output has only results.  options: of rich's Progress.
     """
     columns = (
         SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=20), MofNCompleteColumn(),

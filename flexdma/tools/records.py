@@ -1,4 +1,4 @@
-"""What the benchmark measured, as one tidy table: (section, shape, contender, metric, value).
+"""The results of the benchmark as one tidy table: (section, shape, contender, metric, value).
 
 Tables, targets, fits and pictures are pivots of it.  As JSON:
 
@@ -17,7 +17,7 @@ from flexdma.tools.shapes import Shape
 
 
 class Record(NamedTuple):
-    """One number, or the reason why there is none (metrics "failed" and "skipped").
+    """One number, or with the metrics "failed" and "skipped" the reason why there is none.
 
     contender: "" where the whole case failed or was skipped.
     """
@@ -31,28 +31,28 @@ class Record(NamedTuple):
 
 @dataclass(frozen=True)
 class Case:
-    """The records of one section and shape: contender -> metric -> value, in the order in which they were made."""
+    """The records of one section and shape: contender -> metric -> value, in order of measurement."""
 
     section: str
     title: str
-    shape: Any  # a Shape; None where the section has none
+    shape: Any  # a Shape; None for sections without shapes
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def metric(self, name: str) -> dict[str, Any]:
-        """Contender -> value, of the contenders that have this metric."""
+        """Contender -> value, for contenders with this metric."""
         return {contender: row[name] for contender, row in self.rows.items() if name in row}
 
     @property
     def seconds(self) -> dict[str, float]:
-        """By contender."""
+        """Seconds by contender."""
         return self.metric("seconds")
 
 
 @dataclass
 class Results:
-    """The table, the shapes that it names, and where it was measured.
+    """The table, its shapes, and the setting of the measurement.
 
-    about: machine, suite, device, dtype, rounds, heads; the suite alone where nothing is measured.
+    about: machine, suite, device, dtype, rounds, heads; only the suite where nothing is measured.
     """
 
     about: dict[str, Any]
@@ -60,7 +60,7 @@ class Results:
     records: list[Record] = field(default_factory=list)
 
     def cases(self, section: str) -> list[Case]:
-        """Those of the sections whose name begins so; without what failed or was skipped as a whole."""
+        """The cases of sections whose name begins with `section`, except those that failed or were skipped as a whole."""
         cases: dict[tuple[str, str], Case] = {}
         for record in self.records:
             if record.contender and record.section.startswith(section):
@@ -70,22 +70,22 @@ class Results:
         return list(cases.values())
 
     def whole_cases(self, metric: str) -> Iterator[tuple[str, str]]:
-        """("section: shape", why) of the cases that "failed" or were "skipped" as a whole."""
+        """("section: shape", reason) of the cases that "failed" or were "skipped" as a whole."""
         for record in self.records:
             if not record.contender and record.metric == metric:
                 yield f"{record.section}: {record.shape}", str(record.value)
 
     def add(self, section: str, title: str, rows: Iterable[tuple[str, str, Any]]) -> None:
-        """rows: (contender, metric, value)."""
+        """Add the rows (contender, metric, value) of a case."""
         self.records += (Record(section, title, *row) for row in rows)
 
     def as_dict(self) -> dict[str, Any]:
-        """What the JSON holds."""
+        """The contents of the JSON."""
         shapes = {name: shape.sizes() for name, shape in self.shapes.items()}
         return self.about | {"shapes": shapes, "columns": list(Record._fields), "records": self.records}
 
     def to_json(self) -> str:
-        """A record a line."""
+        """The results as JSON, one line per record."""
         everything = self.as_dict()
         lines = ",\n  ".join(map(json.dumps, everything.pop("records")))
         head = json.dumps(everything, indent=1).removesuffix("\n}")
@@ -93,7 +93,7 @@ class Results:
 
     @classmethod
     def from_json(cls, text: str) -> "Results":
-        """Raises ValueError where `to_json` did not write the text."""
+        """The inverse of `to_json`.  Raises ValueError for other texts."""
         found = json.loads(text)
         if not isinstance(found, dict) or found.pop("columns", None) != list(Record._fields):
             raise ValueError(f"expected the columns {', '.join(Record._fields)}")

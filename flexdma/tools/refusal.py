@@ -1,4 +1,4 @@
-"""A command's request that cannot be met: one line on stderr and exit code 2, without a traceback."""
+"""Refusals of a command's request: one line on stderr and exit code 2, without a traceback."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -6,12 +6,12 @@ from contextlib import contextmanager
 
 
 class RefusedError(Exception):
-    """Says what was expected and what came."""
+    """A refused request; the message has what was expected and what came."""
 
 
 @contextmanager
 def refusing(*kinds: type[Exception]) -> Iterator[None]:
-    """Errors of these kinds are the request's fault; that nobody reads the answer is not."""
+    """Turn errors of these kinds into RefusedError, except BrokenPipeError, which is not caused by the request."""
     try:
         yield
     except BrokenPipeError:
@@ -21,7 +21,7 @@ def refusing(*kinds: type[Exception]) -> Iterator[None]:
 
 
 def check_installed(*modules: str, extra: str) -> None:
-    """Raises RefusedError that names the missing ones and the extra of flexdma that installs them."""
+    """Raise RefusedError naming the missing modules and the extra of flexdma that installs them."""
     missing = [name for name in modules if importlib.util.find_spec(name) is None]
     if missing:
         raise RefusedError(f"needs {' and '.join(missing)}: pip install flexdma[{extra}]")

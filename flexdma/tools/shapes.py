@@ -1,4 +1,4 @@
-"""The problems that are measured, and their random inputs."""
+"""The shapes that are measured, and their random inputs."""
 
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 from flexdma.tools.cost_model.pairs import shown_pairs
 
-# Customary: a fused backward multiplies five times where the forward does twice.
+# As is customary: a fused backward has five matrix products, the forward two.
 BACKWARD = 2.5
 
 
 @dataclass(frozen=True)
 class Shape:
-    """One problem: N positions, window w, heads and head size, forward only or with the backward; B = 1."""
+    """N positions, window w, heads and head size, forward only or with the backward; B = 1."""
 
     length: int
     window: int
@@ -22,8 +22,8 @@ class Shape:
     query_heads: int = 8
     heads: int = 2
     size: int = 64
-    flex: bool = False  # also against causal FlexAttention
-    every: bool = False  # against that and the slow ways: unpacked FlexAttention, dense masks, peers
+    flex: bool = False  # compare with causal FlexAttention too
+    every: bool = False  # compare with all contenders: also unpacked FlexAttention, dense masks, peers
 
     @property
     def group(self) -> int:
@@ -35,17 +35,17 @@ class Shape:
         return f"{what}, N={self.length} w={self.window}"
 
     def sizes(self) -> dict[str, Any]:
-        """What the problem is, without what it is compared with."""
+        """All fields except flex and every."""
         return {name: value for name, value in asdict(self).items() if name not in ("flex", "every")}
 
     def forward(self) -> "Shape":
-        """Without the backward."""
+        """The same shape without the backward."""
         return replace(self, backward=False)
 
     def useful_flops(self, pairs: str = "selected") -> float:
-        """4 D per pair of a query and a key that it has to attend to, and 2.5 times that again for the backward.
+        """4 D per pair of a query and a visible key, plus 2.5 times as much for the backward.
 
-        pairs: "selected": N w, as the targets are stated (the first w queries see fewer); "causal": N (N + 1) / 2.
+        pairs: "selected": N w, as in the targets, although the first w queries see fewer keys; "causal": N (N + 1) / 2.
         """
         selected = self.length * min(self.window, self.length)
         count = selected if pairs == "selected" else float(shown_pairs(self.length, self.length))
@@ -53,7 +53,7 @@ class Shape:
 
 
 def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:
-    """query, key, value in dtype, gate (iid) in float32; B = 1.  Drawn on the device: of a million tokens in milliseconds."""
+    """query, key, value in dtype, gate (iid) in float32; B = 1.  Drawn on the device, which is faster for long sequences."""
     random: dict[str, Any] = {"generator": torch.Generator(device).manual_seed(0), "device": device}
     sizes = [(1, h, shape.length, shape.size) for h in (shape.query_heads, shape.heads, shape.heads)]
     tensors = [torch.randn(size, **random).to(dtype) for size in sizes]

@@ -1,8 +1,8 @@
-"""Where a call's time goes: each stage alone, and the whole call beside their sum.
+"""The time of each stage of a call, and of the whole call.
 
-gather, eager: each stage is timed where the operator itself calls it (Ledger), so the attention is timed in cache, as it
-runs.  flex, compiled: each stage is called alone, and on CUDA compiled alone, as its fused neighbours cannot be separated;
-the sum may then exceed the whole.  Backward: run on a forward that has just been made, with and without the gate's gradient.
+gather, eager: each stage is timed inside the running operator (Ledger), with the caches as they are there.  flex, compiled:
+each stage is called alone, and on CUDA compiled alone, because fused stages cannot be separated; the sum may then exceed the
+whole.  Backward: timed after a new forward each time, with and without the gate's gradient.
 """
 
 import functools
@@ -46,14 +46,14 @@ BEFORE_ATTENTION = {
 
 @dataclass
 class Ledger:
-    """Seconds by stage, each without the stages called inside it, of every run."""
+    """Seconds of every run by stage, without the stages called inside it."""
 
     runs: list[dict[str, float]] = field(default_factory=list)
-    _open: list[float] = field(default_factory=list)  # time spent inside, per open stage
+    _open: list[float] = field(default_factory=list)  # seconds in inner stages, for each open stage
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Count what runs inside."""
+        """Add the time inside to the stage `name`."""
         self._open.append(0.0)
         start = time.perf_counter()
         try:
@@ -67,7 +67,7 @@ class Ledger:
                 self._open[-1] += taken
 
     def medians(self, counted: int) -> dict[str, float]:
-        """By stage, over the last `counted` runs: those before them warm up and measure memory."""
+        """Medians by stage over the last `counted` runs; earlier runs warm up and measure memory."""
         runs = self.runs[len(self.runs) - counted :]
         return {name: median(run.get(name, 0.0) for run in runs) for name in (runs[0] if runs else {})}
 
@@ -75,13 +75,13 @@ class Ledger:
 def profile(
     shape: Shape, tensors: list[Tensor], lowering: str, turns: Turns, compiler: Compile = compile_whole
 ) -> Measured:
-    """Gate and attention, by stage, and WHOLE.
+    """Time and memory of gate and attention, by stage, and of the WHOLE call.
 
     lowering: "gather", called eagerly, or "flex", compiled.
     """
     query, key, value, _ = (tensor.detach().requires_grad_(shape.backward) for tensor in tensors)
     module = ValueGate(shape.heads, shape.size).to(query.device)
-    torch.nn.init.normal_(module.A)  # at its initial 0 every gate is equal
+    torch.nn.init.normal_(module.A)  # with the initial A = 0 all gates are equal
     compiled = lowering == "flex"
     call = compiler(dynamic_mask_attention) if compiled else dynamic_mask_attention
     options: dict[str, Any] = {"window_size": shape.window, "lowering": lowering}
@@ -153,7 +153,7 @@ def _flex_stages(
         packing, index = schedule(alive, **sizes, transposed=shape.backward)
         moved = [at_places(tensor, packing, needs_gradient=False) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
-    alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU they are opaque to the compiler
+    alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU the stages are opaque operators
     take = alone(lambda *tensors: [at_places(tensor, packing, needs_gradient=False) for tensor in tensors])
     listed = functools.partial(
         block_index, queries=shape.length, group=group, block_size=block_size, transposed=shape.backward,
@@ -181,7 +181,7 @@ def _packed_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor,
     index: BlockIndex, group: int, block_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """FlexAttention on keys that are packed already: the flex lowering's kernel alone, and the fold of its rows."""
+    """FlexAttention on packed keys: the kernel of the flex lowering, with folding and unfolding of rows."""
     heads, queries = key.shape[1], reference.shape[2]
     gate, reference, birth, death = (realize(tensor) for tensor in (gate, reference, birth, death))
 
@@ -199,7 +199,7 @@ def _packed_attention(
 
 
 def _by_stage(lowering: str, measured: Measured, ledger: Ledger) -> Measured:
-    """Differences taken: lifespans = selection - ranking, gate gradient = backward with it - backward without."""
+    """Stages from measurements: lifespans = selection - ranking, gate gradient = backward with it - backward without."""
     found = measured.seconds | ledger.medians(measured.rounds.get(IN_STAGES, 0))
     if "selection" in found and RANKING in found:
         found[LIFESPANS] = found["selection"] - found[RANKING]

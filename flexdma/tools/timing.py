@@ -1,6 +1,6 @@
-"""Timing: contenders interleaved, medians, under a budget of seconds; and peak memory.
+"""Timing of interleaved contenders by medians, within a budget of seconds; and peak memory.
 
-One contender's failure (out of memory, a compile error, too slow) is recorded and does not lose the others.
+A contender's failure (out of memory, a compile error, too slow) is recorded, and the others continue.
 """
 
 import gc
@@ -17,24 +17,24 @@ import torch
 from flexdma.tools.budget import Budget
 from flexdma.tools.machine import synchronise
 
-# A contender is run at most until its own runs have taken this long, but at least LEAST times.
+# A contender runs until its runs have taken this many seconds, but at least LEAST times.
 SECONDS_EACH = 12.0
 LEAST = 3
-# Cycles that a GPU waits before each timed call, 10 ms at 2 GHz, so that the host has queued the call when it begins.
+# Cycles that a GPU waits before each timed call, 10 ms at 2 GHz, so that the host queues the call before it begins.
 HEAD_START = 20_000_000
 
 
 class UnavailableError(Exception):
-    """Raised by a contender that cannot run here: its message, alone, is reported."""
+    """Raised by a contender that cannot run here.  Only its message is reported."""
 
 
 class LostDeviceError(BaseException):
-    """A GPU on which a kernel has failed fails every later call of its process, whatever it is: (contender, why)."""
+    """After a failed kernel every later call of the process fails on the GPU.  args: contender, reason."""
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A contender of which only `run` is timed: each time on what `prepare` has just made."""
+    """A contender of which only `run` is timed, each time on a new result of `prepare`."""
 
     prepare: Callable[[], Any]
     run: Callable[[Any], object]
@@ -45,9 +45,10 @@ Contender = Callable[[], object] | Prepared
 
 @dataclass(frozen=True)
 class Turns:
-    """How contenders take turns: rounds, the time they may take, and who is left out and why.
+    """How contenders take turns.
 
-    `tick(name)` is called before every run.
+    rounds: runs of each.  tick: called with the contender's name before every run.  budget: time limits.
+    without: contender -> reason, for contenders that do not run.
     """
 
     rounds: int
@@ -58,7 +59,7 @@ class Turns:
 
 @dataclass
 class Measured:
-    """By contender: median seconds, how many runs they are of, peak bytes; and why there are none."""
+    """By contender: median seconds, number of runs, peak bytes, and the reason of a failure."""
 
     seconds: dict[str, float] = field(default_factory=dict)
     rounds: dict[str, int] = field(default_factory=dict)
@@ -66,7 +67,7 @@ class Measured:
     failed: dict[str, str] = field(default_factory=dict)
 
     def rows(self) -> Iterator[tuple[str, str, Any]]:
-        """(contender, metric, value)."""
+        """Rows (contender, metric, value)."""
         for metric, values in vars(self).items():
             for name, value in values.items():
                 yield name, metric, value
@@ -77,14 +78,15 @@ def interleaved(
 ) -> Measured:
     """Median seconds of each contender over `turns.rounds` rounds in which each runs once.
 
-    Interleaving shares the machine's slow moments among all.  Two runs are not counted: the first (`warm_up`), which
-    compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH).  No run begins that would,
-    if it took as long as the one before, exceed the budget or the contender's share of it.  host: see `timed`.
+    Interleaving distributes the slow moments of the machine over all contenders.  Two runs are not counted: the first
+    (`warm_up`), which compiles, and one that measures `memory`.  Slow contenders run fewer times (SECONDS_EACH).  No run
+    begins that would exceed the budget, or the contender's share of it, if it took as long as the run before.
+    host: see `timed`.
     """
     budget = turns.budget
     measured, times = Measured(), {name: list[float]() for name in contenders}
     spent = dict.fromkeys(contenders, 0.0)
-    ended = {name: why for name, why in turns.without.items() if name in contenders}  # those that run no more
+    ended = {name: why for name, why in turns.without.items() if name in contenders}  # contenders that no longer run
 
     def attempt(name: str, step: Callable[[Contender], object]) -> None:
         needed = times[name][-1] if times[name] else 0.0
@@ -94,11 +96,11 @@ def interleaved(
         start = budget.now()
         try:
             step(contenders[name])
-        except Exception as error:  # whatever a kernel, a compiler or a peer may raise
+        except Exception as error:  # kernels, compilers and peers may raise anything
             ended[name] = in_one_line(error)
             times[name].clear()
         spent[name] += budget.now() - start
-        # Not above, where the exception still holds what the contender has made.
+        # Not inside `except`, where the exception still holds the contender's tensors.
         if name in ended:
             if is_lost():
                 raise LostDeviceError(name, ended[name])
@@ -128,10 +130,10 @@ def interleaved(
 
 
 def timed(contender: Contender, *, host: bool = False, now: Callable[[], float] = time.perf_counter) -> float:
-    """Seconds of one run, compiled already or not.
+    """Seconds of one run, which includes compilation if it is the first.
 
-    On a GPU by its own clock, which starts when the host has had time to queue the call: what the GPU needs, and what a
-    model sees whose host is ahead of it.  host: by the host's clock `now`, from the call until the GPU has finished.
+    On a GPU the GPU's clock measures it, from when the host has had time to queue the call, as in a model whose host is
+    ahead of its GPU.  host: the host's clock `now` measures it, from the call until the GPU has finished.
     """
     run = _prepared(contender)
     synchronise()
@@ -150,13 +152,13 @@ def timed(contender: Contender, *, host: bool = False, now: Callable[[], float] 
 
 
 def backward_of(output: torch.Tensor, inputs: Iterable[torch.Tensor]) -> None:
-    """The gradients of those inputs that need one, for a cotangent of ones; not added to any that were there before."""
+    """Compute the gradients of inputs that require one, for a cotangent of ones, without changing any .grad."""
     needed = [tensor for tensor in inputs if tensor.requires_grad]
     torch.autograd.grad(output, needed, torch.ones_like(output), allow_unused=True)
 
 
 def in_one_line(error: BaseException) -> str:
-    """Type and first line of the message: compilers print thousands."""
+    """Type and first line of the message, because messages of compilers have thousands of lines."""
     if isinstance(error, UnavailableError):
         return str(error)
     lines = str(error).strip().splitlines() or [""]
@@ -164,7 +166,7 @@ def in_one_line(error: BaseException) -> str:
 
 
 def peak_bytes(contender: Contender) -> int:
-    """The most memory that PyTorch held at any moment of the call, above what it held before."""
+    """Peak memory of PyTorch during the call, minus its memory before."""
     run = _prepared(contender)
     if _on_cuda():
         synchronise()
@@ -173,7 +175,7 @@ def peak_bytes(contender: Contender) -> int:
         run()
         synchronise()
         return torch.cuda.max_memory_allocated() - before
-    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler prints two lines each time
+    os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints two lines each time
     with torch.profiler.profile(
         activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
     ) as profile:
@@ -191,21 +193,21 @@ def _prepared(contender: Contender) -> Callable[[], object]:
 
 
 def _on_cuda() -> bool:
-    """Whether the tensors of the contenders are on a GPU; there may be one while a CPU is measured."""
+    """Whether tensors are on a GPU; a machine with a GPU may also measure its CPU."""
     return torch.cuda.is_available() and torch.cuda.memory_allocated() > 0
 
 
 def is_lost() -> bool:
-    """Whether the GPU takes no more calls of this process."""
+    """Whether the GPU accepts no more calls of this process."""
     try:
         synchronise()
-    except Exception:  # torch's own class, where it has one
+    except Exception:  # the class depends on the version of torch
         return True
     return False
 
 
 def release() -> None:
-    """Free what a case, or a failed contender, leaves behind."""
+    """Free the memory of a finished case or a failed contender."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

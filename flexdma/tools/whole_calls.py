@@ -1,4 +1,4 @@
-"""Whole calls of the operator, and of causal attention to everything, which they are compared with."""
+"""Whole calls of the operator, and of causal attention to all keys for comparison."""
 
 from collections.abc import Callable, Mapping
 from functools import partial
@@ -23,16 +23,16 @@ compile_whole: Compile = partial(torch.compile, fullgraph=True, dynamic=False)
 def whole_calls(
     shape: Shape, tensors: list[Tensor], compiler: Compile = compile_whole
 ) -> dict[str, Callable[[], Tensor]]:
-    """Name -> call.  SDPA, by each backend that the device has, comes first: the others are compared with its fastest."""
+    """Name -> call.  SDPA by each backend of the device comes first; the others are compared with the fastest of them."""
     query, key, value, _gate = tensors
     cuda = query.is_cuda
     options: dict[str, Any] = {"window_size": shape.window}
     calls = sdpa_causal(query, key, value)
     compiled = compiler(dynamic_mask_attention)
-    # On CUDA the default is flex, compiled too, and would only be compiled again.
+    # On CUDA the default is compiled flex too, and would only compile again.
     if not cuda:
         calls[EAGER] = partial(dynamic_mask_attention, *tensors, **options)
-    # Without a gradient one batched expression holds all N (w + block) scores at once: no way to run long inference.
+    # Compiled gather without a gradient holds all N (w + block) scores at once, so long inference is not run that way.
     if not cuda and shape.backward:
         calls[COMPILED_GATHER] = partial(compiled, *tensors, **options, lowering="gather")
     if cuda or not shape.backward:  # torch has no backward of FlexAttention on a CPU
@@ -41,7 +41,7 @@ def whole_calls(
 
 
 def sdpa_causal(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:
-    """Causal attention to everything: PyTorch's choice on a CPU, each fused backend on CUDA."""
+    """Causal attention to all keys: PyTorch's choice on a CPU, each fused backend on CUDA."""
     attend = partial(scaled_dot_product_attention, is_causal=True, enable_gqa=True)
     if not query.is_cuda:
         return {CAUSAL: partial(attend, query, key, value)}
@@ -49,7 +49,7 @@ def sdpa_causal(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable
 
     def by(backend: SDPBackend) -> Tensor:
         with sdpa_kernel(backend):
-            if backend == SDPBackend.EFFICIENT_ATTENTION:  # takes no grouped heads
+            if backend == SDPBackend.EFFICIENT_ATTENTION:  # does not support grouped heads
                 keys, values = (tensor.repeat_interleave(group, 1) for tensor in (key, value))
                 return scaled_dot_product_attention(query, keys, values, is_causal=True)
             return attend(query, key, value)
@@ -69,7 +69,7 @@ def as_steps(
 
 
 def fastest_causal(seconds: Mapping[str, float]) -> float | None:
-    """Seconds of causal SDPA by the fastest of the backends that were tried."""
+    """Seconds of causal SDPA by the fastest of its backends; None if none was timed."""
     return min((s for name, s in seconds.items() if name.startswith(CAUSAL)), default=None)
 
 

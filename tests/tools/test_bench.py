@@ -90,7 +90,7 @@ def test_no_run_begins_that_the_budget_does_not_last_for(monkeypatch):
     measured = interleaved(runs, Turns(9, budget=Budget(6.5, clock)), memory=False)
     assert measured.rounds == {"a": 2, "b": 2}
     assert interleaved(runs, Turns(9, budget=Budget(0))).failed == dict.fromkeys(
-        runs, "skipped: the suite's 0 seconds are spent"
+        runs, "skipped: the suite's 0 seconds are used up"
     )
 
 
@@ -270,7 +270,7 @@ def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled):
     text = report.markdown(results)
     for words in (
         "not installed", "no backward on a CPU", "launches by the host", "Forward against N", "| 1,024 |",
-        "Beside other ways", "Gate gradient, by route", "Forward against w", "Visited blocks / ideal", "a Q x K mask",
+        "Compared with other", "Gate gradient, by route", "Forward against w", "Visited blocks / ideal", "a Q x K mask",
     ):  # fmt: skip
         assert words in text
 
@@ -342,10 +342,10 @@ def test_what_is_no_table_of_records_is_refused(text):
 def test_cases_that_fail_or_are_skipped_are_listed():
     results = results_of("quick")
     results.add("calls", "a", [("", "failed", "ZeroDivisionError: division by zero")])
-    results.add("stages of flex", "b", [("", "skipped", "skipped: the suite's 1 seconds are spent")])
+    results.add("stages of flex", "b", [("", "skipped", "skipped: the suite's 1 seconds are used up")])
     text = report.markdown(results)
     assert "Cases that failed:\n\n- calls: a: ZeroDivisionError: division by zero\n" in text
-    assert "Cases skipped, as the time was spent:\n\n- stages of flex: b\n" in text
+    assert "Cases skipped, because the time was used up:\n\n- stages of flex: b\n" in text
 
 
 def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):

@@ -98,7 +98,7 @@ def test_what_ends_its_process_is_left_out_and_everything_else_is_measured():
     (case, last) = results.cases("calls")
     assert case.metric("failed") == {
         "bad": "its process ended, SIGABRT",
-        "worse": "RuntimeError: CUDA error: an illegal memory access was encountered; the GPU took no more calls",
+        "worse": "RuntimeError: CUDA error: an illegal memory access was encountered; the GPU accepted no more calls",
     }
     assert case.metric("rounds") == {"good": 1}
     assert dict(results.whole_cases("failed")) == {
@@ -115,7 +115,7 @@ def test_a_contender_that_never_ends_loses_its_share_and_no_other(monkeypatch):
 
     results = measured(with_an_endless_one, progress=progress)
     (case,) = results.cases("calls")
-    assert case.metric("failed") == {"endless": "stopped: took its share of the suite's time, 250000 seconds"}
+    assert case.metric("failed") == {"endless": "stopped: used its share of the suite's time, 250000 seconds"}
     assert case.metric("rounds") == {"good": 1, "better": 1}
 
 
@@ -193,16 +193,16 @@ class Heard:
     [
         ([(1, "contender", "a"), (2, "rows", [])], False, Ended([]), 3),
         ([(1, "failed", "why")], False, Ended([("", "failed", "why")]), 1),
-        ([(1, "contender", "a"), (2, "lost", "why")], False, Ended(None, "why; the GPU took no more calls", "a"), 3),
+        ([(1, "contender", "a"), (2, "lost", "why")], False, Ended(None, "why; the GPU accepted no more calls", "a"), 3),
         ([(1, "contender", "a")], True, Ended(None, "", "a"), 1),
         # All runs of a contender count together, those of others apart.
         (
             [(1, "contender", "a"), (20, "contender", "b"), (20, "contender", "a")], False,
-            Ended(None, "stopped: took its share of the suite's time, 25 seconds", "a"), 41 + 5 + processes.GRACE,
+            Ended(None, "stopped: used its share of the suite's time, 25 seconds", "a"), 41 + 5 + processes.GRACE,
         ),
         (
             [(20, "contender", name) for name in "abcde"], False,
-            Ended(None, "skipped: the suite's 100 seconds are spent", "e"), 100 + processes.GRACE,
+            Ended(None, "skipped: the suite's 100 seconds are used up", "e"), 100 + processes.GRACE,
         ),
     ],
 )  # fmt: skip
@@ -218,7 +218,7 @@ def test_a_process_is_followed_to_its_end_or_to_a_limit(messages, closed, ended,
 def test_cases_after_the_budget_are_skipped():
     results = measured(threads, wrong, budget=0)
     assert set(results.whole_cases("skipped")) == {
-        (f"calls: {name}", "skipped: the suite's 0 seconds are spent") for name in ("threads", "wrong")
+        (f"calls: {name}", "skipped: the suite's 0 seconds are used up") for name in ("threads", "wrong")
     }
 
 

@@ -22,7 +22,7 @@ def test_the_report_follows_from_the_numbers():
     assert "| 65,536 | 8.0 | 8,192 | 100 |" in text
     assert "Peak memory at the end / at 65,536 tokens: 1.030 (+3.0 MiB)" in text
     assert "State: 1.00 MiB; a full cache would hold 128 MiB" in text
-    assert "The latter / the former: 1.050" in text
+    assert "Second / first: 1.050" in text
 
 
 def test_command(tmp_path, capsys):

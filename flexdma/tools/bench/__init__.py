@@ -1,1 +1,1 @@
-"""The benchmark: `python -m flexdma bench`.  Everything side by side in one run, mask building inside the timer."""
+"""The benchmark: `python -m flexdma bench`.  It times all contenders in one run, with mask building inside the timer."""

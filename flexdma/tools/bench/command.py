@@ -1,4 +1,4 @@
-"""python -m flexdma bench: measure a suite and print its tables, or print those of a file; figures and pages from either."""
+"""python -m flexdma bench: measure a suite, or read its results from a file; print tables, write pictures and pages."""
 
 import argparse
 import os
@@ -24,23 +24,24 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add, number, share = parser.add_argument, types.positive_int, f"1/{1 / SHARE:g}"
-    add("--suite", choices=sorted(SUITES), default="cpu", help="what is measured")
-    add("--rounds", type=number, default=5, help="interleaved rounds; medians are taken over them")
-    add("--dtype", choices=sorted(DTYPES), default=None, help="default the suite's own")
-    add("--threads", type=number, default=None, help="CPU threads; default what PyTorch takes")
-    seconds = f"seconds that measuring may take, and one contender of a case {share} of them; default the suite's own"
+    add("--suite", choices=sorted(SUITES), default="cpu", help="cases to measure")
+    add("--rounds", type=number, default=5, help="interleaved rounds; the tables have their medians")
+    add("--dtype", choices=sorted(DTYPES), default=None, help="default: the suite's")
+    add("--threads", type=number, default=None, help="CPU threads; default: PyTorch's")
+    seconds = f"seconds for measuring, of which one contender of a case may use {share}; default: the suite's"
     add("--budget", type=types.positive_number, default=None, help=seconds)
     add("--out", type=types.output_folder, default=None, help="folder for bench-SUITE.json and bench-SUITE.md")
-    add("--from", dest="source", type=types.bench_results, default=None, help="a bench-SUITE.json: measure nothing")
-    tables = "a page in which the tables between the suite's marks are replaced"
+    source = "a bench-SUITE.json to read instead of measuring"
+    add("--from", dest="source", type=types.bench_results, default=None, help=source)
+    tables = "a page in which to replace the tables between the suite's marks"
     add("--markdown", type=types.input_file, default=None, help=tables)
-    add("--plot", type=types.picture, default=None, help="a picture of time against N and against w (png, svg)")
+    add("--plot", type=types.picture, default=None, help="file for a picture of time against N and w (png, svg)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Measure the suite, or read what was measured, and write what is asked for."""
+    """Measure the suite or read its results, print the tables, and write the requested files."""
     with refusing(ValueError, OSError):
-        if arguments.markdown:  # before the minutes that measuring takes
+        if arguments.markdown:  # refuse a page without marks before measuring for minutes
             suite = arguments.source.about["suite"] if arguments.source else arguments.suite
             report.between(arguments.markdown.read_text(), suite, "")
         results = arguments.source or _measured(arguments)
@@ -61,7 +62,7 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
 
 
 def _measured(arguments: argparse.Namespace) -> Results:
-    """Everything of the suite.  What is done is on disk after each case, and printed where Ctrl-C ends the run."""
+    """Measure the suite.  The results are saved after each case, and printed where Ctrl-C ends the run."""
     suite = SUITES[arguments.suite]
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise RefusedError(f"--suite {arguments.suite}: expected a CUDA device, found none")
@@ -71,8 +72,8 @@ def _measured(arguments: argparse.Namespace) -> Results:
     if arguments.plot and not (suite.lengths or suite.windows):
         raise RefusedError(f"--plot: expected a suite that measures several lengths or windows, got {arguments.suite}")
     if arguments.threads is not None:
-        torch.set_num_threads(arguments.threads)  # of this process, for the record
-    # Python warns of what a killed process leaves behind, while it removes that.
+        torch.set_num_threads(arguments.threads)  # so that `machine` records it
+    # Python warns about resources of a killed process, although it removes them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
     setting = Setting(suite.device, DTYPES[arguments.dtype or suite.dtype], arguments.threads)
     results = begun(suite, arguments.suite, arguments.rounds, setting)
@@ -95,7 +96,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
 
 
 def _save(folder: Path | None, results: Results) -> None:
-    """JSON and Markdown, whole at every moment."""
+    """Write JSON and Markdown, each atomically."""
     if folder is None:
         return
     folder.mkdir(parents=True, exist_ok=True)

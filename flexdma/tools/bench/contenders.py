@@ -1,7 +1,7 @@
-"""Whole calls, side by side: attention to everything, flexdma, and other ways to the same or similar result.
+"""The contenders of whole calls: full attention, flexdma, and other methods with the same or a similar result.
 
-Every flexdma and every dense-mask call builds its mask inside the timer.  FlexAttention's causal mask is made outside: it
-does not depend on the gates, so a model makes it once.
+Every flexdma and every dense-mask call makes its mask inside the timer.  FlexAttention's causal mask is made outside,
+because it does not depend on gates and a model makes it once.
 """
 
 from collections.abc import Callable
@@ -24,16 +24,16 @@ from flexdma.tools.whole_calls import CAUSAL, COMPILED, Compile, as_steps, compi
 FLEX_CAUSAL, NATURAL = "FlexAttention causal", "FlexAttention, same mask in natural order"
 ANY_LIFESPANS, LATE = "lifespan_attention, same mask", "lifespan_attention, keys born one query late"
 DENSE = "dense top-w mask + SDPA (as Hugging Face Doge)"
-# What attends to all earlier keys: its useful work is N (N + 1) / 2 pairs.
+# Contenders that attend to all earlier keys: their useful work is N (N + 1) / 2 pairs.
 TO_EVERYTHING = (CAUSAL, FLEX_CAUSAL)
 FLEX_TILE = 128  # FlexAttention's default mask block
 
 
 def contenders(shape: Shape, tensors: list[Tensor], compiler: Compile = compile_whole) -> dict[str, Callable[[], None]]:
-    """Name -> call, with its backward where the shape has one; the whole calls come first."""
+    """Name -> call, with its backward where the shape has one; `whole_calls` come first."""
     query, key, value, _gate = tensors
     calls = whole_calls(shape, tensors, compiler)
-    if COMPILED in calls:  # flex compiles here
+    if COMPILED in calls:  # compiled FlexAttention supports this shape and device
         if shape.flex or shape.every:
             calls[FLEX_CAUSAL] = flex_causal(query, key, value, compiler)
         if shape.every:
@@ -47,7 +47,7 @@ def contenders(shape: Shape, tensors: list[Tensor], compiler: Compile = compile_
 
 
 def flex_causal(query: Tensor, key: Tensor, value: Tensor, compiler: Compile) -> Callable[[], Tensor]:
-    """FlexAttention with a causal BlockMask, made by counting: `create_block_mask` would hold an N x N tensor."""
+    """FlexAttention with a causal BlockMask from `block_index`, because `create_block_mask` makes an N x N tensor."""
     length = key.shape[2]
     birth = torch.arange(length, dtype=torch.int32, device=key.device).view(1, 1, -1)
     tile = (FLEX_TILE, FLEX_TILE)
@@ -57,7 +57,7 @@ def flex_causal(query: Tensor, key: Tensor, value: Tensor, compiler: Compile) ->
 
 
 def _natural_order(shape: Shape, compiler: Compile, cuda: bool) -> Callable[..., Tensor]:
-    """The same mask and gates without packing, as the recipes offer it for plain FlexAttention."""
+    """The same mask and gates without packing, by the recipes for plain FlexAttention."""
 
     def attend(query: Tensor, key: Tensor, value: Tensor, gate: Tensor, block_mask: BlockMask | None = None) -> Tensor:
         heads = {"num_query_heads": shape.query_heads}
@@ -71,12 +71,12 @@ def _natural_order(shape: Shape, compiler: Compile, cuda: bool) -> Callable[...,
         mask = dynamic_block_mask(gate, shape.window, num_query_heads=shape.query_heads)
         return compiled(query, key, value, gate, block_mask=mask)
 
-    # Inductor's C++ kernel captures graph inputs alone; on CUDA the mask is built by the same graph.
+    # Inductor's C++ kernel captures only graph inputs, so the mask is made outside; on CUDA the same graph makes it.
     return compiled if cuda else with_mask_from_outside
 
 
 def _any_lifespans(shape: Shape, tensors: list[Tensor], late: int) -> Tensor:
-    """The operator without what it knows of a selection; births `late` queries after the keys' own positions."""
+    """`lifespan_attention` with births `late` queries after the keys' own positions."""
     query, key, value, gate = tensors
     birth, death = causal_top_w(gate, shape.window)
     return lifespan_attention(query, key, value, Lifespans(birth + late, death), bias=gate)

@@ -1,7 +1,7 @@
-"""Dynamic Mask Attention by a dense mask: the path that Hugging Face's Doge takes, as an algorithm.
+"""Dynamic Mask Attention by a dense mask, with the algorithm of Hugging Face's Doge.
 
-Every query's row of gates is written out, a top-w of the row taken, the others set to -inf, and the result added to the
-scores: O(N^2 log w) and several tensors [Hkv, N, N].
+It writes every query's row of gates, takes a top-w of the row, sets the others to -inf and adds the result to the scores:
+O(N^2 log w) time and several tensors [Hkv, N, N].
 """
 
 import torch
@@ -27,14 +27,14 @@ def dense_mask_attention(query: Tensor, key: Tensor, value: Tensor, gate: Tensor
         chosen = bias.detach().topk(window_size, dim=-1, sorted=False).indices
         others = torch.ones_like(bias, dtype=torch.bool).scatter_(-1, chosen, False)
         bias = bias.masked_fill(others, float("-inf"))
-    # Repeated, as Doge does: PyTorch's fused kernels take a mask or grouped heads, not both.
+    # Repeat heads, as Doge does, because PyTorch's fused kernels take a mask or grouped heads, not both.
     group = query.shape[1] // key.shape[1]
     key, value, bias = (tensor.repeat_interleave(group, 1) for tensor in (key, value, bias.to(query.dtype)))
     return scaled_dot_product_attention(query, key, value, attn_mask=bias)
 
 
 def bytes_needed(shape: Shape, element: int) -> int:
-    """About the most that it holds at once: biases and topk's result per KV head, bias (and scores) per query head."""
+    """Approximate peak memory: biases and topk's result per KV head, bias (and scores) per query head."""
     pairs = shape.length**2
     per_head = pairs * (4 + 4 + 1) + 12 * shape.length * min(shape.window, shape.length)
     # The backward of SDPA with a mask that needs a gradient keeps scores, weights and their gradients.
@@ -42,7 +42,7 @@ def bytes_needed(shape: Shape, element: int) -> int:
 
 
 def check_fits(shape: Shape, element: int, device: str) -> None:
-    """Raises UnavailableError where this would not fit, as a CPU process that tries is killed, or takes minutes."""
+    """Raise UnavailableError where it does not fit or takes minutes; a CPU process out of memory would be killed."""
     if device == "cpu" and shape.length > CPU_LONGEST:
         raise UnavailableError(f"skipped: slower than all others together above N={CPU_LONGEST}")
     needed, free = bytes_needed(shape, element), free_bytes(device)
@@ -51,7 +51,7 @@ def check_fits(shape: Shape, element: int, device: str) -> None:
 
 
 def free_bytes(device: str) -> float:
-    """Of the device's memory, what PyTorch keeps for later included; infinite where the system does not tell."""
+    """Free memory of the device, including PyTorch's cache; infinite where the system does not report it."""
     if device == "cuda":
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     try:

@@ -1,7 +1,7 @@
-"""The gate gradient's share of the backward, by each route there is.
+"""The gate gradient's share of the backward, by route.
 
-The backward alone is timed, on a forward that has just been made; the share is what it takes more than with a gate that
-needs no gradient.
+Only the backward is timed, after a new forward each time.  The share is its extra time over a backward whose gate needs no
+gradient.
 """
 
 from collections.abc import Callable, Mapping
@@ -21,7 +21,7 @@ Route = Callable[[], AbstractContextManager]
 
 
 def routes() -> dict[str, Route]:
-    """Name -> a context in which the gate's gradient takes that route; the name of the default one ends in DEFAULT."""
+    """Name -> a context in which that route computes the gate's gradient; the name of the default ends in DEFAULT."""
     default = gate_gradient.chosen_route(True, False)
     return {
         name + DEFAULT if name == default else name: partial(gate_gradient.gate_gradient_route, name)
@@ -32,11 +32,11 @@ def routes() -> dict[str, Route]:
 def gate_gradient_routes(
     shape: Shape, tensors: list[Tensor], lowering: str, turns: Turns, compiler: Compile
 ) -> Measured:
-    """Of the whole backward, WITHOUT the gate's gradient and by each route."""
+    """Time and memory of the whole backward, WITHOUT the gate's gradient and by each route."""
     query, key, value, gate = tensors
 
     def backward(gate: Tensor, route: Route) -> Prepared:
-        compiled = compiler(dynamic_mask_attention)  # of its own: the route is chosen when a call is traced
+        compiled = compiler(dynamic_mask_attention)  # one for each route, because tracing chooses the route
 
         def prepare() -> Tensor:
             with route():
@@ -53,6 +53,6 @@ def gate_gradient_routes(
 
 
 def gradient_shares(seconds: Mapping[str, float]) -> dict[str, float]:
-    """Route -> what the gate's gradient takes of the backward, where the backward without it was timed."""
+    """Route -> the gate gradient's share of the backward; empty unless the backward without it was timed."""
     base = seconds.get(WITHOUT)
     return {} if base is None else {name: 1 - base / s for name, s in seconds.items() if name != WITHOUT}

@@ -1,17 +1,17 @@
-"""What a call does on the device: kernels, their time, and how often the host launched something."""
+"""The work of a call on the device: number of kernels, their time, and number of launches by the host."""
 
 from collections.abc import Callable
 
 import torch
 
-# Of the CUDA runtime and driver; a graph is one launch, whatever it holds.
+# Functions of the CUDA runtime and driver.  A graph is one launch.
 LAUNCH = ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel", "cuLaunchKernelEx", "cudaGraphLaunch")
 
 
 def device_work(call: Callable[[], object]) -> dict[str, float]:
-    """{"kernels", "launches", "device_seconds", "attention_seconds"} of one call that has been run before.
+    """{"kernels", "launches", "device_seconds", "attention_seconds"} of a call that has already run once.
 
-    attention_seconds: of the kernels that Inductor made from FlexAttention's templates.  All 0 where there is no GPU.
+    attention_seconds: of the kernels that Inductor made from FlexAttention's templates.  All are 0 without a GPU.
     """
     activities = [torch.profiler.ProfilerActivity.CPU]
     if torch.cuda.is_available():
@@ -22,7 +22,7 @@ def device_work(call: Callable[[], object]) -> dict[str, float]:
         if torch.cuda.is_available():
             torch.cuda.synchronize()
     events = profile.profiler.kineto_results.events()
-    # An annotation on the device spans the kernels that it names.
+    # A user annotation on the device spans kernels, so it would be counted twice.
     on_device = [e for e in events if e.device_type() == torch.autograd.DeviceType.CUDA and not e.is_user_annotation()]
     kernels = [e for e in on_device if not e.name().startswith(("Memcpy", "Memset"))]
     return {

@@ -1,4 +1,4 @@
-"""What builds the masks and metadata of each lowering, without attention."""
+"""The masks and metadata of each lowering, without attention."""
 
 from torch import Tensor
 
@@ -11,7 +11,7 @@ from flexdma.tools.shapes import Shape
 
 
 def build_masks(lowering: str, shape: Shape, gate: Tensor) -> object:
-    """Lifespans, and what "flex" or "gather" makes of them before it attends in inference."""
+    """Make lifespans, then the metadata that "flex" or "gather" makes of them in inference."""
     alive = causal_top_w(gate, shape.window)
     if lowering == "gather":
         return living_lists(*alive, shape.length, shape.window, block_size_for(alive, shape.length, shape.window))

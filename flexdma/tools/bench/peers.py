@@ -1,6 +1,6 @@
-"""Other projects' kernels, timed where they are installed.  Nothing here is needed, and none is installed by flexdma.
+"""Kernels of other projects, timed where they are installed.  flexdma neither needs nor installs them.
 
-They do not compute the same: each contender's name says what it selects.
+They compute other functions; each contender's name has its selection.
 """
 
 import importlib.metadata
@@ -15,7 +15,7 @@ from flexdma.tools.shapes import Shape
 from flexdma.tools.timing import UnavailableError
 
 FLASH_SPARSE_ATTN = "flash-sparse-attn<2"  # 2.x, which PyPI serves by default, takes no mask
-NSA_GROUP = 16  # its kernels take multiples of 16 query heads per KV head
+NSA_GROUP = 16  # NSA's kernels need multiples of 16 query heads per KV head
 NSA_BLOCK = 64
 
 
@@ -36,7 +36,7 @@ def _module(name: str) -> None:
 
 
 def _flash_sparse_attn(shape: Shape, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
-    """github.com/flash-algo/flash-sparse-attention, called as its README does, its mask built inside the timer."""
+    """github.com/flash-algo/flash-sparse-attention, called as in its README, with its mask made inside the timer."""
     _module("flash_sparse_attn")
     version = importlib.metadata.version("flash-sparse-attn")
     if int(version.split(".")[0]) >= 2:

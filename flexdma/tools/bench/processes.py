@@ -1,8 +1,8 @@
-"""Each case of a suite in a process of its own, with a limit of time.
+"""Run each case of a suite in its own process, with a time limit.
 
-A GPU on which a kernel has failed fails every later call of its process, a compiler or a driver may crash, and nothing in
-Python interrupts a kernel that never returns.  Each costs the contender that ran: it is recorded with the reason, its case
-begins anew without it, and the cases after it lose nothing.  No process outlives this one.
+After a failed kernel every later call of the process fails on that GPU, a compiler or a driver may crash, and Python cannot
+interrupt a kernel that never returns.  In these cases only the running contender is lost: it is recorded with the reason,
+and its case starts again without it.  All processes end with this one.
 """
 
 import multiprocessing
@@ -24,14 +24,14 @@ from flexdma.tools.budget import Budget
 from flexdma.tools.records import Results
 from flexdma.tools.timing import LostDeviceError, Turns, in_one_line
 
-# Seconds beyond a limit after which a process is killed: contenders that end in time keep the limits by themselves.
+# Seconds after a limit at which a process is killed.  Contenders whose runs end stop at the limit themselves.
 GRACE = 5.0
-LONGEST_WAIT = 1e6  # poll takes milliseconds in 32 bits
-Progress = Callable[[str, str, int, int], None]  # case, contender, how many cases are done, of how many
+LONGEST_WAIT = 1e6  # poll counts milliseconds in 32 bits
+Progress = Callable[[str, str, int, int], None]  # case, contender, number of finished cases, number of cases
 
 
 class Ended(NamedTuple):
-    """How the process of a case has ended: with all rows, or why not and at which contender ("": none)."""
+    """The end of a case's process: all its rows, or the reason and the running contender ("" = none)."""
 
     rows: list[Row] | None = None
     why: str = ""
@@ -47,7 +47,7 @@ def measure_all(
     save: Callable[[Results], None] = lambda results: None,
     progress: Progress = lambda case, contender, done, of: None,
 ) -> None:
-    """Add the records of the cases to `results`; `save` is called after every case."""
+    """Measure the cases, add their records to `results`, and call `save` after every case."""
     cases = list(cases)
     for done, case in enumerate(cases):
         rows: list[Row] = [("", "skipped", turns.budget.reason())]
@@ -63,7 +63,7 @@ def _tick(progress: Progress, case: Planned, done: int, of: int, contender: str)
 
 
 def measure_apart(case: Planned, setting: Setting, turns: Turns) -> list[Row]:
-    """The rows of a case, measured in another process, or in several where contenders bring it down."""
+    """The rows of a case, measured in another process; again in a new one without a contender that ended it."""
     without: dict[str, str] = {}
     while True:
         turns.tick("")
@@ -78,7 +78,7 @@ def measure_apart(case: Planned, setting: Setting, turns: Turns) -> list[Row]:
 def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
     context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
-        # Imported once, neither of which touches CUDA: a process is forked in milliseconds and compiles seconds earlier.
+        # Import these once, so that a process forks in milliseconds and compiles seconds earlier.  Neither uses CUDA.
         context.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure, args=(theirs, case, setting, turns.rounds, turns.budget, turns.without))
@@ -86,7 +86,7 @@ def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
     theirs.close()
     try:
         ended = follow(ours, turns.budget, turns.tick)
-        if ended.rows is not None or not ended.why:  # it ends by itself
+        if ended.rows is not None or not ended.why:  # the process ends by itself
             process.join(GRACE)
         if ended.rows is None and not ended.why:
             ended = ended._replace(why=f"its process ended, {_ending(process.exitcode)}")
@@ -96,7 +96,10 @@ def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
 
 
 def follow(connection: Connection, budget: Budget, tick: Callable[[str], None]) -> Ended:
-    """Hear of a process until it ends (without a reason, where it only closes) or a contender has taken its share of time."""
+    """Receive messages of a process until it ends or its contender exceeds a time limit.
+
+    The reason is "" where the connection only closes.
+    """
     contender, spent = "", defaultdict[str, float](float)
     while True:
         start = budget.now()
@@ -113,7 +116,7 @@ def follow(connection: Connection, budget: Budget, tick: Callable[[str], None]) 
         if kind == "failed":
             return Ended([("", "failed", news)])
         if kind == "lost":
-            return Ended(None, f"{news}; the GPU took no more calls", contender)
+            return Ended(None, f"{news}; the GPU accepted no more calls", contender)
         contender = news
         tick(contender)
 
@@ -121,9 +124,9 @@ def follow(connection: Connection, budget: Budget, tick: Callable[[str], None]) 
 def _measure(
     connection: Connection, case: Planned, setting: Setting, rounds: int, budget: Budget, without: Mapping[str, str]
 ) -> None:
-    """In the other process: `case.measure`, with news of each contender."""
+    """In the other process: run `case.measure`, and send a message for each contender."""
     if hasattr(os, "setsid"):
-        os.setsid()  # Ctrl-C reaches the parent alone, which ends this process, compilers that it started included
+        os.setsid()  # Ctrl-C then reaches only the parent, which ends this process and the compilers that it started
     threading.Thread(target=_end_with_parent, args=(connection,), daemon=True).start()
     if setting.threads is not None:
         torch.set_num_threads(setting.threads)
@@ -132,12 +135,12 @@ def _measure(
         connection.send(("rows", list(case.measure(setting, turns))))
     except LostDeviceError as error:
         connection.send(("lost", error.args[1]))
-    except Exception as error:  # whatever a kernel or a compiler may raise
+    except Exception as error:  # kernels and compilers may raise anything
         connection.send(("failed", in_one_line(error)))
 
 
 def _end_with_parent(connection: Connection) -> None:
-    """Nothing is ever sent to this process: the connection ends when its parent does."""
+    """End this process with its parent.  The parent sends nothing, so `recv` returns only when the connection closes."""
     try:
         connection.recv()
     except (EOFError, OSError):
@@ -145,11 +148,11 @@ def _end_with_parent(connection: Connection) -> None:
 
 
 def _kill(process: Any) -> None:
-    """With all that it has started."""
+    """Kill a process and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
     except (AttributeError, ProcessLookupError, PermissionError):
-        process.kill()  # it has no group yet, or there are none here
+        process.kill()  # it has no process group yet, or the system has none
     process.join()
 
 

@@ -1,4 +1,4 @@
-"""Results as the Markdown of docs/benchmarks.md: a function of what was measured, so that no figure is copied by hand."""
+"""Results as the Markdown of docs/benchmarks.md, so that nobody copies a figure by hand."""
 
 from flexdma.tools.bench.tables import all_tables
 from flexdma.tools.bench.targets import targets
@@ -6,7 +6,7 @@ from flexdma.tools.records import Results
 
 
 def markdown(results: Results) -> str:
-    """The tables; where nothing is measured, what must be reached."""
+    """The tables; only the targets where nothing is measured."""
     about, reached = results.about, targets(results)
     if "machine" not in about:
         return "\n".join(reached) + "\n"
@@ -19,14 +19,14 @@ def markdown(results: Results) -> str:
     failed = [f"- {case}: {why}" for case, why in results.whole_cases("failed")]
     skipped = [f"- {case}" for case, _ in results.whole_cases("skipped")]
     lines += ["", "Cases that failed:", "", *failed] if failed else []
-    lines += ["", "Cases skipped, as the time was spent:", "", *skipped] if skipped else []
+    lines += ["", "Cases skipped, because the time was used up:", "", *skipped] if skipped else []
     return "\n".join(lines) + "\n"
 
 
 def between(page: str, suite: str, text: str) -> str:
-    """`page` with what stands between the marks of this suite replaced by `text`.
+    """`page` with the text between the marks of this suite replaced by `text`.
 
-    The marks are the lines <!-- bench SUITE --> and <!-- end of bench SUITE -->.  Raises ValueError where they are not.
+    The marks are the lines <!-- bench SUITE --> and <!-- end of bench SUITE -->.  Raises ValueError if one is missing.
     """
     first, last = f"<!-- bench {suite} -->\n", f"<!-- end of bench {suite} -->"
     before, found, rest = page.partition(first)

@@ -1,4 +1,4 @@
-"""The sections of a suite: what each measures, as rows (contender, metric, value) of its cases."""
+"""The sections of a suite, and the functions that measure their cases as rows (contender, metric, value)."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -24,9 +24,9 @@ from flexdma.tools.whole_calls import CAUSAL, Compile, compile_whole, sdpa_causa
 
 FLEXDMA, SELECTION = "flexdma", "selection"
 VISITED = "visited_over_ideal"
-# Quadratic: beyond this a CPU takes minutes, and a GPU the time of the cases after it.
+# SDPA is quadratic: at larger lengths a CPU takes minutes, and a GPU uses up the time of later cases.
 SDPA_LONGEST = {"cpu": 32768, "cuda": 262144}
-ONCE = 131072  # the longest that a CPU, which compiles nothing here, is asked to run more than once
+ONCE = 131072  # at larger lengths a CPU runs a call once, without a warm-up, because it compiles nothing here
 SIZE_ROUNDS = 3
 LAUNCHED = {"compiled": {}, 'compiled, mode="reduce-overhead"': {"mode": "reduce-overhead"}}
 Row = tuple[str, str, Any]
@@ -35,20 +35,20 @@ Rows = Iterator[Row]
 
 @dataclass(frozen=True)
 class Setting:
-    """In which all cases of a suite are measured."""
+    """The setting of all cases of a suite."""
 
     device: str
     dtype: torch.dtype
-    threads: int | None = None  # of a CPU; None: what PyTorch takes
+    threads: int | None = None  # of a CPU; None = PyTorch's default
     compiler: Compile = compile_whole
 
     def inputs(self, shape: Shape) -> list[torch.Tensor]:
-        """Of this shape, here."""
+        """Inputs of this shape in this setting."""
         return inputs(shape, self.device, self.dtype)
 
 
 class Planned(NamedTuple):
-    """A case to be measured, in a process of its own: everything can be pickled."""
+    """A case to measure.  It can be pickled, because its own process measures it."""
 
     section: str
     title: str
@@ -70,7 +70,7 @@ def begun(suite: Suite, name: str, rounds: int, setting: Setting) -> Results:
 
 
 def planned(suite: Suite, device: str) -> Iterator[Planned]:
-    """In order of importance."""
+    """The cases of a suite, the most important first."""
     yield from _each("calls", suite.calls, measure_calls)
     lowering = "flex" if device == "cuda" else "gather"
     yield from _each(f"gate gradient of {lowering}", suite.gate_gradient, measure_gradient, lowering)
@@ -98,14 +98,14 @@ def _each(section: str, shapes: Any, measure: Callable, *options: object) -> Ite
 
 
 def measure_calls(shape: Shape, setting: Setting, turns: Turns) -> Rows:
-    """Whole calls, side by side."""
+    """Whole calls by all contenders."""
     tensors = setting.inputs(shape)
     yield from interleaved(contenders(shape, tensors, setting.compiler), turns).rows()
     turns.tick("")
     try:
         for name, ratio in visited_over_ideal(shape, tensors[3].detach()).items():
             yield name, VISITED, ratio
-    except RuntimeError as error:  # memory that the contenders have left: their times are not lost
+    except RuntimeError as error:  # out of memory; the times above are kept
         yield "visited / ideal", "failed", in_one_line(error)
 
 
@@ -129,7 +129,7 @@ def measure_size(shape: Shape, selects: bool, setting: Setting, turns: Turns) ->
     if selects:
         calls[SELECTION] = partial(select, gate, shape.window)
     if shape.length <= SDPA_LONGEST[query.device.type]:
-        # The first backend is flash: the others were compared under "calls".
+        # The first backend is flash; "calls" compares it with the others.
         calls[CAUSAL] = next(iter(sdpa_causal(query, key, value).values()))
     once = not query.is_cuda and shape.length > ONCE
     turns = replace(turns, rounds=1 if once else min(turns.rounds, SIZE_ROUNDS))
@@ -139,7 +139,7 @@ def measure_size(shape: Shape, selects: bool, setting: Setting, turns: Turns) ->
 
 
 def measure_launches(shape: Shape, setting: Setting, turns: Turns) -> Rows:
-    """Seconds and launches of the forward, and of the same replayed as a CUDA graph."""
+    """Seconds and launches of the forward, compiled with and without CUDA graphs."""
     tensors = setting.inputs(shape)
     calls = {
         name: partial(setting.compiler(dynamic_mask_attention, **options), *tensors, window_size=shape.window)

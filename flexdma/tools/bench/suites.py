@@ -1,4 +1,4 @@
-"""The suites: which cases are measured, in order of importance, as a suite stops when its budget of seconds is spent."""
+"""The cases of each suite, the most important first, because a suite stops when its budget of seconds is used up."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -10,22 +10,22 @@ SECTIONS = ("calls", "gate_gradient", "lengths", "others", "launches", "windows"
 
 @dataclass(frozen=True)
 class Suite:
-    """What is measured, and where."""
+    """The cases and setting of a suite."""
 
     device: str
     dtype: str
     budget: float  # seconds
-    calls: tuple[Shape, ...]  # whole calls, side by side
+    calls: tuple[Shape, ...]  # whole calls by all contenders
     gate_gradient: tuple[Shape, ...] = ()  # its share of the backward, by route
-    lengths: tuple[Shape, ...] = ()  # time, and the share of selecting, against N
+    lengths: tuple[Shape, ...] = ()  # time, and the share of the selection, against N
     stages: tuple[tuple[str, Shape], ...] = ()  # (lowering, shape): time by stage
-    others: tuple[Shape, ...] = ()  # whole calls again, where the slow ways can wait
+    others: tuple[Shape, ...] = ()  # more whole calls, less important, with the slow contenders
     launches: tuple[Shape, ...] = ()  # kernel launches, with and without CUDA graphs
     windows: tuple[Shape, ...] = ()  # time against w
     packing: tuple[int, int] = (32768, 1024)  # N, w of visited blocks over the families
 
     def shapes(self) -> Iterator[Shape]:
-        """All, of every section that has shapes."""
+        """The shapes of all sections."""
         for name in SECTIONS:
             yield from getattr(self, name)
         yield from (shape for _, shape in self.stages)
@@ -58,8 +58,8 @@ SUITES = {
     "gpu": Suite(
         device="cuda",
         dtype="bfloat16",
-        budget=440,  # the rest of eight minutes begins and ends the processes
-        # First what docs/benchmarks.md sets as a target; most of the time is compilation.
+        budget=440,  # the rest of eight minutes starts and ends processes
+        # The cases of the targets come first; most of the time is compilation.
         calls=(FORWARD, TRAINING),
         gate_gradient=(_gpu(32768, 1024, True),),
         lengths=tuple(_gpu(n, 1024, False) for n in (4096, 32768, 262144, 1048576)),

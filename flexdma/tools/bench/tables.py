@@ -1,4 +1,4 @@
-"""One Markdown table per section of the results: pivots of its records."""
+"""One Markdown table per section of the results, as pivots of its records."""
 
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -15,20 +15,20 @@ Cases = list[Case]
 
 
 def table(*rows: Iterable[str]) -> list[str]:
-    """In Markdown; the first row is the head."""
+    """The rows as a Markdown table; the first is the head."""
     head, *body = [list(row) for row in rows]
     return [f"| {' | '.join(row)} |" for row in (head, ["---"] * len(head), *body)]
 
 
 def all_tables(results: Results) -> list[str]:
-    """Of every section that has results, each after an empty line."""
+    """The tables of all sections with results, each after an empty line."""
     return [
         line for section, lines in TABLES.items() if (cases := results.cases(section)) for line in ("", *lines(cases))
     ]
 
 
 def useful_rate_over_flex(case: Case) -> float | None:
-    """The useful rate of flexdma's kernel over that of the same compiler's causal attention, where both were timed."""
+    """The useful rate of flexdma's flex lowering over that of causal FlexAttention; None unless both were timed."""
     ours, causal = case.seconds.get(COMPILED), case.seconds.get(FLEX_CAUSAL)
     return (
         (case.shape.useful_flops() / ours) / (case.shape.useful_flops("causal") / causal) if ours and causal else None
@@ -36,7 +36,7 @@ def useful_rate_over_flex(case: Case) -> float | None:
 
 
 def share_of_selecting(case: Case) -> float | None:
-    """Ranking + lifespans, of the whole forward, where both were timed."""
+    """The time of ranking + lifespans over that of the forward; None unless both were timed."""
     selection, whole = case.seconds.get(SELECTION), case.seconds.get(FLEXDMA)
     return selection / whole if selection and whole else None
 
@@ -60,7 +60,7 @@ def _calls(cases: Cases) -> list[str]:
 
 
 def _others(cases: Cases) -> list[str]:
-    return ["Beside other ways to the same or similar result:", "", *_calls(cases)]
+    return ["Compared with other methods of the same or a similar result:", "", *_calls(cases)]
 
 
 def _stages(cases: Cases) -> list[str]:
@@ -114,7 +114,7 @@ def _launches(cases: Cases) -> list[str]:
 
 
 def _sizes(letter: str, varies: str, constant: str, cases: Cases) -> list[str]:
-    """Time against N or w, and where it was measured the share of selecting."""
+    """Time against N or w, and where it was measured the share of the selection."""
     selects = any(SELECTION in case.rows for case in cases)
     head = [letter, "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s"]
     rows = [head + ["ranking + lifespans, ms", "of flexdma"] * selects]

@@ -1,4 +1,4 @@
-"""What a suite must reach, and what it has reached: the table that opens its page."""
+"""The targets of a suite and the reached values, as a table."""
 
 from collections.abc import Callable
 
@@ -13,10 +13,10 @@ NOT_MEASURED = "not measured"
 
 
 def targets(results: Results) -> list[str]:
-    """Markdown lines, none for a suite without targets."""
+    """The table in Markdown lines; empty for a suite without targets."""
     reached = TARGETS.get(results.about["suite"], {})
     rows = ([what, found(results) or NOT_MEASURED] for what, found in reached.items())
-    return table(["must reach", "reached"], *rows) if reached else []
+    return table(["target", "reached"], *rows) if reached else []
 
 
 def _call(results: Results, shape: Shape) -> Case | None:

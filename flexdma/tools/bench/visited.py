@@ -1,4 +1,4 @@
-"""How many pairs of a query and a key each way of attending computes, over those that the mask shows."""
+"""Pairs of a query and a key that each contender computes, over the pairs that the mask shows."""
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     return {
         CAUSAL: everything,
         FLEX_CAUSAL: everything,
-        # Inference gathers each block's living keys and no more.
+        # Inference gathers only the living keys of each block.
         EAGER: gathered if shape.backward else living_pairs(alive, fused_block) * shape.group / shown,
         COMPILED_GATHER: gathered,
         COMPILED: visited_pairs(alive, shape.group, block_size, shape.window) / shown,
@@ -37,7 +37,7 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
 
 
 def living_pairs(alive: Lifespans, block: int) -> int:
-    """Queries of each block times the keys alive in it, per query head of a group."""
+    """Sum over blocks of queries times keys alive in the block, per query head of a group."""
     birth, death = alive
     length = birth.shape[-1]
     lives = death > birth

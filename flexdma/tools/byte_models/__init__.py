@@ -1,4 +1,4 @@
-"""Byte-level language models: the demo trains and saves them, view shows what they keep.
+"""Byte-level language models: the demo trains and saves them, view shows the keys that they keep.
 
 attentions    four kinds of attention
 model         the language model around them

@@ -1,4 +1,4 @@
-"""Four kinds of attention, alike but for what a query sees and what is added to its logits.
+"""Four kinds of attention, which differ in the keys that a query sees and in the number added to its logits.
 
 All have the projections, query-key normalisation, rotary embedding and grouped heads of `DynamicMaskAttention`:
 
@@ -21,7 +21,7 @@ RECENCIES = ("slope", "forget")  # of dma-recency
 
 
 class SlopeGate(nn.Module):
-    """slope_h * j [B, Hkv, K], whatever the values: what `ValueGate` with recency="slope" adds to its gate."""
+    """The recency term of `ValueGate` with recency="slope", alone: slope_h * j, for any values."""
 
     def __init__(self, slopes: list[float]) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FullAttention(DynamicMaskAttention):
 
 
 class WindowAttention(FullAttention):
-    """Attention to the last w keys, with learned ALiBi slopes; lowered as DMA is, so that their speeds compare."""
+    """Attention to the last w keys, with learned ALiBi slopes, by the lowerings of DMA, so that speeds are comparable."""
 
     def attend(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> Tensor:
         """Attention of query [B, Hq, N, D] to the last w keys."""
@@ -68,7 +68,10 @@ class WindowAttention(FullAttention):
 def make_attention(
     kind: str, width: int, heads: int, kv_heads: int, window: int, *, recency: str, slopes: list[float]
 ) -> DynamicMaskAttention:
-    """The layer of one of KINDS. recency: of dma-recency, one of RECENCIES; slopes: the initial ones, where it has slopes."""
+    """The layer of one of KINDS.
+
+    recency: of dma-recency, one of RECENCIES.  slopes: initial slopes, for kinds with slopes.
+    """
     sizes = (width, heads, kv_heads, width // heads, window)
     if kind == "dma":
         return DynamicMaskAttention(*sizes, qk_norm=True)
@@ -79,7 +82,7 @@ def make_attention(
 
 
 def lifespans_of(kind: str, gate: Tensor, window: int) -> Lifespans:
-    """Which keys a layer of this kind shows to its queries, given its gates [B, Hkv, K]."""
+    """The lifespans of keys in a layer of this kind with gates [B, Hkv, K]."""
     if kind == "full":
         return sliding_window(gate, gate.shape[-1])
     return sliding_window(gate, window) if kind == "window" else causal_top_w(gate, window)

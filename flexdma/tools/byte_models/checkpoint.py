@@ -1,6 +1,6 @@
-"""The trained models as files: config.json, which says what they are, and the weights of each as KIND.pt.
+"""The trained models as files: config.json with their settings, and the weights of each as KIND.pt.
 
-Loading runs no code from the files (`weights_only`), and a folder that is not a checkpoint is one line of reason.
+Loading runs no code from the files (`weights_only`).  For a folder that is no checkpoint it raises an error of one line.
 """
 
 import json
@@ -18,7 +18,7 @@ from flexdma.tools.byte_models.attentions import KINDS, RECENCIES
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes
 
 FORMAT = 1
-# What torch.load, the model and load_state_dict raise for files that are cut short, foreign or of other sizes.
+# Errors of torch.load, the model and load_state_dict for files that are truncated, of another kind or of other sizes.
 FOREIGN = (
     RuntimeError,
     ValueError,
@@ -32,7 +32,7 @@ FOREIGN = (
 
 
 class CheckpointError(ValueError):
-    """The folder cannot be used; the message is one line that says why."""
+    """The folder is no usable checkpoint; the message is one line with the reason."""
 
 
 class Trained(NamedTuple):
@@ -43,7 +43,7 @@ class Trained(NamedTuple):
 
 
 def save_checkpoint(folder: Path, models: Mapping[str, ByteModel], labels: Mapping[str, str]) -> None:
-    """Written beside `folder`, then moved there: an interruption leaves a whole checkpoint or none."""
+    """Write the models beside `folder`, then rename.  An interruption leaves a whole checkpoint or none."""
     part = folder.with_name(f".{folder.name}.part")
     shutil.rmtree(part, ignore_errors=True)
     part.mkdir(parents=True)
@@ -71,7 +71,7 @@ def _read_config(path: Path) -> dict[str, dict[str, Any]]:
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise CheckpointError(f"expected a folder that the demo left, got no {path} ({error.strerror})") from None
+        raise CheckpointError(f"expected a checkpoint folder of the demo, got no {path} ({error.strerror})") from None
     except ValueError as error:
         raise CheckpointError(f"expected JSON in {path}, got something else ({_first_line(error)})") from None
     if not isinstance(config, dict) or config.get("format") != FORMAT:

@@ -1,6 +1,6 @@
 """One readable label for each byte of a text, for pictures and pages of byte-level models.
 
-A character of several bytes stands at its first byte; the others are CONTINUATION.
+The first byte of a character has the character as its label; its other bytes have CONTINUATION.
 """
 
 import unicodedata
@@ -11,12 +11,12 @@ SEQUENCE_LENGTHS = ((0b1000_0000, 0, 1), (0b1110_0000, 0b1100_0000, 2), (0b1111_
 
 
 def byte_labels(content: bytes) -> list[str]:
-    r"""As many labels as bytes.
+    r"""One label per byte.
 
     b"a\n\xc3\xa9\xff"   ->   ["a", "↵", "é", "·", "⟨FF⟩"]
 
-    A byte that is not UTF-8 shows in hexadecimal, a character that does not print as ⟨its code⟩: nothing in a label
-    can end a line, turn the direction of the text, or join the label before it.
+    The label of a byte that is not UTF-8 is its hexadecimal code, that of a character that does not print is ⟨its code⟩.
+    So no label ends a line, changes the direction of the text, or joins the label before it.
     """
     labels: list[str] = []
     while len(labels) < len(content):

@@ -18,14 +18,14 @@ ROTARY_BASE = 10_000.0
 
 @dataclass(frozen=True)
 class ModelSizes:
-    """Sizes of the language model; the four kinds of attention share them."""
+    """Sizes of the language model, the same for all kinds of attention."""
 
     width: int = 128
     layers: int = 2
     heads: int = 4
     kv_heads: int = 2
     window: int = 64
-    # One head starts short-sighted and one far-sighted: 3 and 33 tokens until a logit has fallen by one.
+    # One head starts with a short range and one with a long range: a logit falls by one in 3 and in 33 tokens.
     slopes: tuple[float, ...] = (0.3, 0.03)
 
 
@@ -46,7 +46,7 @@ class Block(nn.Module):
     def following(
         self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], state: DynamicMaskState
     ) -> tuple[Tensor, DynamicMaskState]:
-        """The same for [B, n, width] that follow the tokens of the attention's state, and the state after them."""
+        """`forward` of the n tokens [B, n, width] after the attention's state, and the state after them."""
         normed = self.attention_norm(hidden)
         attended, state = self.attention(normed, position_embeddings, state=state, return_state=True)
         hidden = hidden + attended
@@ -54,7 +54,7 @@ class Block(nn.Module):
 
 
 def run_block(block: nn.Module, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
-    """The block, as a function that can be compiled once for all layers."""
+    """Call the block; as a function, so that one compilation is for all layers."""
     return block(hidden, position_embeddings)
 
 
@@ -64,8 +64,7 @@ RunBlock = Callable[[nn.Module, Tensor, tuple[Tensor, Tensor]], Tensor]
 class ByteModel(nn.Module):
     """bytes [B, N] int64 -> logits [B, N, 256] of the next byte.
 
-    seed: two models of one seed start with the same weights wherever name and shape of a matrix agree, whatever else
-    they consist of.
+    seed: models of the same seed start with the same weights in matrices of the same name and shape.
     """
 
     def __init__(self, kind: str, sizes: ModelSizes, *, recency: str, seed: int) -> None:
@@ -96,7 +95,7 @@ class ByteModel(nn.Module):
         return [module for module in self.modules() if isinstance(module, DynamicMaskAttention)]
 
     def forward(self, tokens: Tensor, run_block: RunBlock = run_block) -> Tensor:
-        """Logits of the byte after each; `run_block` may be a compiled one."""
+        """Logits of the next byte at each position; `run_block` may be compiled."""
         hidden = self.embedding(tokens)
         embeddings = rotary_embedding(tokens.shape[1], self.sizes.width // self.sizes.heads, tokens.device)
         for block in self.blocks:
@@ -108,7 +107,7 @@ class ByteModel(nn.Module):
         return [attention.empty_state(batch_size) for attention in self.attentions()]
 
     def following(self, tokens: Tensor, states: Sequence[DynamicMaskState]) -> tuple[Tensor, list[DynamicMaskState]]:
-        """Logits [B, n, 256] after the bytes [B, n] that follow those of the states, and the states after them."""
+        """Logits [B, n, 256] of the n bytes [B, n] after the states, and the states after them."""
         hidden = self.embedding(tokens)
         head_dim = self.sizes.width // self.sizes.heads
         embeddings = rotary_embedding(tokens.shape[1], head_dim, tokens.device, first=states[0].length)
@@ -122,7 +121,10 @@ class ByteModel(nn.Module):
 def rotary_embedding(
     length: int, head_dim: int, device: torch.device, *, first: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Cosine and sine of the rotary embedding (arXiv 2104.09864): [length, head_dim], or [B, ...] from `first` [B] on."""
+    """Cosine and sine of the rotary embedding (arXiv 2104.09864), each [length, head_dim].
+
+    first: [B], the first position of each sequence; then each is [B, length, head_dim].
+    """
     exponent = torch.arange(0, head_dim, 2, device=device) / head_dim
     position = torch.arange(length, device=device)
     if first is not None:
@@ -134,7 +136,7 @@ def rotary_embedding(
 
 @contextmanager
 def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
-    """The gates [B, Hkv, N] of each layer, filled in by running the (uncompiled) model inside the context."""
+    """A list that gets the gates [B, Hkv, N] of each layer when the (uncompiled) model runs inside the context."""
     gates: list[Tensor] = []
     hooks = [
         attention.gate.register_forward_hook(lambda module, inputs, output: gates.append(output.detach()))
@@ -149,14 +151,14 @@ def recorded_gates(model: ByteModel) -> Iterator[list[Tensor]]:
 
 @torch.no_grad()
 def layer_gates(model: ByteModel, tokens: Tensor) -> list[tuple[Tensor, Lifespans]]:
-    """Gates, birth and death [B, Hkv, N] of each layer, for the model run over tokens [B, N]; N may exceed its context."""
+    """Gates and lifespans [B, Hkv, N] of each layer for tokens [B, N]; N may exceed the training context."""
     with recorded_gates(model) as gates:
         model(tokens)
     return [(gate, lifespans_of(model.kind, gate, model.sizes.window)) for gate in gates]
 
 
 def _initialise(model: nn.Module, seed: int) -> None:
-    """Each matrix from a generator of its own, seeded by its name: an extra module shifts no other's."""
+    """Draw each matrix from its own generator, seeded by its name, so that an extra module changes no other matrix."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:
             continue

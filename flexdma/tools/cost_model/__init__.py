@@ -1,11 +1,11 @@
-"""The cost model: the work of a call, and the rates at which devices do it.
+"""The cost model: the work of a call, and the rates of devices.
 
-symbols         the sizes that formulas are in
+symbols         the sizes in the formulas
 pairs           pairs of query and key that a mask shows and that the lowerings compute
 packed_blocks   places of packed keys, and the blocks that a sliding window visits, in closed form
 calls           FLOPs, bytes, memory and communication of each call, as formulas
 kernel_bytes    bytes per key, place and tile that the generated kernels move
-counts          keys seen and blocks visited by given lifespans, counted
-data_sheets     rates of devices by their vendors, and the least time that they allow
+counts          counts of keys seen and blocks visited under given lifespans
+data_sheets     vendors' rates of devices, and the least time that they allow
 measured        rates measured on a machine, and the time that they predict
 """

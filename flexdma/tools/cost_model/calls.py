@@ -1,7 +1,7 @@
 """FLOPs, bytes, memory and communication of each call, as expressions.
 
-Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once;
-tests/tools/test_cost.py holds the sums to 10 % of the compiler's count.
+Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once.
+tests/tools/test_cost.py checks that the sums are within 10 % of the compiler's count.
 """
 
 from dataclasses import dataclass, fields
@@ -21,20 +21,20 @@ from flexdma.tools.cost_model.packed_blocks import (
 from flexdma.tools.cost_model.pairs import shown_pairs
 from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
 
-ROUNDS_END = 2**21  # keys; ranking takes two bits a round below, one from there on
-# Bytes per row (a query of one head): forward, the logarithm of its sum; backward, that, and D_i = dO_i . o_i twice.
+ROUNDS_END = 2**21  # keys; below, ranking resolves two bits per round, from there on one
+# Bytes per row (a query of one head).  Forward: its log-sum-exp.  Backward: that, and D_i = dO_i . o_i twice.
 PER_ROW, BACKWARD_PER_ROW = 4, 12
 NOTHING = Integer(0)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """Of one call on one device; expressions in the symbols of `symbols.py`.
+    """The cost of one call on one device, as expressions in the symbols of `symbols.py`.
 
-    flops: executed, on visited blocks; at rho = 1 those of the pairs that the mask shows.
+    flops: executed on visited blocks; at rho = 1 those of the pairs that the mask shows.
     bytes: moved in the device's memory, if each kernel reads its inputs and writes its outputs once.
-    metadata: bytes of order, lifespans and block metadata, which live until the call, or its backward, is done.
-    peak: bytes held at once beyond inputs and outputs, metadata included.
+    metadata: bytes of order, lifespans and block metadata, kept to the end of the call or of its backward.
+    peak: bytes at once beyond inputs and outputs, metadata included.
     received: bytes from other ranks.
     """
 
@@ -55,7 +55,7 @@ class Cost:
         values = {symbol: sympify(sizes[symbol.name]) for symbol in (*symbols.SYMBOLS, rho) if symbol.name in sizes}
         numbers = {}
         for field in fields(self):
-            value = getattr(self, field.name).xreplace(values)  # subs simplifies after each symbol: seconds
+            value = getattr(self, field.name).xreplace(values)  # subs takes seconds: it simplifies after each symbol
             if value.free_symbols:
                 missing = sorted(f"{s.name} ({symbols.MEANING[s.name]})" for s in value.free_symbols)
                 raise ValueError(f"sizes: expected {', '.join(missing)} too")
@@ -64,9 +64,9 @@ class Cost:
 
 
 def forward(*, training: bool = False) -> Cost:
-    """The flex lowering on a whole sequence, Q = K = N; `training`: with what the backward needs."""
+    """The flex lowering on a whole sequence, Q = K = N.  training: also make the metadata of the backward."""
     query, key, value, output = _tensors()
-    folded = _if_folded(query, NOTHING)  # a copy
+    folded = _if_folded(query, NOTHING)  # folding copies the query
     unfolded = _if_unfolded(2 * output, NOTHING)
     attention = query + _packed() + output + PER_ROW * B * Hq * N
     held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
@@ -83,9 +83,9 @@ def forward(*, training: bool = False) -> Cost:
 def backward() -> Cost:
     """The backward of `forward(training=True)`.
 
-    FlexAttention's kernel computes scores and their gradients twice, once by rows and once by columns: 4 D + 3 Dv per pair,
-    where 3 D + 2 Dv would do.  The gate's gradient is a column of sums and adds no product.  The gradients of keys and
-    values are sums over places: packed they are written and read, and then written once more.
+    FlexAttention's kernel computes scores and their gradients twice, once by rows and once by columns: 4 D + 3 Dv per pair
+    instead of 3 D + 2 Dv.  The gate's gradient is a sum over columns and adds no product.  The gradients of keys and values
+    are sums over places: packed gradients are written and read, then the sums are written.
     """
     query, key, value, output = _tensors()
     rows = _if_unfolded(4 * (query + output), 2 * query + 3 * output)
@@ -99,9 +99,9 @@ def backward() -> Cost:
 
 
 def decode() -> Cost:
-    """One new token per row of the batch against a `DynamicMaskState` of `slots` keys, whatever the context.
+    """One new token per row of the batch against a `DynamicMaskState` of `slots` keys, for any context length.
 
-    A state is a value: the new one is written beside the old.
+    A state is a value, so the new one is written beside the old one.
     """
     keys = B * Hkv * slots
     state = keys * ((D + Dv) * element + gate_element + 8)
@@ -114,18 +114,18 @@ def decode() -> Cost:
 
 
 def context_parallel(*, training: bool = False) -> Cost:
-    """One rank's share of a sequence over `ranks`, by the scheme of a bounded state; flexdma does not implement it.
+    """One rank's share of a sequence over `ranks`, by exchanging bounded states; flexdma does not implement it.
 
-    A rank computes N / ranks queries.  All it needs of earlier ranks are the w best of their keys per KV head, the state
-    after them; merging two states is associative, so ceil(log2 ranks) exchanges of one state each reach every rank.  In
-    training the gradients of those keys travel back the same way.
+    A rank computes N / ranks queries.  Of earlier ranks it needs only the state after them, the w best keys per KV head.
+    Merging two states is associative, so ceil(log2 ranks) exchanges of one state reach every rank.  In training the
+    gradients of those keys return the same way.
     """
     calls = [forward(training=training), *([backward()] if training else [])]
     share = {N: N / ranks}
     state = B * Hkv * w * ((D + Dv) * element + gate_element + 8)
     returned = B * Hkv * w * ((D + Dv) * element + gate_element) if training else NOTHING
     return Cost(
-        # Here every query sees w keys, the first ones of a share too; on the first rank they see fewer.
+        # Every query sees w keys, also the first queries of a share, except on the first rank.
         flops=sum((call.flops for call in calls), NOTHING).subs(shown_pairs(), N * w).subs(share),
         bytes=sum((call.bytes for call in calls), NOTHING).subs(share) + 3 * state,
         metadata=metadata(training=training).subs(share),
@@ -135,7 +135,7 @@ def context_parallel(*, training: bool = False) -> Cost:
 
 
 def full_attention() -> Cost:
-    """The forward of causal attention to everything, for comparison; over ranks each receives all keys of the others."""
+    """The forward of causal attention to all keys, for comparison.  Each rank receives all keys of the others."""
     query, key, value, output = _tensors()
     return Cost(
         flops=2 * (D + Dv) * B * Hq * shown_pairs(N, N) / ranks,
@@ -147,9 +147,9 @@ def full_attention() -> Cost:
 
 
 def metadata(*, training: bool) -> Expr:
-    """Bytes of the packed keys' order and lifespans, and of numbers and indices of the blocks.
+    """Bytes of the packed keys' order and lifespans, and of the block index.
 
-    In training also of where the pieces of each key are, and of the transposed numbers and indices.
+    In training also of the pieces of each key and of the transposed block index.
     """
     by_row = row_blocks() * (1 + key_blocks())
     by_key = periods() * key_blocks() * (1 + row_blocks_of_a_period())
@@ -194,10 +194,10 @@ def _tiles() -> Expr:
 
 
 def _if_folded(folded: Expr, alone: Expr) -> Expr:
-    """Folding G query heads into the rows of one moves them; one head is where it should be."""
+    """`folded` where G query heads are folded into rows, which copies them; `alone` for G = 1."""
     return Piecewise((folded, GROUP > 1), (alone, True))
 
 
 def _if_unfolded(unfolded: Expr, alone: Expr) -> Expr:
-    """Taking rows apart again, of outputs and gradients, moves them too; those of a single KV head are a view."""
+    """`unfolded` where unfolding rows of outputs and gradients copies them; `alone` where it is a view."""
     return Piecewise((unfolded, And(GROUP > 1, Hkv > 1)), (alone, True))

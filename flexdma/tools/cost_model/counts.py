@@ -1,4 +1,4 @@
-"""What lifespans amount to: keys seen, steps lived, blocks visited.  Exact counts; nothing is Q x K."""
+"""Exact counts of lifespans: keys seen, lengths of lifespans, blocks visited.  No Q x K tensor exists."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -13,27 +13,27 @@ from flexdma.packing.schedule import schedule
 
 @dataclass(frozen=True)
 class KeyCounts:
-    """Keys of one head, or the means over heads.  Keys, steps and queries are means over the batch."""
+    """Counts of keys of one head, or the means over heads; means over the batch."""
 
-    ever_visible: float  # keys that at least one query sees; as a causal selection, also queries that see their own key
-    share: float  # the same, of all K keys
-    mean_lifespan: float  # steps, over the keys ever visible; 0 where there are none
+    ever_visible: float  # keys that at least one query sees; in a causal selection also queries that see their own key
+    share: float  # ever_visible / K
+    mean_lifespan: float  # queries, over the keys ever visible; 0 where there are none
     median_lifespan: float
     visible_per_query: float
 
 
 @dataclass(frozen=True)
 class BlockCounts:
-    """Mask blocks (tiles) of one head, or the means over heads; means over the batch."""
+    """Counts of mask blocks (tiles) of one head, or the means over heads; means over the batch."""
 
     visited: float
-    full: float  # visited, and every key of the block visible to every row: no mask is computed
+    full: float  # visited blocks in which every row sees every key, so that no mask is computed
     over_ideal: float  # visited / (visible pairs / pairs of a block); 0 where nothing is visible
     over_causal: float  # visited / blocks of a causal mask
 
 
 def key_counts(lifespans: Lifespans) -> list[KeyCounts]:
-    """One per head."""
+    """The counts of each head."""
     lifetime = (lifespans.death - lifespans.birth).long()
     batch, heads, length = lifetime.shape
     counts = []
@@ -49,7 +49,7 @@ def key_counts(lifespans: Lifespans) -> list[KeyCounts]:
 def blocks(lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None) -> BlockIndex:
     """The blocks that a kernel visits; `group` query heads are folded into the rows of a block.
 
-    capacity: upper bound on keys visible to one query; keys are packed.  None: keys stay in the order given.
+    capacity: pack keys; upper bound on keys visible to one query.  None = keys stay in the given order.
     """
     length = lifespans.birth.shape[-1]
     if capacity is None:
@@ -62,7 +62,7 @@ def blocks(lifespans: Lifespans, group: int, block_size: tuple[int, int], capaci
 def block_counts(
     lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None
 ) -> list[BlockCounts]:
-    """One per head; arguments as of `blocks`."""
+    """The counts of each head; arguments as in `blocks`."""
     rows, columns = block_size
     index = blocks(lifespans, group, block_size, capacity)
     visited, full = (number.sum(-1).double().mean(0) for number in (index.visited(), index.full_num))
@@ -75,7 +75,7 @@ def block_counts(
 
 
 def visited_pairs(lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None) -> int:
-    """Pairs of a query and a key in the visited blocks, of all heads; arguments as of `blocks`."""
+    """Pairs of a query and a key in the visited blocks of all heads; arguments as in `blocks`."""
     rows, columns = block_size
     return int(blocks(lifespans, group, block_size, capacity).visited().sum()) * rows * columns
 
@@ -88,12 +88,12 @@ def causal_blocks(length: int, group: int, block_size: tuple[int, int]) -> int:
 
 
 def evictions(lifespans: Lifespans, everything: Lifespans) -> int:
-    """Keys that die before they would by causality, documents and padding alone."""
+    """Number of keys that die before `everything`, the lifespans by causality, documents and padding alone."""
     return int((lifespans.death < everything.death).sum())
 
 
 def same_mask(lifespans: Lifespans, other: Lifespans) -> bool:
-    """Whether the two show every query the same keys."""
+    """Whether every query sees the same keys under both."""
     return torch.equal(_span(lifespans), _span(other))
 
 

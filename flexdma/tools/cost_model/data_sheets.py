@@ -1,4 +1,4 @@
-"""What devices can do at most, by their vendors' data sheets, and the least time that allows a call."""
+"""Peak rates of devices from their vendors' data sheets, and the least time of a call at these rates."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +17,8 @@ class Device:
 
 
 TERA, GIGA = 1e12, 1e9
-# Vendors state NVLink's bandwidth for both directions together and, on Hopper and Blackwell, FLOPs with sparsity: halved.
+# Vendors give NVLink's bandwidth for both directions together and, for Hopper and Blackwell, FLOPs with sparsity.  Both are
+# halved here.
 DEVICES = {
     "a100": Device(
         "NVIDIA A100 SXM 80 GB", 312 * TERA, 2.039 * TERA, 80 * GIGA, 300 * GIGA, "NVIDIA A100 datasheet (2021)"
@@ -33,7 +34,7 @@ DEVICES = {
 def estimate(device: Device, cost: Mapping[str, float], achieved: float = 1.0) -> dict[str, float]:
     """Seconds {"computing", "memory", "link", "least"} at `achieved` times the device's peak rates; `cost` from `Cost.at`.
 
-    "least" is the longest of computing and memory, which may overlap, and then the link, on which the queries wait.
+    "least" is the longer of computing and memory, which may overlap, plus the link, because queries wait for it.
     """
     computing = cost["flops"] / (device.flops * achieved)
     memory = cost["bytes"] / (device.bandwidth * achieved)

@@ -1,4 +1,4 @@
-"""Nanoseconds of attention to everything and of each lowering, at rates that were measured.
+"""Nanoseconds of causal attention to all keys and of each lowering, at measured rates.
 
 For one KV head with G query heads, N positions, capacity C = w + sinks + recent:
 
@@ -6,9 +6,9 @@ For one KV head with G query heads, N positions, capacity C = w + sinks + recent
     gather  = G gathered_pairs(N, C)    * rates.gather + N log2 N * rates.gather_selection
     flex    = G rho shown_pairs(N, C)   * rates.flex   + N log2 N * rates.flex_selection
 
-gathered_pairs counts a block's own keys, all of which training gathers; inference gathers those that are born, for more
-queries.  Rates are measured, not derived: a tile of flexdma costs more than a tile of SDPA because it loads gates and
-applies a mask, and on a CPU because Inductor's matrix products are slower.
+gathered_pairs counts all of a block's own keys, as training gathers them.  Inference gathers only those that are ever
+visible, for larger blocks.  Rates are measured, not derived.  A tile of flexdma takes longer than a tile of SDPA, because it
+loads gates and applies a mask, and on a CPU because Inductor's matrix products are slower.
 """
 
 from collections.abc import Callable
@@ -24,7 +24,7 @@ class Rates:
 
     measured_on: str
     causal: float
-    gather: float | None  # None: not offered there
+    gather: float | None  # None = not available there
     gather_selection: float
     flex: float | None
     flex_selection: float
@@ -35,9 +35,9 @@ class Rates:
 
 
 EPYC = "AMD EPYC, 2 threads, torch 2.13.0+cpu, float32, D=64"
-# (device, phase): the geometric means over the two shapes of each phase of docs/benchmarks.md, whose contenders took turns;
-# they reproduce its rows within 15 %.  `python -m flexdma explain --fit docs/results/bench-cpu.json` prints them.
-# CUDA has not been measured: `python -m flexdma explain --calibrate` does it where there is a GPU.
+# (device, phase): geometric means over the two shapes of each phase of docs/benchmarks.md, whose contenders took turns.
+# They reproduce its rows within 15 %.  `python -m flexdma explain --fit docs/results/bench-cpu.json` prints them.
+# CUDA has not been measured; `python -m flexdma explain --calibrate` measures it on a machine with a GPU.
 RATES = {
     ("cpu", "inference"): Rates(EPYC, causal=1.88, gather=2.44, gather_selection=24.8, flex=4.33, flex_selection=28.2),
     ("cpu", "training"): Rates(EPYC, causal=7.49, gather=12.5, gather_selection=24.8, flex=None, flex_selection=28.2),
@@ -46,7 +46,7 @@ RATES = {
 
 @dataclass(frozen=True)
 class Problem:
-    """What the model is asked about: sizes of one KV head, and how densely packing fills the blocks."""
+    """The inputs of the model: sizes of one KV head, and the density of the visited blocks."""
 
     length: int
     window: int
@@ -56,12 +56,12 @@ class Problem:
 
     @property
     def capacity(self) -> int:
-        """The most keys that a query sees."""
+        """Upper bound on the keys that one query sees."""
         return self.window + self.always
 
 
 def causal_cost(rates: Rates, problem: Problem) -> float:
-    """Nanoseconds of causal attention to everything."""
+    """Nanoseconds of causal attention to all keys."""
     return problem.group * float(shown_pairs(problem.length, problem.length)) * rates.causal
 
 
@@ -74,7 +74,7 @@ def gather_cost(rates: Rates, problem: Problem) -> float:
 
 
 def flex_cost(rates: Rates, problem: Problem) -> float:
-    """Nanoseconds of the flex lowering over the blocks it visits."""
+    """Nanoseconds of the flex lowering over the blocks that it visits."""
     if rates.flex is None:
         raise ValueError("rates: expected a rate of the flex lowering, got None")
     pairs = problem.group * problem.rho * float(shown_pairs(problem.length, problem.capacity))
@@ -85,5 +85,5 @@ COSTS: dict[str, Callable[[Rates, Problem], float]] = {"gather": gather_cost, "f
 
 
 def sorted_keys(length: int) -> float:
-    """N log2 N, what selecting takes."""
+    """N log2 N, to which the time of a selection is proportional."""
     return length * log2(max(2, length))

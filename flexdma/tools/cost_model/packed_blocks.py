@@ -1,4 +1,4 @@
-"""Places of packed keys, and blocks that are visited: exact, in closed form.
+"""Numbers of places of packed keys and of visited blocks, exact and in closed form.
 
 A block is `rows` rows by `columns` keys; with G = Hq / Hkv query heads folded into rows it spans T = rows / G positions.
 Keys are packed as `flexdma.packing.packed_layout` packs a whole sequence, Q = K = N, of which a query sees at most w.
@@ -17,23 +17,23 @@ SPAN = rows * Hkv / Hq  # positions of a block's rows
 
 
 class CommonDivisor(sympy.Function):
-    """The greatest one of two positive integers; unevaluated until both are numbers."""
+    """The greatest common divisor of two positive integers; unevaluated until both are numbers."""
 
     is_integer = is_positive = True
 
     @classmethod
     def eval(cls, first: Expr, second: Expr) -> Expr | None:
-        """The divisor, or None for "not yet"."""
+        """The divisor; None while one of them is symbolic."""
         return sympy.Integer(gcd(int(first), int(second))) if first.is_number and second.is_number else None
 
 
 STEP = rows / CommonDivisor(rows, GROUP)  # the fewest positions that fill whole row blocks
-PERIOD_LENGTH = STEP * ceiling(Max(PERIOD * w, PERIOD_BLOCKS * columns) / STEP)  # positions, where there are several
+PERIOD_LENGTH = STEP * ceiling(Max(PERIOD * w, PERIOD_BLOCKS * columns) / STEP)  # positions, with several periods
 ONE_PERIOD = sympy.Le(N, w + PERIOD_LENGTH)
 
 
 def visited_blocks() -> Expr:
-    """Blocks that a sliding window of w visits, per KV head: what DMA is while its gates are equal (A = 0).
+    """Blocks that a sliding window of w visits, per KV head.  DMA with equal gates (A = 0) is a sliding window.
 
     Exact for all N and w where T divides `columns` or `columns` divides T.
     """
@@ -43,12 +43,12 @@ def visited_blocks() -> Expr:
 
 
 def causal_blocks() -> Expr:
-    """Blocks that a causal mask visits, per KV head, the keys in their natural order; as exact as `visited_blocks`."""
+    """Blocks that a causal mask visits, per KV head, with keys in natural order; exact as `visited_blocks` is."""
     return _visited_first(N).subs(w, N)
 
 
 def periods() -> Expr:
-    """Periods that the queries are cut into."""
+    """Number of periods."""
     return Piecewise((1, ONE_PERIOD), (ceiling(N / PERIOD_LENGTH), True))
 
 
@@ -73,7 +73,7 @@ def row_blocks_of_a_period() -> Expr:
 
 
 def _visited_first(positions: Expr) -> Expr:
-    """Blocks visited in a period of so many positions with which the sequence begins.
+    """Blocks visited in the first period, of this many positions.
 
     Row block r spans positions rT to its last, p, and visits the key blocks from floor(max(0, rT - w + 1) / columns) to
     floor(p / columns).
@@ -87,7 +87,7 @@ def _visited_first(positions: Expr) -> Expr:
 
 
 def _visited_later(positions: Expr) -> Expr:
-    """The same in any other period: w - 1 old keys stand before its own, so that position p sees places p to p + w - 1."""
+    """Blocks visited in a later period: w - 1 older keys come before its own, so position p sees places p to p + w - 1."""
     count = ceiling(positions / SPAN)
     last = _sum_of_floors(SPAN + w - 2, count - 1) + floor((positions + w - 2) / columns)
     return count + last - _sum_of_floors(sympy.Integer(0), count)

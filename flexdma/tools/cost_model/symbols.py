@@ -1,11 +1,11 @@
-"""The sizes that the formulas are in."""
+"""The symbols of the formulas."""
 
 import sympy
 
 (B, Hq, Hkv, N, w, D, Dv, rows, columns, ranks, slots, element, gate_element) = SYMBOLS = sympy.symbols(
     "B Hq Hkv N w D Dv rows columns ranks slots element gate_element", positive=True, integer=True
 )
-# Visited pairs over shown pairs, of packed keys: 1.1 to 1.3, by the gates (docs/benchmarks.md).
+# Visited pairs over shown pairs, of packed keys: 1.1 to 1.3, depending on the gates (docs/benchmarks.md).
 rho = sympy.Symbol("rho", positive=True)
 
 MEANING = {

@@ -1,9 +1,11 @@
-"""The demonstration: `python -m flexdma demo` trains four small language models, alike but for attention (`byte_models`).
+"""The demonstration: `python -m flexdma demo` trains four small language models that differ in attention (`byte_models`).
 
-text        bytes to train and to validate on
-training    alike for all of them
-masks       what the trained gates keep
-pictures    drawings of that
-report      table, sample, results.json
+text        bytes for training and validation
+training    training and validation, the same for all models
+masks       the keys that trained gates keep
+pictures    pictures of masks, gates and losses
+sampling    text from a trained model
+report      the table and results.json
+comparison  the whole run
 command     the command line
 """

@@ -11,7 +11,7 @@ __all__ = ["add_arguments", "run"]
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check everything that can be checked before the work, then do it."""
+    """Check the request, then run the demonstration."""
     options = resolved(arguments)
     check_installed("matplotlib", "rich", extra="demo")
     with refusing(TextError):
@@ -21,7 +21,7 @@ def run(arguments: argparse.Namespace) -> int:
         raise RefusedError("needs a C++ compiler for torch.compile (for example: apt-get install g++), or --no-compile")
     options.out.mkdir(parents=True, exist_ok=True)
 
-    # Only now: it imports matplotlib and rich.
+    # Imported here, because it needs matplotlib and rich.
     from flexdma.tools.demo.comparison import compare
 
     compare(options, text)

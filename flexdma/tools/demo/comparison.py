@@ -1,4 +1,4 @@
-"""The demonstration itself: four models, one set of hyperparameters; then table, sample, pictures and results.json."""
+"""Train the four models with the same hyperparameters, then make the table, sample, pictures and results.json."""
 
 import argparse
 from collections.abc import Callable
@@ -23,14 +23,14 @@ from flexdma.tools.demo.training import Course, Hyperparameters, train, validate
 from flexdma.tools.machine import machine
 
 VALIDATION_WINDOWS = 64
-DYNAMIC = ("dma", "dma-recency")  # kinds whose gates select, so that their sparsity can change
-RECORDS = 15  # of the sparsity over a training: each runs the uncompiled model on one window
-PROMPT = 256
-SHOWN = 80  # bytes of the prompt that are printed
+DYNAMIC = ("dma", "dma-recency")  # kinds whose gates select keys, so that their sparsity can change
+RECORDS = 15  # of the sparsity per training; each record runs the uncompiled model on one window
+PROMPT = 256  # bytes
+SHOWN = 80  # printed bytes of the prompt
 
 
 def compare(options: argparse.Namespace, text: Text) -> None:
-    """Train, measure, print, write."""
+    """Train the models, print the table and a sample, and write pictures, numbers and checkpoint."""
     console = Console()
     labels = {
         "dma": "DMA (paper)",
@@ -47,7 +47,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     console.print(
         outcome_table(
             outcomes,
-            f"{text.name}: {len(text.training):,} bytes to train on; w = {options.window}, context {options.context}, "
+            f"{text.name}: {len(text.training):,} training bytes; w = {options.window}, context {options.context}, "
             f"{options.steps} steps of {hyperparameters.batch * hyperparameters.context:,} bytes, seed {options.seed}",
         )
     )
@@ -62,8 +62,8 @@ def compare(options: argparse.Namespace, text: Text) -> None:
             RichText.assemble((written.prompt[-SHOWN:], "dim"), written.continuation),
             title=f"{labels['dma-recency']} continues validation text (dim)",
             title_align="left",
-            subtitle=f"from a state of {written.state_bytes / 1024:,.0f} KiB at any length; a full cache: "
-            f"{written.full_cache_bytes / 1024:,.0f} KiB by now",
+            subtitle=f"from a state of {written.state_bytes / 1024:,.0f} KiB at any length; a full cache here: "
+            f"{written.full_cache_bytes / 1024:,.0f} KiB",
             subtitle_align="left",
         )
     )
@@ -98,7 +98,7 @@ def compare(options: argparse.Namespace, text: Text) -> None:
     )
     console.print(
         f"Pictures, results.json and checkpoint/ are in {out}/: {', '.join(f'{name}.png' for name in figures)}\n"
-        f"Step through what each query keeps: python -m flexdma view --text FILE --checkpoint {out / 'checkpoint'}",
+        f"To see the keys that each query keeps: python -m flexdma view --text FILE --checkpoint {out / 'checkpoint'}",
         soft_wrap=True,
         markup=False,
     )
@@ -113,7 +113,7 @@ def _train_all(
     compiled = not options.no_compile
     with TrainingProgress(console, models=len(KINDS), steps=options.steps, compiled=compiled) as progress:
         for kind in KINDS:
-            # Each model compiles from scratch, as it would alone.
+            # So that each model compiles from scratch, as it would alone.
             torch.compiler.reset()
             progress.begin(labels[kind])
             model = ByteModel(kind, sizes, recency=options.recency, seed=options.seed).to(options.device)

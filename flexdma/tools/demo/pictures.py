@@ -1,4 +1,4 @@
-"""The pictures of the report: what the trained gates keep, how they came to it, and the losses."""
+"""The pictures of the report: masks and gates of the trained models, sparsity over training, and losses."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,8 @@ from flexdma.tools.byte_models.model import ByteModel, layer_gates
 from flexdma.tools.demo import masks
 from flexdma.tools.demo.report import Outcome
 
-MASK_STRETCH = 256  # bytes in the pictures of the masks: more would be finer than a pixel
-GATE_STRETCH = 320  # bytes in the picture of the gates: four lines of text
+MASK_STRETCH = 256  # bytes in the pictures of the masks, because details of more would be below a pixel
+GATE_STRETCH = 320  # bytes in the picture of the gates, four lines of text
 PICTURE_BLOCK = 32
 SMOOTHING = 15  # steps
 
@@ -29,7 +29,7 @@ def report_figures(
     context: int,
     stretch: int,
 ) -> tuple[dict[str, Figure], dict[str, dict]]:
-    """The pictures by name, and the tiles that they count.  validation: bytes, of which up to `stretch` are drawn."""
+    """The pictures by name, and their counts of tiles.  validation: bytes, of which up to `stretch` are drawn."""
     long = validation[None, :stretch].to(models["dma"].embedding.weight.device)
     long = long[:, : long.shape[1] // PICTURE_BLOCK * PICTURE_BLOCK]
     short = long[:, : min(MASK_STRETCH, context)]
@@ -77,7 +77,7 @@ def report_figures(
             byte_labels(bytes(line[0].tolist())),
             lifespans=line_lifespans,
             head=head,
-            title=f"{where}: the gate of every byte, and which {window} the last query sees",
+            title=f"{where}: the gate of every byte, and the {window} bytes that the last query sees",
         ),
         "sparsity": plots.sparsity_figure(
             outcomes["dma"].course.recorded_steps,
@@ -85,7 +85,7 @@ def report_figures(
                 outcomes[kind].label: torch.tensor(outcomes[kind].course.never_visible)
                 for kind in ("dma", "dma-recency")
             },
-            title="What the gates reject on arrival, as they are trained (0 %: a sliding window)",
+            title="Keys that the gates reject on arrival, over training (0 %: a sliding window)",
         ),
         "losses": loss_figure(
             {outcome.label: outcome.course.losses for outcome in outcomes.values()},
@@ -96,13 +96,13 @@ def report_figures(
 
 
 def loss_figure(losses: dict[str, Sequence[float]], validation: dict[str, float], baseline: str) -> Figure:
-    """Left the training losses; right how far each is from that of the model labelled `baseline`, batch by batch."""
+    """The training losses (left), and their difference to the loss of `baseline` on the same batches (right)."""
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
     smooth = {label: _smoothed(torch.tensor(values)) for label, values in losses.items()}
     steps = range(1, len(smooth[baseline]) + 1)
     gaps = {label: values - smooth[baseline] for label, values in smooth.items()}
-    # Wide lines below narrow ones: curves that coincide all stay visible.
+    # Wide lines below narrow ones, so that all curves stay visible where they coincide.
     for colour, width, label in zip(SERIES[:4], (2.0, 5.0, 2.5, 1.2), smooth, strict=True):
         style = {"color": colour, "linewidth": width}
         left.plot(steps, smooth[label].tolist(), label=f"{label}: {validation[label]:.3f}", **style)
@@ -110,12 +110,12 @@ def loss_figure(losses: dict[str, Sequence[float]], validation: dict[str, float]
     left.set_ylabel(f"training loss, bits per byte (mean of {SMOOTHING} steps)")
     left.set_title("Training loss")
     left.legend(title="validation, bits per byte")
-    # Without the model that is furthest away, which the left panel shows well enough.
+    # The scale ignores the most distant model, which the left panel shows.
     near = sorted(gaps.values(), key=lambda gap: gap.abs().max().item())[:-1]
     reach = 1.2 * max(0.01, *(gap.abs().max().item() for gap in near))
     right.set_ylim(-reach, reach)
     right.set_ylabel(f"bits per byte more than {baseline}")
-    right.set_title(f"The same, less the loss of {baseline} on the same batches")
+    right.set_title(f"Training loss minus that of {baseline} on the same batches")
     for axes in (left, right):
         axes.set_xlabel("training step")
         axes.grid(alpha=0.25)
@@ -123,7 +123,7 @@ def loss_figure(losses: dict[str, Sequence[float]], validation: dict[str, float]
 
 
 def _smoothed(values: Tensor) -> Tensor:
-    """Each value's mean with up to SMOOTHING - 1 before it."""
+    """The mean of each value and up to SMOOTHING - 1 values before it."""
     total = torch.cat([values.new_zeros(1), values.cumsum(0)])
     end = torch.arange(1, len(values) + 1)
     start = (end - SMOOTHING).clamp(min=0)

@@ -1,4 +1,4 @@
-"""Progress over the four models: what is running, its loss and speed, and how much of the whole is done."""
+"""Progress over the four models: the running model with its loss and speed, and the share of all steps done."""
 
 from types import TracebackType
 
@@ -9,7 +9,7 @@ from flexdma.tools.progress import progress_bars
 
 
 class TrainingProgress:
-    """A context with one line per model and one for all steps; where there is no terminal, one plain line per model."""
+    """A context with one bar per model and one for all steps; without a terminal, one plain line per model."""
 
     def __init__(self, console: Console, *, models: int, steps: int, compiled: bool) -> None:
         self.console, self.steps, self.compiled = console, steps, compiled
@@ -24,18 +24,18 @@ class TrainingProgress:
         self.bars.stop()
 
     def begin(self, label: str) -> None:
-        """The next model; until its first step is done its bar pulses, for compiling has no measure."""
-        note = "compiling, some 10 to 60 s" if self.compiled else "first step"
+        """Begin the next model.  Its bar pulses during the first step, because compilation reports no progress."""
+        note = "compiling, about 10 to 60 s" if self.compiled else "first step"
         self.task = self.bars.add_task(label, total=None, note=note)
 
     def step(self, course: Course) -> None:
-        """After every step of that model."""
+        """Show a finished step of that model."""
         note = f"{course.losses[-1]:.3f} bits/byte, {course.tokens_per_second:,.0f} tokens/s"
         self.bars.update(self.task, total=self.steps, completed=len(course.losses), note=note)
         self.bars.advance(self.total)
 
     def end(self, label: str, course: Course, bits_per_byte: float) -> None:
-        """That model is trained and validated."""
+        """Show that the model is trained and validated."""
         note = f"{bits_per_byte:.3f} bits/byte on validation text"
         self.bars.update(self.task, note=note)
         if not self.console.is_terminal:

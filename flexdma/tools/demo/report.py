@@ -1,4 +1,4 @@
-"""What the demonstration leaves: results.json and the table on the terminal."""
+"""The results of the demonstration: results.json and the table on the terminal."""
 
 import json
 from dataclasses import asdict, dataclass
@@ -13,7 +13,7 @@ from flexdma.tools.demo.training import Course
 
 @dataclass
 class Outcome:
-    """One trained model in numbers."""
+    """The numbers of one trained model."""
 
     label: str
     parameters: int
@@ -22,7 +22,7 @@ class Outcome:
     visible_keys: float  # per query, on the same
 
     def numbers(self) -> dict:
-        """For results.json."""
+        """The numbers for results.json."""
         course = asdict(self.course)
         return {
             "label": self.label,
@@ -35,7 +35,7 @@ class Outcome:
 
 
 def outcome_table(outcomes: dict[str, Outcome], title: str) -> Table:
-    """All models, one row each."""
+    """A table with one row per model."""
     table = Table(title=title, title_justify="left", box=box.SIMPLE_HEAD, padding=(0, 1))
     table.add_column("\nattention", no_wrap=True)
     for heading in ("bits\nper byte", "\ntokens/s", "visible\nkeys", "\nparameters", "\nseconds"):
@@ -54,11 +54,11 @@ def outcome_table(outcomes: dict[str, Outcome], title: str) -> Table:
         )
     table.caption = (
         "bits per byte of validation text; visible keys per query;\n"
-        "seconds of training: the first step, which compiles, + all others"
+        "seconds of training: the first step, which compiles, + all other steps"
     )
     return table
 
 
 def write_json(path: Path, content: dict) -> None:
-    """Numbers, indented."""
+    """Write indented JSON atomically."""
     atomic_write(path, lambda part: part.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))

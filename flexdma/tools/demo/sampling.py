@@ -1,4 +1,4 @@
-"""Text from a trained model, byte by byte, with the bounded state: what each layer keeps does not grow with the text."""
+"""Text from a trained model, byte by byte, from the bounded state, whose size does not grow with the text."""
 
 from typing import NamedTuple
 
@@ -9,17 +9,17 @@ from flexdma.tools.byte_models.model import ByteModel
 
 
 class Sample(NamedTuple):
-    """The prompt and what was drawn to follow it, as text; and what that took to remember, in bytes."""
+    """The prompt and its sampled continuation as text, and the bytes of memory."""
 
     prompt: str
     continuation: str
-    state_bytes: int  # of all layers, at any length
-    full_cache_bytes: int  # keys and values of every byte read and written
+    state_bytes: int  # states of all layers, at any length
+    full_cache_bytes: int  # keys and values of all bytes of both texts
 
 
 @torch.no_grad()
 def sample(model: ByteModel, prompt: Tensor, length: int, *, seed: int, temperature: float = 0.6) -> Sample:
-    """The prompt [P] and `length` bytes drawn to follow it: the prompt in one pass, then one byte at a time in O(w)."""
+    """Read the prompt [P] in one pass, then sample `length` bytes one at a time, each in O(w)."""
     generator = torch.Generator().manual_seed(seed)
     device = model.embedding.weight.device
     states, unread, drawn = model.empty_states(1), prompt.to(device)[None], []
@@ -38,7 +38,7 @@ def sample(model: ByteModel, prompt: Tensor, length: int, *, seed: int, temperat
 
 
 def _as_text(values: list[int]) -> str:
-    """What a terminal may safely print: no broken UTF-8, no control characters but line breaks."""
+    """Text that is safe on a terminal: no invalid UTF-8, and no control characters except line breaks."""
     text = bytes(values).decode("utf-8", errors="replace").expandtabs()
     return "".join(
         character if character.isprintable() or character == "\n" else "\N{REPLACEMENT CHARACTER}" for character in text

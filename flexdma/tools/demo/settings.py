@@ -1,4 +1,4 @@
-"""The options of a run of the demonstration, with their defaults."""
+"""The options of the demonstration and their defaults."""
 
 import argparse
 from dataclasses import dataclass
@@ -9,12 +9,12 @@ from flexdma.tools.byte_models.attentions import RECENCIES
 
 @dataclass(frozen=True)
 class Defaults:
-    """Of the options that --quick makes smaller."""
+    """Defaults of the options that --quick makes smaller."""
 
     steps: int
     context: int
     window: int
-    stretch: int  # bytes of validation text that the pictures of blocks and lifetimes show
+    stretch: int  # bytes of validation text in the pictures of blocks and lifetimes
     sample: int  # bytes of generated text
 
 
@@ -28,15 +28,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     def default(name: str) -> str:
         return f"default: {getattr(FULL_RUN, name)}; with --quick {getattr(QUICK_RUN, name)}"
 
-    # Two defaults each, so the help says them itself.
+    # These have two defaults each, so the help text contains them.
     def sized(flag: str, name: str, meaning: str) -> None:
         parser.add_argument(
             flag, type=types.positive_int, metavar="N", default=argparse.SUPPRESS, help=f"{meaning} ({default(name)})"
         )
 
-    parser.add_argument("--quick", action="store_true", help="a smaller run, to see that everything works")
+    parser.add_argument("--quick", action="store_true", help="a smaller run, to check that everything works")
     parser.add_argument(
-        "--text", metavar="FILE", help="text to learn, any bytes (default: the documentation in pydoc_data.topics)"
+        "--text", metavar="FILE", help="training text, any bytes (default: the documentation in pydoc_data.topics)"
     )
     parser.add_argument(
         "--out",
@@ -52,8 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="how the gate of the second model prefers recent keys (default: %(default)s)",
     )
     sized("--steps", "steps", "training steps of each model")
-    sized("--context", "context", "bytes a model sees at a time")
-    sized("--window", "window", "w: keys a query sees")
+    sized("--context", "context", "bytes per training sequence")
+    sized("--window", "window", "w: keys that a query sees")
     parser.add_argument(
         "--seed", type=types.seed, metavar="N", default=0, help="of weights, batches and sample (default: %(default)s)"
     )
@@ -61,7 +61,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--device", type=types.device(), default="cpu", help="cpu, cuda, cuda:1, ... (default: %(default)s)"
     )
     parser.add_argument(
-        "--no-compile", action="store_true", help="train without torch.compile: starts at once, runs slower"
+        "--no-compile", action="store_true", help="train without torch.compile, which starts at once and runs slower"
     )
 
 

@@ -1,4 +1,4 @@
-"""Text for the demonstration: bytes, the first nine tenths to train on, the last tenth to validate on."""
+"""Text for the demonstration, as bytes: the first nine tenths for training, the last tenth for validation."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -7,11 +7,11 @@ import torch
 from torch import Tensor
 
 VALIDATION_SHARE = 10  # one byte in ten
-SHORTEST_VALIDATION = 64  # bytes, however short the context: below that the pictures show nothing
+SHORTEST_VALIDATION = 64  # bytes, for any context, because pictures of fewer show nothing
 
 
 class TextError(ValueError):
-    """The text cannot be used; the message is one line that says why and what is needed."""
+    """The text is not usable; the message is one line with the reason and the requirement."""
 
 
 class Text(NamedTuple):
@@ -23,15 +23,15 @@ class Text(NamedTuple):
 
 
 def load_text(path: str | None, context: int) -> Text:
-    """The text of a file, or with None the documentation that every CPython carries (`pydoc_data.topics`).
+    """The text of a file; for None the documentation in every CPython (`pydoc_data.topics`).
 
-    Raises TextError if there is no such file, or it is too short for windows of `context` bytes in both parts.
+    Raises TextError if the file does not exist, or is too short for windows of `context` bytes in both parts.
     """
     name, content = _python_topics() if path is None else (path, _read(path))
     needed = VALIDATION_SHARE * max(context + 1, SHORTEST_VALIDATION)
     if len(content) < needed:
         raise TextError(
-            f"--text: expected at least {needed:,} bytes for context {context}, a tenth of them to validate on, "
+            f"--text: expected at least {needed:,} bytes for context {context}, a tenth of them for validation, "
             f"got {len(content):,} in {name}"
         )
     values = torch.frombuffer(bytearray(content), dtype=torch.uint8).long()
@@ -40,7 +40,7 @@ def load_text(path: str | None, context: int) -> Text:
 
 
 def validation_windows(text: Text, context: int, count: int) -> Tensor:
-    """Up to `count` windows [count, context + 1], evenly spread over the validation text; the same on every call."""
+    """Up to `count` windows [count, context + 1] at equal distances in the validation text; the same on every call."""
     last = len(text.validation) - context - 1
     count = min(count, last // context + 1)
     starts = torch.linspace(0, last, count).long()

@@ -1,4 +1,4 @@
-"""Training and validation: one set of hyperparameters, one schedule, one order of batches for every kind of attention."""
+"""Training and validation, with the same hyperparameters, schedule and batches for every kind of attention."""
 
 import math
 import time
@@ -17,7 +17,7 @@ BITS = 1 / math.log(2)  # nats to bits
 
 @dataclass(frozen=True)
 class Hyperparameters:
-    """What every model gets.  No parameter has a learning rate of its own."""
+    """The hyperparameters of every model.  All parameters have the same learning rate."""
 
     steps: int
     context: int
@@ -30,13 +30,13 @@ class Hyperparameters:
 
 @dataclass
 class Course:
-    """How a training went.  compile_seconds: the first step, in which torch.compile works; it counts in no speed."""
+    """The course of a training.  compile_seconds: the first step, which compiles and is left out of the speed."""
 
     losses: list[float] = field(default_factory=list)  # bits per byte, one per step
     compile_seconds: float = 0.0
     seconds: float = 0.0
     tokens_per_second: float = 0.0
-    # Filled in by whoever watches: at some steps, the share of keys that no query sees, [layer][head].
+    # Filled in by a watcher: at some steps, the share of keys that no query sees, [layer][head].
     recorded_steps: list[int] = field(default_factory=list)
     never_visible: list[list[list[float]]] = field(default_factory=list)
 
@@ -49,9 +49,9 @@ def train(
     compiled: bool,
     watchers: Sequence[Callable[[Course], None]] = (),
 ) -> Course:
-    """Train in place; `watchers` see the course after every step; their time counts in no speed."""
+    """Train in place.  Each watcher is called with the course after every step; its time is left out of the speed."""
     device = model.embedding.weight.device
-    # By the block: the layers are alike, so one compilation serves them all.
+    # Compile the block, not the model: the layers are equal, so one compilation is enough.
     block = torch.compile(run_block, fullgraph=True, dynamic=False) if compiled else run_block
     optimizer = torch.optim.AdamW(
         model.parameters(),
@@ -83,7 +83,7 @@ def train(
 
 
 def learning_rate_factor(step: int, hyperparameters: Hyperparameters) -> float:
-    """Linear warm-up, then a cosine down to a tenth."""
+    """Linear warm-up, then cosine decay to a tenth."""
     warmup = min(1.0, (step + 1) / min(hyperparameters.warmup, max(1, hyperparameters.steps // 4)))
     return warmup * (0.1 + 0.45 * (1 + math.cos(math.pi * step / hyperparameters.steps)))
 

@@ -1,8 +1,8 @@
-"""Diagnosis: what stands between a model call and its compiled kernels.
+"""Find what keeps a model call from its compiled kernels.
 
 doctor          run calls of a model and report graph breaks, recompilations, uncompiled FlexAttention, versions
-Diagnosis       what it returns: prints, to_json, ok
-Finding         one thing found: what, where, what to do
+Diagnosis       its result: print it, or use `ok` and `to_json`
+Finding         one finding: what, where, what to do
 """
 
 from flexdma.tools.doctor.call import doctor

@@ -1,4 +1,4 @@
-"""What to do about a graph break, a recompilation, an error: the first rule whose words occur in what torch says."""
+"""Advice on a graph break, a recompilation or an error, from the first rule whose words occur in torch's message."""
 
 # (words, advice): any of the words, in lower case.
 GRAPH_BREAKS: tuple[tuple[tuple[str, ...], str], ...] = (
@@ -8,7 +8,7 @@ GRAPH_BREAKS: tuple[tuple[tuple[str, ...], str], ...] = (
     ),
     (
         ("item()", "_local_scalar_dense", "tolist", "scalar"),
-        "keep the number a tensor (torch.where, index_select); reading it waits for the device as well",
+        "keep the number in a tensor (torch.where, index_select); reading it also waits for the device",
     ),
     (
         ("generic_jump", "data-dependent branching", "data dependent"),
@@ -24,23 +24,23 @@ GRAPH_BREAKS: tuple[tuple[tuple[str, ...], str], ...] = (
 RECOMPILATIONS: tuple[tuple[tuple[str, ...], str], ...] = (
     (
         ("size mismatch", ".size()[", "stride mismatch", ".shape["),
-        "sizes vary: pad to few lengths, or torch._dynamo.mark_dynamic(tensor, dim) before the first call; on a CPU "
-        "flexdma's flex lowering is compiled for each shape, and lowering='gather' is not",
+        "sizes vary: pad to few lengths, or call torch._dynamo.mark_dynamic(tensor, dim) before the first call; on a CPU "
+        "flexdma's flex lowering compiles for each shape, lowering='gather' does not",
     ),
     (
         ("integer attributes of the nn.module",),
         "an int attribute of the module changes: keep it as a tensor (register_buffer), or count outside forward",
     ),
-    (("grad_mode",), "call it under the same grad mode each time, or expect one compilation for each"),
+    (("grad_mode",), "call it under the same grad mode each time, or expect one compilation per mode"),
     (
         ("dtype mismatch", "dispatch key set mismatch", "requires_grad mismatch"),
         "call it with tensors of the same dtype, device and requires_grad",
     ),
     (
         ("___check_obj_id", "___check_type_id", "___check_obj", "id("),
-        "an object is made anew for each call: make it once, outside, or pass its tensors",
+        "each call makes a new object: make it once, outside, or pass its tensors",
     ),
-    (("len(",), "a container changes its length: pass a tensor, or always as many entries"),
+    (("len(",), "a container changes its length: pass a tensor, or always the same number of entries"),
     (
         (" == ", " is ", " != "),
         "a Python value changes between calls: pass it as a tensor, keep it constant, or expect one compilation per value",
@@ -56,16 +56,16 @@ ERRORS: tuple[tuple[tuple[str, ...], str], ...] = (
         "FlexAttention has no CPU backward: use lowering='gather' (the default) to train, or torch.no_grad()",
     ),
     (("recompile", "fullgraph=true"), "see the recompilations: the function was compiled too often"),
-    (("float64",), "compiled FlexAttention takes no float64: use float32 or bfloat16"),
+    (("float64",), "compiled FlexAttention does not support float64: use float32 or bfloat16"),
     (("invalidcxxcompiler", "no working c++ compiler"), "install a C++ compiler, or set CXX"),
-    (("out of memory",), "fewer tokens or a smaller batch for the check"),
-    (("",), "run the call without torch.compile first: where it raises there too, the error is its own"),
+    (("out of memory",), "use fewer tokens or a smaller batch for the check"),
+    (("",), "run the call without torch.compile: if it raises there too, the error is not one of compilation"),
 )
-OTHERWISE = "the reason above is torch's; TORCH_LOGS=graph_breaks,recompiles tells more"
+OTHERWISE = "the reason above is torch's; TORCH_LOGS=graph_breaks,recompiles prints more"
 
 
 def advice(rules: tuple[tuple[tuple[str, ...], str], ...], text: str) -> str:
-    """The advice of the first rule that applies; else torch's own hint."""
+    """The advice of the first rule that applies, else torch's hint, else OTHERWISE."""
     lowered = text.lower()
     for words, sentence in rules:
         if any(word in lowered for word in words):

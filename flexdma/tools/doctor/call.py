@@ -1,4 +1,4 @@
-"""`doctor`: run calls of a model and say what keeps them from their compiled kernels."""
+"""`doctor`: run calls of a model and report what keeps them from their compiled kernels."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -20,19 +20,19 @@ Call = Sequence[Any] | dict[str, Any]
 def doctor(fn_or_module: Callable | nn.Module, *calls: Call, backend: str = "inductor") -> Diagnosis:
     """Run the calls and report graph breaks, recompilations, FlexAttention that runs uncompiled, float64 and versions.
 
-    fn_or_module: what to call.  Compiled with torch.compile, unless it is the result of that already.
-    calls: for each call the tuple of its arguments, or a dict of keyword arguments.  Give several that differ as yours do
-        (lengths, numbers, masks), to see recompilations; a single one is made twice.
-    backend: "inductor" compiles and runs the real kernels; "eager" captures graphs alone, in a second or two: breaks and
-        recompilations show, errors of the code generation do not.
+    fn_or_module: the function or module to call.  It is compiled with torch.compile unless it already is.
+    calls: for each call the tuple of its arguments, or a dict of keyword arguments.  Pass several that differ as yours do
+        (lengths, numbers, masks), to find recompilations; a single call is made twice.
+    backend: "inductor" compiles and runs the real kernels.  "eager" only captures graphs, in a second or two, and finds
+        breaks and recompilations but no errors of code generation.
 
-    Where an output requires a gradient the backward runs too; no .grad is touched.  A call that raises is a finding.
-    Forgets what this process has compiled, before and after.
+    Where an output requires a gradient the backward runs too, without changing any .grad.  A call that raises is a finding.
+    Clears the compiled code of this process before and after.
 
         report = flexdma.doctor(model, (batch,), (shorter_batch,))
         print(report); assert report.ok
 
-    Raises TypeError or ValueError naming the argument.
+    Returns a Diagnosis.  Raises TypeError or ValueError naming the argument.
     """
     if not callable(fn_or_module):
         raise TypeError(f"fn_or_module: expected a function or an nn.Module, got {type(fn_or_module).__name__}")
@@ -53,9 +53,9 @@ def doctor(fn_or_module: Callable | nn.Module, *calls: Call, backend: str = "ind
             try:
                 args, kwargs = ((), call) if isinstance(call, dict) else (call, {})
                 call_with_gradients(compiled, fn_or_module, args, kwargs)
-            except Exception as error:  # whatever the user's code or a compiler raises is the finding
+            except Exception as error:  # an error of the user's code or of a compiler is a finding
                 seen.collect()
-                # What failed to compile is this error, not a function left uncompiled.
+                # Report the failed compilation once, as this error and not also as a skipped function.
                 _, where = seen.skipped.pop() if seen.skipped else (None, None)
                 found.append(error_finding(error, number, where))
                 break
@@ -66,7 +66,7 @@ def doctor(fn_or_module: Callable | nn.Module, *calls: Call, backend: str = "ind
 
 
 def is_compiled(fn_or_module: Callable) -> bool:
-    """Whether torch.compile returned it."""
+    """Whether it is a result of torch.compile."""
     return isinstance(fn_or_module, torch._dynamo.OptimizedModule) or hasattr(
         fn_or_module, "_torchdynamo_orig_callable"
     )
@@ -76,8 +76,8 @@ def _compiled(fn_or_module: Callable, backend: str, seen: Seen) -> Callable:
     if backend == "inductor":
         return torch.compile(fn_or_module)
 
-    def as_it_is(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
-        # FlexAttention in the graph runs uncompiled here, but a real backend would compile it.
+    def run_graph(graph: torch.fx.GraphModule, inputs: list[Any]) -> Callable:
+        # Mark that FlexAttention runs uncompiled here only because of this backend.
         def run(*arguments: Any) -> Any:
             seen.within_graph = True
             try:
@@ -87,4 +87,4 @@ def _compiled(fn_or_module: Callable, backend: str, seen: Seen) -> Callable:
 
         return run
 
-    return torch.compile(fn_or_module, backend=as_it_is)
+    return torch.compile(fn_or_module, backend=run_graph)

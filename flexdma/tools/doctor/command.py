@@ -1,4 +1,4 @@
-"""`python -m flexdma doctor`: check a model call of one's own, or flexdma itself on this machine."""
+"""`python -m flexdma doctor`: check calls of your model, or flexdma itself on this machine."""
 
 import argparse
 from collections.abc import Callable
@@ -14,15 +14,19 @@ PROBLEMS = 1  # exit code
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare the options."""
-    parser.epilog = "Exit code: 0 healthy, 1 problems were found, 2 the request cannot be met."
+    parser.epilog = "Exit code: 0 no problems, 1 problems, 2 refused."
     parser.add_argument(
         "entry", nargs="?", type=function, metavar="MODULE:FUNCTION",
-        help="returns (callable, [arguments of a call, ...]); with --calls the callable itself; left out: a self check",
+        help="a function that returns (callable, [arguments of a call, ...]); with --calls the callable itself; "
+        "without it, check flexdma itself",
     )  # fmt: skip
     parser.add_argument(
-        "--calls", type=function, metavar="MODULE:FUNCTION", help="returns [arguments of a call, ...], each a tuple"
+        "--calls", type=function, metavar="MODULE:FUNCTION",
+        help="a function that returns [arguments of a call, ...], each a tuple",
+    )  # fmt: skip
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default="inductor", help="eager only captures graphs, in seconds"
     )
-    parser.add_argument("--backend", choices=BACKENDS, default="inductor", help="eager: graphs alone, in seconds")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 

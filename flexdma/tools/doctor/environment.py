@@ -1,4 +1,4 @@
-"""The machine and the versions: what is there, and whether flexdma is tested with it."""
+"""The machine and its versions, and whether flexdma is tested with them."""
 
 import importlib.metadata
 import platform
@@ -12,7 +12,7 @@ from flexdma.tools.versions import bounds
 
 @dataclass(frozen=True)
 class Environment:
-    """Versions and devices; None: not there."""
+    """Versions and devices; None = absent."""
 
     torch: str
     triton: str | None
@@ -33,7 +33,7 @@ class Environment:
 
 
 def this_environment() -> Environment:
-    """What is here."""
+    """The environment of this process."""
     return Environment(
         torch=torch.__version__,
         triton=triton_version(),
@@ -47,7 +47,7 @@ def this_environment() -> Environment:
 
 
 def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
-    """(is a problem, what, what to do) for everything that is missing or untested."""
+    """(is a problem, what, what to do) for everything missing or untested."""
     found = _untested("torch", here.torch)
     if here.transformers:
         found += _untested("transformers", here.transformers)
@@ -55,7 +55,7 @@ def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
         found.append((True, "there is a GPU and no Triton, so nothing compiles for it", "pip install triton"))
     if here.cuda and not here.gpu:
         found.append((
-            False, "torch is built for CUDA and sees no GPU", "look at nvidia-smi and CUDA_VISIBLE_DEVICES",
+            False, "torch is built for CUDA and finds no GPU", "check nvidia-smi and CUDA_VISIBLE_DEVICES",
         ))  # fmt: skip
     if not here.cpp_compiler:
         found.append((
@@ -64,8 +64,8 @@ def shortcomings(here: Environment) -> list[tuple[bool, str, str]]:
         ))  # fmt: skip
     if not here.avx2 and not here.gpu:
         found.append((
-            False, "the CPU has no AVX2, which Inductor's C++ FlexAttention is written for",
-            "nothing: lowering=None never takes it on a CPU",
+            False, "the CPU has no AVX2, which Inductor's C++ FlexAttention needs",
+            "nothing: lowering=None does not use it",
         ))  # fmt: skip
     return found
 

@@ -1,4 +1,4 @@
-"""From what was seen to findings: each with its place and with what to do."""
+"""Findings from the events of a run, each with its place and advice."""
 
 import re
 import textwrap
@@ -31,20 +31,20 @@ def findings_of(seen: Seen) -> list[Finding]:
     found += _recompilations(seen.recompiled)
     found += [
         Finding(PROBLEM, "recompile limit", _line(message), _after("function:", message),
-                "from here on torch runs this function uncompiled; remove the recompilations, or raise "
+                "torch now runs this function uncompiled; remove the recompilations, or raise "
                 "torch._dynamo.config.recompile_limit")
         for message in seen.limits
     ]  # fmt: skip
     found += [
         Finding(PROBLEM, "eager FlexAttention", "FlexAttention runs uncompiled and holds all Q x K scores", where,
-                "call it inside torch.compile; where it is, look at the graph breaks and limits around it")
+                "call it inside torch.compile; if it already is, see the graph breaks and limits around it")
         for where in seen.eager_attention
     ]  # fmt: skip
     return found
 
 
 def error_finding(error: Exception, call: int, where: str | None) -> Finding:
-    """A call that raised; `where` it was being compiled, if it was."""
+    """A call that raised.  where: the place of a failed compilation, or None."""
     root: BaseException = error
     while root.__cause__ is not None:
         root = root.__cause__
@@ -54,25 +54,25 @@ def error_finding(error: Exception, call: int, where: str | None) -> Finding:
 
 
 def float64_finding(tensors: Iterable[Tensor]) -> list[Finding]:
-    """Float64 where everything is: the model; where some is: perhaps a gate, which may."""
+    """A problem if all floating tensors are float64; a note if some are, because gates may be."""
     floating = [tensor.dtype == torch.float64 for tensor in tensors if tensor.is_floating_point()]
     if not any(floating):
         return []
     what = f"{sum(floating)} of {len(floating)} floating point tensors of the call are float64"
     if all(floating):
-        do = "compiled FlexAttention takes no float64 and lowering=None falls back to gather: use float32 or bfloat16"
+        do = "compiled FlexAttention does not support float64, and lowering=None uses gather: use float32 or bfloat16"
         return [Finding(PROBLEM, "float64", what, "arguments and parameters", do)]
-    do = "nothing where it is the gate alone; query, key and value in float64 are served by gather, never by flex"
+    do = "nothing if only gates are float64; for float64 query, key and value lowering=None uses gather"
     return [Finding(NOTE, "float64", what, "arguments and parameters", do)]
 
 
 def environment_findings(here: Environment) -> list[Finding]:
-    """Versions and tools."""
+    """The shortcomings of the environment as findings."""
     return [Finding(PROBLEM if bad else NOTE, "environment", what, "", do) for bad, what, do in shortcomings(here)]
 
 
 def _recompilations(recompiled: list[Recompiled]) -> list[Finding]:
-    """One finding for each function and guard; guards that differ in their numbers alone are one."""
+    """One finding for each function and guard.  Guards that differ only in numbers are one."""
     alike: dict[tuple[str, str], list[Recompiled]] = {}
     times = Counter(one.frame for one in recompiled)
     for one in recompiled:
@@ -80,7 +80,7 @@ def _recompilations(recompiled: list[Recompiled]) -> list[Finding]:
     found = []
     for (where, _), group in alike.items():
         guard = _guard(group[0].guard)
-        # Compiled once more and from then on for any size: how torch learns what varies.
+        # The second compilation is for any size: torch makes a size dynamic once it has changed.
         learns = times[group[0].frame] == 1 and any(word in guard for word in SIZES)
         often = f" {len(group)} times, at first" if len(group) > 1 else ""
         what = f"compiled again{often} because this no longer held: {guard}"
@@ -95,7 +95,7 @@ def _guard(reason: str) -> str:
 
 
 def _said(text: str) -> str:
-    """Torch's headline, and its explanation where it gives one."""
+    """The first line of torch's message, and its explanation if there is one."""
     explanation = next((line.partition("Explanation:")[2] for line in text.splitlines() if "Explanation:" in line), "")
     return _line(text) + (f": {textwrap.shorten(explanation, 240)}" if explanation else "")
 

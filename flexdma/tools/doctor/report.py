@@ -1,4 +1,4 @@
-"""What `doctor` returns: findings, to print and to keep as JSON."""
+"""The result of `doctor`: findings, as text or JSON."""
 
 import dataclasses
 import json
@@ -11,7 +11,7 @@ PROBLEM, NOTE = "problem", "note"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing found.  A problem costs time or correctness; a note is worth knowing."""
+    """One finding.  A problem costs time or correctness; a note does not."""
 
     level: str  # "problem" or "note"
     kind: str  # "graph break", "recompilation", "recompile limit", "eager FlexAttention", "error", "float64", "environment"
@@ -29,7 +29,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Diagnosis:
-    """What was found over all calls, the gravest first."""
+    """The findings of all calls, problems first."""
 
     environment: Environment
     backend: str

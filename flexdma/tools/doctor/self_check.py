@@ -1,4 +1,4 @@
-"""The doctor's own patient: flexdma's operator on this machine, trained and inferred, compiled, against the definition."""
+"""Check flexdma itself on this machine: compiled training and inference, compared with the definition."""
 
 import dataclasses
 
@@ -11,12 +11,12 @@ from flexdma.tools.doctor.call import doctor
 from flexdma.tools.doctor.report import PROBLEM, Diagnosis, Finding
 
 LENGTH, WINDOW = 256, 32
-# float32 sums of 32 weights, and Triton's matrix products may be of lower precision (TF32).
+# For float32 sums of 32 weights, with matrix products of Triton in lower precision (TF32).
 TOLERANCE = 1e-2
 
 
 def self_check(backend: str = "inductor") -> Diagnosis:
-    """Forward with backward, then forward alone: what `doctor` finds, and whether the results are right."""
+    """Run `doctor` on forward with backward, then on forward alone, and compare the result with the definition."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     generator = torch.Generator().manual_seed(0)
     shapes = ((1, 4, LENGTH, 32), (1, 2, LENGTH, 32), (1, 2, LENGTH, 32), (1, 2, LENGTH))

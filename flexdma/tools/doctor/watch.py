@@ -1,7 +1,7 @@
-"""What torch says and does while calls run: frames compiled, graph breaks, limits, FlexAttention that runs uncompiled.
+"""Record the events of calls in torch: compiled frames, graph breaks, limits, FlexAttention that runs uncompiled.
 
-Read from Dynamo's compilation metrics and its list of graph breaks, which are the same in torch 2.11 to 2.14; logs are
-not parsed, except for the one warning of the recompile limit, which has no other trace.
+The events come from Dynamo's compilation metrics and its list of graph breaks, which are the same in torch 2.11 to 2.14.
+Only the recompile limit is read from a log message, because it leaves no other trace.
 """
 
 import importlib
@@ -18,7 +18,7 @@ import torch
 from torch._dynamo import utils
 from torch._subclasses.fake_tensor import FakeTensor
 
-# Imported by name: in its package the operator of the same name hides the module.
+# Imported by name, because in its package the operator of the same name hides the module.
 flex_operator = importlib.import_module("torch._higher_order_ops.flex_attention")
 METRICS = 4096  # frames remembered per call; torch's own limit is 64
 TORCH, TOOLS = Path(torch.__file__).parent, Path(__file__).parent.parent
@@ -30,12 +30,12 @@ class Recompiled:
 
     frame: str  # torch's number of the function
     where: str
-    guard: str  # what no longer held
+    guard: str  # the guard that failed
 
 
 @dataclass
 class Seen:
-    """Everything over all calls."""
+    """The events of all calls."""
 
     graphs: int = 0
     breaks: list[tuple[str, str]] = field(default_factory=list)  # reason, where
@@ -43,10 +43,10 @@ class Seen:
     recompiled: list[Recompiled] = field(default_factory=list)
     limits: list[str] = field(default_factory=list)
     eager_attention: list[str] = field(default_factory=list)  # where
-    within_graph: bool = False  # an uncompiled graph of the doctor's own runs
+    within_graph: bool = False  # while an uncompiled graph of the doctor's eager backend runs
 
     def collect(self) -> None:
-        """Take over what torch has noted since the last time."""
+        """Take over torch's records since the last `collect`."""
         for metrics in utils.get_compilation_metrics():
             self._take(metrics)
         utils.clear_compilation_metrics()
@@ -70,7 +70,7 @@ class Seen:
 
 @contextmanager
 def watching() -> Iterator[Seen]:
-    """Watch the calls made inside.  What this process has compiled is forgotten before and after."""
+    """Record the events of calls made inside.  Clears the compiled code of this process before and after."""
     seen = Seen()
     torch._dynamo.reset()
     utils.set_compilation_metrics_limit(METRICS)
@@ -82,13 +82,13 @@ def watching() -> Iterator[Seen]:
         if "torch._dynamo hit config." not in str(record.msg):
             return True
         seen.limits.append(record.getMessage())
-        return False  # it is reported, once
+        return False  # the report has it, so do not log it
 
     logger.addFilter(warned)
     flex_operator.math_attention = _noting(original, seen)  # type: ignore[attr-defined]
     try:
         with warnings.catch_warnings():
-            # It is reported, with its place and each time; torch says it once.
+            # The report has each place; torch warns once.
             warnings.filterwarnings("ignore", message="flex_attention called without torch.compile")
             yield seen
     finally:
@@ -99,7 +99,7 @@ def watching() -> Iterator[Seen]:
 
 
 def _noting(original: Callable, seen: Seen) -> Callable:
-    """FlexAttention's definition, Q x K scores and all; on real tensors nothing compiled has taken its place."""
+    """FlexAttention's uncompiled definition, which records its calls on real tensors."""
 
     def math_attention(query: torch.Tensor, *rest: Any) -> Any:
         if not isinstance(query, FakeTensor) and not seen.within_graph:
@@ -112,7 +112,7 @@ def _noting(original: Callable, seen: Seen) -> Callable:
 
 
 def place(stack: list[traceback.FrameSummary]) -> str:
-    """The innermost line that is neither torch's nor of these tools."""
+    """The innermost line outside of torch and of these tools."""
     frames = [f for f in stack if not f.filename.startswith("<") and not _inside(f.filename)] or list(stack)
     if not frames:
         return "unknown"

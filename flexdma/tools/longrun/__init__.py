@@ -1,9 +1,9 @@
-"""python -m flexdma longrun: endless context, measured.
+"""python -m flexdma longrun: measure a long context.
 
-A layer reads as many tokens as asked, chunk by chunk, and hands one `DynamicMaskState` on (arXiv 2508.02124); then it
-decodes, from the state that they left and, in turns, from the one that the first few thousand left.
+A layer reads tokens in chunks and passes one `DynamicMaskState` on (arXiv 2508.02124).  Then it decodes from the final
+state and, in turns, from an early one.
 
-measure.py    the work           chunks in, measurements out
-report.py     what it leaves     the table, JSON, the picture
+measure.py    prefill and decoding, with measurements
+report.py     the table and the picture
 command.py    the command line
 """

@@ -21,9 +21,9 @@ from flexdma.tools.refusal import check_installed
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     for name, default, text in (
-        ("tokens", 1_000_000, "how many to read before decoding"),
+        ("tokens", 1_000_000, "tokens to read before decoding"),
         ("chunk", 16384, "tokens read at a time; memory is O(window + chunk)"),
-        ("decode", 1000, "tokens to decode, from the last state and from that after 4,096 tokens in turns"),
+        ("decode", 1000, "tokens to decode, in turns from the last state and from that after 4,096 tokens"),
         ("window", 1024, "keys that each query keeps"),
         ("heads", 8, "query heads"),
         ("kv-heads", 2, "key/value heads"),
@@ -33,18 +33,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         of = types.natural if name == "decode" else types.positive_int
         parser.add_argument(f"--{name}", type=of, default=default, help=text)
     recencies = [recency for recency in RECENCIES if recency is not None]
-    parser.add_argument("--recency", choices=recencies, default=None, help="of the gates; default none")
+    parser.add_argument("--recency", choices=recencies, default=None, help="recency of the gates; default: none")
     parser.add_argument("--seed", type=types.seed, default=0, help="of weights and tokens")
     parser.add_argument("--device", type=types.device("cpu", "cuda"), default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--threads", type=types.positive_int, default=None, help="CPU threads; default what PyTorch takes"
-    )
+    parser.add_argument("--threads", type=types.positive_int, default=None, help="CPU threads; default: PyTorch's")
     parser.add_argument("--json", type=types.output_file, default=None, help="file for all numbers")
     parser.add_argument("--plot", type=types.picture, default=None, help="file for a picture (.png, .svg, ...)")
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Check, run, print, and write what was asked for."""
+    """Measure, print the table, and write the requested files."""
     types.check_multiple(arguments, "heads", "kv_heads")
     check_installed("rich", extra="bench")
     if arguments.threads is not None:

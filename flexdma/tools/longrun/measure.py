@@ -1,4 +1,4 @@
-"""The work: prefill in chunks of fixed size, then decoding from an early and from the last state in turns."""
+"""Measure prefill in chunks of fixed size, then decoding in turns from an early and from the last state."""
 
 import statistics
 import sys
@@ -14,13 +14,13 @@ from flexdma import DynamicMaskAttention, DynamicMaskState
 from flexdma.tools.machine import synchronise
 from flexdma.tools.timing import timed
 
-# Where peak memory is compared with that at the end, and where decoding is.
+# Tokens after which peak memory, and decoding, are compared with those at the end.
 MEMORY_FROM, DECODE_FROM = 65536, 4096
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """What is run.  hidden_size is that of the layer's input; heads, kv_heads, head_dim and window are the layer's."""
+    """The sizes of a run.  hidden_size, heads, kv_heads, head_dim and window are those of the layer."""
 
     tokens: int
     chunk: int
@@ -36,7 +36,7 @@ class Sizes:
 
 @dataclass
 class Measurements:
-    """What was measured.  Marks are (tokens read, seconds so far, peak bytes so far)."""
+    """The measurements.  Marks are (tokens read, seconds so far, peak bytes so far)."""
 
     marks: list[tuple[int, float, int]] = field(default_factory=list)
     state_bytes: int = 0
@@ -44,18 +44,18 @@ class Measurements:
     decode_seconds: dict[str, float] = field(default_factory=dict)  # per token, by context
 
     def numbers(self) -> dict[str, Any]:
-        """For JSON."""
+        """The measurements for JSON."""
         return asdict(self)
 
     @property
     def growth(self) -> float | None:
-        """Peak memory at the end over that at MEMORY_FROM tokens; None for a shorter run."""
+        """Peak memory at the end over that at MEMORY_FROM tokens; None for shorter runs."""
         early = [peak for tokens, _seconds, peak in self.marks if tokens == MEMORY_FROM]
         return self.marks[-1][2] / early[0] if early and self.marks[-1][0] > MEMORY_FROM else None
 
 
 def make_layer(sizes: Sizes, device: str) -> DynamicMaskAttention:
-    """A layer with random weights whose gates differ from key to key: with A = 0 it would be a sliding window."""
+    """A layer with random weights, A included, because with A = 0 it is a sliding window."""
     torch.manual_seed(sizes.seed)
     layer = DynamicMaskAttention(
         sizes.hidden_size,
@@ -72,7 +72,7 @@ def make_layer(sizes: Sizes, device: str) -> DynamicMaskAttention:
 
 @torch.no_grad()
 def measure(layer: DynamicMaskAttention, sizes: Sizes, tick: Callable[[str, int], None]) -> Measurements:
-    """Prefill and decode; `tick(what, done)` after every chunk and token."""
+    """Prefill and decode; calls `tick(what, done)` after every chunk and token."""
     device = layer.k_proj.weight.device
     generator = torch.Generator(device).manual_seed(sizes.seed)
 
@@ -98,7 +98,7 @@ def measure(layer: DynamicMaskAttention, sizes: Sizes, tick: Callable[[str, int]
 
 
 def chunk_sizes(tokens: int, chunk: int) -> Iterator[int]:
-    """Chunks of this size, shorter ones at the end and where something is measured."""
+    """Chunk sizes that add up to `tokens`; shorter ones at the end and before measurements."""
     read = 0
     while read < tokens:
         stops = [stop for stop in (DECODE_FROM, MEMORY_FROM, tokens) if stop > read]
@@ -114,7 +114,7 @@ def _decode(
     count: int,
     tick: Callable[[str, int], None],
 ) -> dict[str, float]:
-    """Median seconds per token from each state, all states taking turns token by token."""
+    """Median seconds per token from each state; the states take turns token by token."""
     seconds: dict[str, list[float]] = {name: [] for name in states}
     for number in range(count):
         token = tokens(1)
@@ -129,7 +129,7 @@ def _decode(
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that the process has held so far, or that PyTorch has on a GPU."""
+    """Peak bytes of the process so far, or of PyTorch on a GPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource

@@ -1,4 +1,4 @@
-"""What a long run leaves: a table, JSON, a picture."""
+"""The results of a long run as a table and a picture."""
 
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ MIB = 2**20
 
 
 def table(measured: Measurements) -> str:
-    """Markdown: a row per doubling of the context, then what decoding costs and what is kept."""
+    """Markdown: one row per doubling of the context, then memory and decoding times."""
     lines = ["| tokens read | seconds | tokens/s | peak memory, MiB |", "|---|---|---|---|"]
     shown = 0
     for number, (tokens, seconds, peak) in enumerate(measured.marks):
@@ -28,7 +28,7 @@ def table(measured: Measurements) -> str:
         lines.append(f"Decoding after {context} tokens: {1e3 * seconds:.3f} ms per token (median)")
     if len(measured.decode_seconds) == 2:
         early, late = measured.decode_seconds.values()
-        lines.append(f"The latter / the former: {late / early:.3f}")
+        lines.append(f"Second / first: {late / early:.3f}")
     return "\n".join(lines)
 
 
@@ -49,5 +49,5 @@ def write_plot(path: Path, measured: Measurements) -> None:
         axes.set_xlabel("tokens read")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.25)
-    figure.suptitle("A context that does not end")
+    figure.suptitle("Speed and memory over a long context")
     atomic_write(path, lambda part: figure.savefig(part))

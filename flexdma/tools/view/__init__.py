@@ -1,4 +1,4 @@
-"""`python -m flexdma view`: one HTML page in which a person sees what each query keeps of a text.
+"""`python -m flexdma view`: one HTML page that shows the keys of a text that each query keeps.
 
 record      models and text -> the numbers of the page
 page        numbers -> the page, one file that needs no network

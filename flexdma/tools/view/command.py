@@ -10,20 +10,18 @@ from flexdma.tools.refusal import RefusedError
 from flexdma.tools.view.page import view_page
 from flexdma.tools.view.record import view_record
 
-LONGEST = 4096  # bytes: one page shows no more, so that a browser follows the mouse and full attention fits in memory
+LONGEST = 4096  # bytes on a page, so that a browser keeps up with the mouse and full attention fits in memory
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument(
-        "--text", metavar="FILE", type=types.input_file, required=True, help="text to look at, any bytes"
-    )
+    parser.add_argument("--text", metavar="FILE", type=types.input_file, required=True, help="text to show, any bytes")
     parser.add_argument(
         "--checkpoint",
         metavar="DIR",
         type=Path,
         required=True,
-        help="models: the folder checkpoint/ that the demo leaves",
+        help="folder of the models: checkpoint/ of the demo",
     )
     parser.add_argument(
         "--out", metavar="FILE", type=types.output_file, default=Path("view.html"), help="the page to write"
@@ -39,7 +37,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Read, compute, write."""
+    """Write the page."""
     content = arguments.text.read_bytes()
     if not content:
         raise RefusedError(f"--text: expected at least one byte, got none in {arguments.text}")

@@ -1,8 +1,8 @@
-"""Numbers -> one HTML file, with style and script inside, that asks nothing of a network.
+"""Numbers -> one HTML file, with style and script inside, that needs no network.
 
-The text may be any bytes, so none of it becomes markup: it stands in a JSON block in which `<`, `>` and `&` are escapes,
-and the script writes it with textContent.  A content security policy names the one script and the one style that may
-work, by their hashes.
+The text may be any bytes, so none of it may become markup: the page has it in a JSON block in which `<`, `>` and `&` are
+escaped, and the script writes it with textContent.  A content security policy allows only this script and this style, by
+their hashes.
 """
 
 import base64
@@ -11,17 +11,17 @@ import json
 from importlib.resources import files
 from typing import Any
 
-# As \u escapes JSON reads them back, and no HTML parser sees them; the last two end a line in older JavaScript.
+# JSON reads \u escapes back, and an HTML parser does not see them.  The last two characters end a line in older JavaScript.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
 
 
 def view_page(record: dict[str, Any]) -> str:
-    """The page that shows `view_record`'s numbers."""
+    """The page for the numbers of `view_record`."""
     style, script = _part("page.css"), _part("page.js")
     data = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(ESCAPES)
     parts = {"@policy@": _policy(style, script), "@style@": style, "@script@": script, "@data@": data}
     page = _part("page.html")
-    # The data last: a text that holds a placeholder is not looked at again.
+    # Insert the data last, so that a placeholder in the text is not replaced.
     for placeholder, content in parts.items():
         page = page.replace(placeholder, content)
     return page

@@ -12,10 +12,10 @@ from flexdma.tools.byte_models.model import layer_gates
 
 
 def view_record(name: str, content: bytes, start: int, length: int, trained: Iterable[Trained]) -> dict[str, Any]:
-    """What the models keep of `length` bytes from `start`, as JSON can hold it.
+    """The lifespans and gates of the models for `length` bytes from `start`, in types that JSON has.
 
-    Key j is visible to query i  <=>  birth[j] <= i < death[j], positions counted from `start`; all models and heads share
-    birth, because their keys stand in natural order.
+    Key j is visible to query i  <=>  birth[j] <= i < death[j], with positions counted from `start`.  All models and heads
+    share birth, because keys are born at their own positions.
     """
     shown = content[start : start + length]
     tokens = byte_labels(shown)
@@ -50,7 +50,7 @@ def _model_record(trained: Trained, shown: bytes) -> dict[str, Any]:
 
 
 def _number(value: float) -> float | str:
-    """Seven digits; JSON has no NaN and no infinities, so they go as what JavaScript's Number() reads."""
+    """Seven digits.  JSON has no NaN and no infinities, so these become strings for JavaScript's Number()."""
     if math.isfinite(value):
         return float(f"{value:.7g}")
     return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
