@@ -1,4 +1,4 @@
-"""One helper that compares an implementation with the dense specification, outputs and gradients."""
+"""Comparison of an implementation with the dense specification, in outputs and gradients."""
 
 from collections.abc import Iterable
 
@@ -67,6 +67,6 @@ def gather(*tensors: Tensor, **options) -> Tensor:
 
 
 def by_transposed_attention(*tensors: Tensor, **options) -> Tensor:
-    """The operator with the gate's gradient by this route."""
+    """The operator with the gate's gradient by the route "transposed"."""
     with gate_gradient_route("transposed"):
         return flexdma.dynamic_mask_attention(*tensors, **options)

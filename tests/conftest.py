@@ -4,7 +4,7 @@ import os
 import tempfile
 from pathlib import Path
 
-# Before torch is imported.  Kernels compiled by one test are reused by the next, and by the next run.
+# Set before torch is imported.  Later tests, and the next run, reuse the kernels that one test compiles.
 _cache = Path(__file__).parent.parent / ".inductor-cache"
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(_cache if os.access(_cache.parent, os.W_OK) else tempfile.gettempdir())
@@ -23,7 +23,7 @@ settings.load_profile("flexdma")
 
 
 def pytest_collection_modifyitems(items):
-    """Skip by default what needs a GPU, the network or minutes; `-m gpu`, `-m slow`, `-m network` run it."""
+    """Skip tests that need a GPU, the network or minutes, unless `-m gpu`, `-m slow` or `-m network` selects them."""
     for item in items:
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
@@ -36,17 +36,17 @@ def pytest_collection_modifyitems(items):
 def _fixed_seed():
     torch.manual_seed(0)
     yield
-    # Each test compiles on its own account: no test may hit the recompile limit because of another.
+    # So that no test hits the recompile limit because of another.
     torch._dynamo.reset()
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    """What the demo leaves, small and untrained."""
+    """A checkpoint as the demo writes it, of small untrained models."""
     return make_checkpoint(tmp_path_factory.mktemp("report") / "checkpoint")
 
 
 @pytest.fixture
 def text_file(tmp_path: Path) -> Path:
-    """A text to view with it."""
+    """A text for `view` with this checkpoint."""
     return make_text(tmp_path / "text.txt")

@@ -1,4 +1,4 @@
-"""Every Python block of the README and of docs/ runs, in a process of its own and in an empty folder; so do the examples."""
+"""Every Python block of the README and of docs/ runs, each in its own process and an empty folder; so do the examples."""
 
 import importlib
 import os

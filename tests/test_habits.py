@@ -18,14 +18,14 @@ PATH = r"[\w./-]*/[\w./-]*|[\w-]+\.(?:md|toml)"
 
 
 def code(text: str) -> list[str]:
-    """What stands between backticks or is indented."""
+    """The text between backticks, and indented lines."""
     return re.findall(r"`([^`\n]+)`", text) + re.findall(r"^ {4,}(.*)", text, re.MULTILINE)
 
 
 def test_paths_exist():
     paths = re.findall(rf"`({PATH})`", CONTRIBUTING) + re.findall(r"pytest (\S+)", CONTRIBUTING)
     assert len(paths) > 30
-    # NAME stands for a name: some file has that shape.
+    # NAME is a placeholder: some file matches.
     assert [path for path in paths if not any(ROOT.glob(path.rstrip("/").replace("NAME", "*")))] == []
 
 

@@ -69,7 +69,7 @@ def test_the_error_at_position_a_million_equals_the_error_at_a_thousand(recency)
 
     at_thousand, at_million = error(1_000, torch.float64), error(1_000_000, torch.float64)
     assert at_million <= 1.5 * at_thousand + 1e-7
-    # The control: gates rounded to float32 are wrong by far more.
+    # The control: the error of gates rounded to float32 is much larger.
     assert error(1_000_000, torch.float32) > 100 * at_million
 
 

@@ -1,4 +1,4 @@
-"""The operator by the gather lowering, which runs everywhere, against the dense specification in float64."""
+"""The operator by the gather lowering, which runs everywhere, compared with the dense specification in float64."""
 
 from typing import Any
 
@@ -18,7 +18,7 @@ from tests.lifespans.gate_strategies import gates, selections
 
 @pytest.fixture(params=["fused", "plain"])
 def path(request, monkeypatch):
-    """Both ways in which gather computes what needs no gradient."""
+    """Both paths of gather for calls without gradients."""
     if request.param == "plain":
         monkeypatch.setattr(fused, "is_fusible", lambda *tensors: False)
 
@@ -110,7 +110,7 @@ def test_chunks_and_checkpoints_change_nothing(monkeypatch, kept):
 @pytest.mark.parametrize("scores", [1, 4000, 30_000, 2**40])
 @pytest.mark.parametrize("gate_heads", [1, 3])
 def test_blocks_of_unequal_numbers_of_living_keys_may_share_a_chunk(monkeypatch, scores, gate_heads):
-    """One block, several blocks, several heads, everything at once; the first blocks see nothing."""
+    """A chunk of one block, several blocks, several heads, or everything; the first blocks see no key."""
     monkeypatch.setattr(fused, "SCORES_PER_THREAD", scores)
     tensors = inputs(2, 6, 3, 90, 129, 16, gate_heads=gate_heads)
     mask = torch.arange(129) >= torch.tensor([[75], [0]])
@@ -172,7 +172,7 @@ def test_a_nan_gate_shows():
 
 
 def test_attention_to_pieces_is_attention_to_keys():
-    """At the places of a packing, in several periods: what the flex lowering relies on."""
+    """At the places of a packing in several periods, as the flex lowering assumes."""
     tensors = inputs(1, 2, 1, 64, 64, 8)
     query, key, value, gate = tensors
     lifespans = flexdma.causal_top_w(gate, 9)

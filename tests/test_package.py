@@ -1,4 +1,4 @@
-"""The package as users get it: a wheel in an environment without the sources, and an import that needs torch alone."""
+"""The package as users get it: a wheel in an environment without the sources, and an import that needs only torch."""
 
 import re
 import subprocess
@@ -19,7 +19,7 @@ def run(*command, **options):
 
 @pytest.fixture(scope="module")
 def wheel(tmp_path_factory):
-    """Built from a copy that has lost its symbolic links, which is the harder case."""
+    """A wheel built from a copy without symbolic links, which is the harder case."""
     folder = tmp_path_factory.mktemp("wheel")
     tracked = [p for name in ("flexdma", "score_mods", "block_masks") for p in (ROOT / name).rglob("*")]
     files = ("pyproject.toml", "README.md", "LICENSE")

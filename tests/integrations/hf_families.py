@@ -1,6 +1,6 @@
-"""Decoder families of transformers as small random models, and what `convert_to_dma` does with each.
+"""Decoder families of transformers as small random models, and the result of `convert_to_dma` for each.
 
-`python -m tests.integrations.hf_families` writes the table in docs/transformers.md anew.
+`python -m tests.integrations.hf_families` rewrites the table in docs/transformers.md.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ W = 6
 DOCS = Path(__file__).parents[2] / "docs" / "transformers.md"
 BEGIN, END = "<!-- made by python -m tests.integrations.hf_families -->\n", "<!-- end -->\n"
 
-# Sizes that have other names in some families; those that a family does not know change nothing in it.
+# Sizes under all the names that families use; names that a family does not have change nothing in it.
 SMALL = SIZES | {
     "max_position_embeddings": 64, "n_positions": 64,
     "num_experts": 4, "num_local_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4, "num_experts_per_tok": 2,
@@ -39,7 +39,7 @@ LINEAR = {
     "layer_types": ["linear_attention", "full_attention"],
 }  # fmt: skip
 
-# Families that need no more than SMALL.
+# Families for which SMALL is enough.
 PLAIN = """
 Apertus Arcee AriaText Bert BigBird BioGpt BitNet Bloom Cohere DiffLlama Doge
 Ernie4_5 Ernie4_5_Moe FlexOlmo Gemma Glm Glm4 Glm4Moe GPT2 GPTBigCode GPTNeoX GPTNeoXJapanese
@@ -48,7 +48,7 @@ Laguna Llama Llama4Text Mamba Mellum MiMoV2Flash MiniMax MiniMaxM2 Ministral3 Mi
 ModernBertDecoder Mpt NanoChat Nemotron Olmo Olmo2 OlmoHybrid Olmoe OpenAIGPT Persimmon Phi Phi3 Phimoe Qwen2
 Qwen2Moe Qwen3 Qwen3Moe RoFormer Rwkv SeedOss SmolLM3 SolarOpen StableLm Starcoder2
 """
-# Family -> what its config has beside SMALL.  A name with a comma is a second setting of the family before the comma.
+# Family -> options besides SMALL.  A name with a comma is a second setting of the family before the comma.
 FAMILIES: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
     "Afmoe": SLIDING,
     "AXK1": LATENT,
@@ -135,7 +135,7 @@ FAMILIES: dict[str, dict] = {name: {} for name in PLAIN.split()} | {
 
 
 def exists(family: str) -> bool:
-    """Whether this transformers has it."""
+    """Whether the installed transformers has this family."""
     return hasattr(transformers, _config_class(family))
 
 
@@ -152,7 +152,7 @@ def _config_class(family: str) -> str:
 
 
 def refusal(model: transformers.PreTrainedModel) -> str | None:
-    """Why `convert_to_dma` refuses the model; None, and the model converted, where it does not."""
+    """Convert the model; return the message of a refusal, or None."""
     try:
         convert_to_dma(model, W)
     except (TypeError, ValueError) as error:
@@ -171,7 +171,7 @@ def table() -> str:
 
 
 def page_parts() -> tuple[str, str, str]:
-    """The page before, in and after the table."""
+    """The page before the table, the table, and the page after it."""
     before, _, rest = DOCS.read_text().partition(BEGIN)
     within, _, after = rest.partition(END)
     return before + BEGIN, within, END + after

@@ -14,7 +14,7 @@ SIZES = {
     "num_key_value_heads": 2, "initializer_range": 0.3, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
     "attn_implementation": "eager",
 }  # fmt: skip
-# What models of this transformers name their cache, as an argument and in their output.
+# The name of the cache in this transformers, as an argument and in outputs.
 CACHE = "cache" if Version(transformers.__version__) >= Version("5.24") else "past_key_values"
 FAMILIES: dict[str, dict[str, Any]] = {
     "Llama": {},
@@ -51,7 +51,7 @@ def doge(**config) -> transformers.PreTrainedModel:
 
 
 def distinct_tokens(batch: int, length: int) -> torch.Tensor:
-    """No token twice in a row: equal tokens have equal gates, of which the shipped Doge chooses any."""
+    """No token twice in a sequence: equal tokens have equal gates, and the top-k of transformers' Doge may choose any."""
     generator = torch.Generator().manual_seed(1)
     return torch.stack([torch.randperm(60, generator=generator)[:length] + 4 for _ in range(batch)])
 

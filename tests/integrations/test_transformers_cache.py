@@ -1,4 +1,4 @@
-"""The bounded cache: the same tokens as the shipped model and as a growing cache, in memory that does not grow."""
+"""The bounded cache: the same tokens as the original model and as a growing cache, in memory that does not grow."""
 
 import copy
 from typing import Any
@@ -13,7 +13,7 @@ import transformers  # isort: skip  # after hf_models, which keeps it offline
 from transformers import DynamicCache, StaticCache  # isort: skip
 from flexdma.integrations.transformers import DynamicMaskCache, attention, convert_to_dma, use_flexdma
 
-# No token twice: their gates are equal in the first layer but for rounding, which differs with the number of tokens at once.
+# No token twice: gates of equal tokens are equal in the first layer up to rounding, which depends on the tokens in a pass.
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "no_repeat_ngram_size": 1}
 
 
@@ -55,7 +55,7 @@ def test_prefill_in_chunks_and_speculation_change_nothing():
     assistant = copy.deepcopy(model)
     with torch.no_grad():
         for parameter in assistant.parameters():
-            parameter += 0.2 * torch.randn_like(parameter)  # so that most of what it proposes is rejected
+            parameter += 0.2 * torch.randn_like(parameter)  # so that most of its proposals are rejected
     assert torch.equal(tokens(model, ids, assistant_model=assistant), want)
 
 
@@ -188,7 +188,7 @@ def test_a_model_without_flexdma_cannot_use_it():
 
 def test_a_layer_that_attends_twice_is_noticed(monkeypatch):
     model, ids = convert_to_dma(causal_lm("Llama"), 6), distinct_tokens(1, 24)
-    # One that did not when it was converted.
+    # A layer that called the interface once when it was converted.
     attend = attention.attention_interface
 
     def twice(*arguments, **named):

@@ -1,4 +1,4 @@
-"""Decoders with gates: they start as a sliding window, learn, with Trainer and with PEFT, and can be loaded again."""
+"""Decoders with gates: they start as a sliding window, learn (also with Trainer and PEFT), and can be loaded again."""
 
 import copy
 
@@ -26,7 +26,7 @@ def test_the_start_is_the_original_in_a_sliding_window(family, recency):
     want = in_a_window(original, ids, W)
     model = convert_to_dma(copy.deepcopy(original), W, recency=recency)
     assert_close(model(ids).logits, want)
-    # Where the context is not longer, it is the original.
+    # With a context not longer than w it equals the original.
     assert_close(model(ids[:, :W]).logits, original(ids[:, :W]).logits)
     if family != "Mistral":  # whose own window this is
         assert (original(ids).logits - want).abs().max() > 0.1
@@ -39,7 +39,7 @@ def test_the_gates_learn(family):
     model, ids = convert_to_dma(causal_lm(family), W, recency="slope"), distinct_tokens(2, 24)
     model(ids, labels=ids).loss.backward()
     learning = {name for name, p in gates(model).items() if p.grad.abs().max() > 0}
-    # dt_proj follows A, which begins at 0.
+    # dt_proj has no gradient while A is 0.
     assert learning == {name for name in gates(model) if name.endswith((".A", ".slope"))}
 
 
@@ -161,7 +161,7 @@ def test_peft_trains_gates_and_adapters(targets, tmp_path):
     assert all(
         p.abs().min() > 0 for name, p in gates(model).items() if "modules_to_save" in name and name.endswith(".A")
     )
-    with torch.no_grad():  # a loaded adapter is not trainable, and what needs no gradient is computed another way
+    with torch.no_grad():  # a loaded adapter is not trainable, and calls without gradients take another path
         want = model(ids).logits
     model.save_pretrained(tmp_path / "adapter")
     again = peft.PeftModel.from_pretrained(convert_to_dma(copy.deepcopy(original), W), tmp_path / "adapter").eval()

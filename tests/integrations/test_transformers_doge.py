@@ -1,4 +1,4 @@
-"""Doge on flexdma: the shipped model's eager path, whose mask is dense, is the oracle."""
+"""Doge on flexdma: the oracle is the eager path of transformers, whose mask is dense."""
 
 import copy
 import json
@@ -14,7 +14,7 @@ from flexdma.integrations.transformers import DynamicMaskCache, from_pretrained,
 
 
 def labels(ids, mask):
-    """-100 for padding and for the token after it: the shipped model predicts that one from a row in which all is masked."""
+    """-100 for padding and for the token after it, which transformers predicts from a row whose keys are all masked."""
     before = torch.nn.functional.pad(mask, (1, 0), value=1)[:, :-1]
     return ids.masked_fill(mask * before == 0, -100)
 

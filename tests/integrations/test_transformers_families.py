@@ -1,4 +1,4 @@
-"""Every decoder family: `convert_to_dma` gives exactly the original in a window, learns and generates, or it is refused."""
+"""Every decoder family: the converted model equals the original in a window, learns and generates, or is refused."""
 
 import copy
 import inspect
@@ -19,7 +19,7 @@ TOKENS = {"do_sample": False, "max_new_tokens": 4, "min_new_tokens": 4, "no_repe
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_thread():
-    """Models this small spend their time waiting for a second thread."""
+    """One thread, because with two these small models mostly wait."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -64,7 +64,7 @@ def test_it_is_the_original_in_a_window_or_refused(family, tmp_path):
 def test_who_does_not_call_the_interface_is_refused_for_that(family):
     model = family_model(family)
     source = inspect.getsource(sys.modules[type(model).__module__])
-    # Falcon's layers are replaced by some that do.
+    # Falcon's layers do not call the interface; their replacements do.
     calls = "ALL_ATTENTION_FUNCTIONS" in source or any(type(module) in REROUTED for module in model.modules())
     reason = refusal(model) or ""
     said = reason.startswith("model: expected attention layers that call the attention interface")

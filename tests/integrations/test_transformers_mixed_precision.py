@@ -1,6 +1,6 @@
-"""Models under torch.autocast: train, generate, and keep a cache in autocast's dtype.
+"""Models under torch.autocast train, generate, and keep a cache in autocast's dtype.
 
-The tolerance of a model is twice the error that the original has under autocast, against itself in float32.
+The tolerance of a model is twice the error of the original under autocast, compared with the original in float32.
 """
 
 import copy
@@ -18,7 +18,7 @@ LENGTH, NEW, NARROW = 16, 8, 6
 
 
 def wide(family):
-    """The original and the model with flexdma, which compute the same: all tokens are in the window."""
+    """The original, and the model with flexdma, which computes the same because all tokens are in the window."""
     original = doge(keep_window_size=LENGTH) if family == "Doge" else causal_lm(family, sliding_window=LENGTH)
     if family == "Doge":
         return original, use_flexdma(copy.deepcopy(original))
@@ -26,7 +26,7 @@ def wide(family):
 
 
 def narrow(family):
-    """A model with equal gates: others, made of rounded values, might select other keys."""
+    """A model with equal gates, because gates from rounded values may select other keys."""
     if family != "Doge":
         return convert_to_dma(causal_lm(family), NARROW)
     model = use_flexdma(doge(keep_window_size=NARROW))
@@ -89,7 +89,7 @@ def test_a_cache_is_for_passes_under_autocast_or_outside_of_it(family):
         model(ids[:, :8], **{CACHE: cache})
     with pytest.raises(TypeError, match=r"cache: expected keys of torch.float32, as the layer has, got torch.bfloat16"):
         model(ids[:, 8:9], **{CACHE: cache})
-    with autocast():  # nothing has happened to it
+    with autocast():  # the refused pass has not changed the cache
         model(ids[:, 8:], **{CACHE: cache})
     assert cache.get_seq_length() == LENGTH
     cache = DynamicMaskCache()

@@ -1,4 +1,4 @@
-"""Weights that accelerate keeps elsewhere change no number: the model with its weights in place is the oracle."""
+"""Offloading by accelerate changes no number: the model with its weights in place is the oracle."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""Packed sequences are documents, whichever argument gives them: each sequence alone is the oracle."""
+"""Packed sequences are documents, for each argument that gives them: each sequence alone is the oracle."""
 
 import copy
 
@@ -24,7 +24,7 @@ def model(request):
 
 
 def collated(ids, **options):
-    """What the collator makes of the sequences of LENGTHS."""
+    """The collator's batch of the sequences of LENGTHS."""
     rows = [{"input_ids": row[0]} for row in ids.split(LENGTHS, 1)]
     return dict(transformers.DataCollatorWithFlattening(**options)(rows))
 
@@ -52,7 +52,7 @@ def test_packed_sequences_are_documents(model, given):
     apart = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
     batch = collated(ids, **GIVEN[given])
     assert_close(model(**batch, use_cache=False).logits, apart)
-    if given != "positions":  # for which transformers does not look with a cache
+    if given != "positions":  # with a cache transformers does not read them
         assert_close(model(**batch).logits, apart)
         assert_close(model(**batch, **{CACHE: DynamicMaskCache()}).logits, apart)
     else:
@@ -70,7 +70,7 @@ def test_the_last_document_goes_on(model):
 
 
 def test_a_growing_cache_does_not_go_on(model):
-    """It keeps no documents: later tokens would see all sequences."""
+    """It keeps no documents, so later tokens would see all sequences."""
     cache = transformers.DynamicCache()
     model(**collated(distinct_tokens(1, 24), return_seq_idx=True, return_position_ids=False), **{CACHE: cache})
     with pytest.raises(ValueError, match="cache: expected DynamicMaskCache to continue packed sequences"):

@@ -1,4 +1,4 @@
-"""What the layers do not compute is refused by name."""
+"""The layers refuse by name arguments that they do not compute."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: gates of every kind the mask must survive, and what masks them."""
+"""Hypothesis strategies: gates of all kinds, and options of a selection."""
 
 import torch
 from hypothesis import strategies as st
@@ -34,7 +34,7 @@ def selections(draw, length):
         mask[0, min(left, right) : max(left, right)] = True
         options["key_padding_mask"] = mask
     if draw(st.booleans()):
-        # Ids come back after another document: only runs count.
+        # An id may return after another document, and then begins a new one.
         options["document_ids"] = torch.tensor(
             [sorted(draw(st.lists(st.integers(0, 3), min_size=length, max_size=length)))]
         )

@@ -1,4 +1,4 @@
-"""Lifespans against literal matrices, against a heap that streams one key at a time, and against the specification."""
+"""Lifespans compared with literal matrices, with a heap that reads one key at a time, and with the specification."""
 
 import heapq
 import math
@@ -72,7 +72,7 @@ def test_zero_and_minus_zero_are_equal():
 def test_nan_ranks_highest_and_minus_infinity_is_never_visible():
     gate = torch.tensor([[[math.nan, math.inf, -math.inf, 1.0]]])
     assert causal_top_w(gate, 1).death.tolist() == [[[4, 1, 2, 3]]]
-    # A key at -inf takes no place in the window and is not let in as sink or recent either.
+    # A key at -inf takes no place in the window and is neither a sink nor recent.
     assert causal_top_w(torch.tensor([[[-math.inf, 1.0]]]), 5, sinks=1, recent=2).death.tolist() == [[[0, 2]]]
 
 
@@ -94,7 +94,7 @@ def test_each_head_may_have_its_own_window():
 def test_float64_gates_are_ranked_in_float64():
     gate = torch.tensor([[[1e9 + 1e-6, 1e9]]], dtype=torch.float64)
     assert causal_top_w(gate, 1).death.tolist() == [[[2, 1]]]
-    assert causal_top_w(gate.float(), 1).death.tolist() == [[[1, 2]]]  # equal in float32: the newer wins
+    assert causal_top_w(gate.float(), 1).death.tolist() == [[[1, 2]]]  # equal in float32, so the newer ranks higher
 
 
 @given(cases)
@@ -133,7 +133,7 @@ def test_a_key_once_evicted_never_returns_and_the_fields_keep_their_invariants(c
     assert death.is_contiguous()
     assert torch.equal(birth, torch.arange(length, dtype=torch.int32).expand_as(birth))
     assert ((birth <= death) & (death <= length)).all()
-    # No query sees more than this; the gather lowering relies on it.
+    # An upper bound on the keys of a query, on which the gather lowering relies.
     assert matrix(Lifespans(birth, death)).sum(-1).max() <= window + options["sinks"] + options["recent"]
 
 
@@ -143,7 +143,7 @@ def test_only_the_order_of_gates_matters(gate, window):
     ranks[gate.isposinf()] = 2.0
     ranks[gate.isnan()] = 3.0
     ranks[gate == -torch.inf] = -torch.inf
-    # atan may merge what float32 separates; compare only where it did not.
+    # atan may make different floats equal; compare only where it did not.
     distinct = gate[0].nan_to_num(nan=9e38).unique().numel() == ranks[0].unique().numel()
     if distinct:
         assert torch.equal(causal_top_w(gate, window).death, causal_top_w(ranks, window).death)

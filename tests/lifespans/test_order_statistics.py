@@ -1,4 +1,4 @@
-"""kth_smallest, both ways, against sorting, for every range of a permutation."""
+"""Both forms of kth_smallest compared with sorting, for every range of a permutation."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""kth_smallest_of_prefix against sorting, and against kth_smallest, which serves the other devices."""
+"""kth_smallest_of_prefix compared with sorting, and with kth_smallest, which other devices use."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def test_many_rows_and_questions_without_an_answer(length):
 
 @pytest.mark.parametrize("window", [1, 7, 40])
 def test_counting_earlier_documents_in_is_leaving_them_out(window):
-    """Their keys come first in rank and in position: what a CPU asks is what the other devices ask."""
+    """Their keys come first in rank and in position, so both questions have the same result."""
     gate = torch.randn(2, 3, 200).mul(4).round()
     ids = torch.tensor([[0] * 90 + [1] * 3 + [2] * 107, [0] * 10 + [1] * 190])
     start = (ids[:, None] == ids[:, :, None]).int().argmax(-1)[:, None]  # of the key's document

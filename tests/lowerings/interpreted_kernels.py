@@ -1,8 +1,8 @@
 """A program, not a test: generates kernels for sm_90, runs them in Triton's interpreter and prints errors as JSON lines.
 
-test_kernels.py starts it, once per group of cases, because the interpreter and the stand-ins for a CUDA device claim a
-process of their own.  One kernel is generated per case and run on several inputs, then with the gate dropped and with the
-mask shifted, which must show.
+test_kernels.py starts it once per group of cases, because the interpreter and the stand-ins for a CUDA device need their
+own process.  Each case generates one kernel and runs it on several inputs, then with the gate dropped and with the mask
+shifted, which must give large errors.
 """
 
 import json
@@ -21,13 +21,13 @@ from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.tools.inspect.kernel import Kernel
 from tests.lowerings.triton_interpreter import InterpretedCall
 
-# float32 tiles are 16 wide by default, which takes the interpreter minutes.
+# By default float32 tiles are 16 wide, for which the interpreter takes minutes.
 WIDE = {"BLOCK_M": 64, "BLOCK_N": 64, "BLOCK_M1": 64, "BLOCK_N1": 64, "BLOCK_M2": 64, "BLOCK_N2": 64}
 NAMES = ("out", "dq", "dk", "dv", "dgate", "dsink")
 
 
 def squashed(score, b, h, q_idx, kv_idx):
-    """A user's own score_mod: squashed (the interpreter has no tanh), with a distance penalty that differs by head."""
+    """A user's score_mod: squashed (without tanh, which the interpreter lacks), with a distance penalty per head."""
     return score / (1 + score.abs() / 4) - 0.01 * (h + 1) * (q_idx - kv_idx)
 
 
@@ -59,7 +59,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def inputs(shape, dtype, gate_dtype, gate_heads, documents, sink_logits, gates, generator):
-    """Query, key, value, gate, and document ids or learned sinks, of one run."""
+    """Query, key, value, gate, and document ids or learned sinks for one run."""
     batch, query_heads, heads, queries, keys, size = shape
     query, key, value = (
         torch.randn(batch, n, length, size, generator=generator).to(dtype)
@@ -82,7 +82,7 @@ def inputs(shape, dtype, gate_dtype, gate_heads, documents, sink_logits, gates, 
 
 
 def visited(gate, window_size, selection, shape, document_ids=None):
-    """How many partial and how many full blocks the kernels visit."""
+    """The numbers of partial and of full blocks that the kernels visit."""
     _, query_heads, heads, queries, *_ = shape
     select = causal_top_w if selection == "causal" else global_top_w
     alive = select(gate, window_size, document_ids=document_ids)

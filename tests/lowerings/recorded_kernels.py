@@ -1,7 +1,7 @@
 """A program: `python -m tests.lowerings.recorded_kernels` compiles the attention kernels for sm_90 and writes kernels.json.
 
-The figures are those of the compiled files, nothing ran.  test_kernels.py compares them exactly, so that a change that
-costs registers, spills or atomics is seen, and refreshed on purpose.
+The figures come from the compiled files; nothing runs.  test_kernels.py compares them exactly, so that a change of
+registers, spills or atomics fails until the record is refreshed.
 """
 
 import importlib.metadata
@@ -40,7 +40,7 @@ def figures(setting: str) -> dict:
     attend = by_transposed_attention if chosen["route"] == "transposed" else dynamic_mask_attention
     report = inspect_kernels(attend, query, key, value, gate, window_size=512, target="sm_90")
     return {
-        # The second attention kernel of a backward is the one for the gate.
+        # The second attention kernel of a backward computes the gate's gradient.
         "backward, gate" if kernel.phase == "backward" and "BLOCK_M" in kernel.tiles else kernel.phase: {
             "launches of the phase": report.launches(kernel.phase),
             "other calls of the phase": len(report.other_calls[kernel.phase]),

@@ -1,7 +1,7 @@
 """The flex lowering on a CPU: compiled forward through Inductor's C++ kernel, and the same code uncompiled with gradients.
 
-Uncompiled FlexAttention differentiates on a CPU once its device check is out of the way; that is the same graph which Triton
-kernels are generated from on CUDA.
+Uncompiled FlexAttention has gradients on a CPU once its device check is removed.  On CUDA Triton kernels are generated from
+the same graph.
 """
 
 import pytest
@@ -23,7 +23,7 @@ pytestmark = [
 
 
 def attend(*tensors, **options):
-    """The operator by the flex lowering; compiled, as every eager call is."""
+    """The operator by the flex lowering, which compiles in every eager call."""
     return flexdma.dynamic_mask_attention(*tensors, lowering="flex", **options)
 
 
@@ -31,7 +31,7 @@ def attend(*tensors, **options):
 @pytest.mark.parametrize("name", VARIANTS)
 def test_uncompiled_with_gradients_equals_the_specification(name, queries):
     tensors = inputs(2, 4, 2, queries, 129, 16)
-    # Differences of gates are taken in float32 by this lowering; all the rest of this test is float64.
+    # This lowering subtracts gates in float32; the rest of this test is in float64.
     assert_same(flex_with_gradients, tensors, tolerance=1e-6, **{"window_size": 20, **VARIANTS[name]})
 
 
@@ -44,7 +44,7 @@ def test_uncompiled_float64_gates_carry_their_low_part():
 
 
 def test_new_gates_do_not_recompile_and_new_sizes_equal_the_specification():
-    """One compilation per shape and window on a CPU; nothing falls back to eager FlexAttention."""
+    """One compilation per shape and window on a CPU, and no eager FlexAttention."""
     counter = CompileCounterWithBackend("inductor")
     compiled = torch.compile(flex.flex_attend, fullgraph=True, backend=counter)
     cases = [((2, 4, 2, 129, 129, 16), 20)] * 3 + [((1, 2, 2, 427, 1025, 32), 30)]
@@ -72,7 +72,7 @@ def test_compiled_dtypes_heads_and_sizes(dtype, query_heads, heads, size, value_
         plain = dense_dynamic_mask_attention(*tensors, window_size=30)
         got = attend(*tensors, window_size=30)
     assert got.dtype == dtype
-    # float32: Inductor's exp is good to 20 units in the last place, so the plain implementation is no measure there.
+    # float32: Inductor's exp has errors up to 20 units in the last place, so the plain implementation gives no tolerance.
     allowed = 5e-6 if dtype == torch.float32 else 2 * (plain.double() - exact).abs().max()
     assert (got.double() - exact).abs().max() <= allowed
 

@@ -1,4 +1,4 @@
-"""The gate's gradient by each route, against the dense specification; and without atomics where that is asked for."""
+"""The gate's gradient by each route, compared with the dense specification; and without atomics where requested."""
 
 import pytest
 import torch
@@ -30,7 +30,7 @@ def deterministic():
 @given(st.integers(1, 30), st.integers(1, 9), st.data())
 @settings(max_examples=30)
 def test_the_identity_holds_for_any_mask(keys, window, data):
-    """d gate_j = dV_j . v_j - sum_i P_ij D_i, rows that see nothing included."""
+    """d gate_j = dV_j . v_j - sum_i P_ij D_i, also with rows that see no key."""
     options = data.draw(selections(keys))
     queries = data.draw(st.integers(1, keys))
     tensors = inputs(1, 2, 2, queries, keys, 4, seed=keys)
@@ -48,7 +48,7 @@ def test_the_identity_holds_for_any_mask(keys, window, data):
 @pytest.mark.parametrize("route", ROUTES)
 def test_every_route_equals_the_specification(route, name):
     with gate_gradient_route(route):
-        # Differences of gates are taken in float32 by this lowering; all the rest of this test is float64.
+        # This lowering subtracts gates in float32; the rest of this test is in float64.
         assert_same(flex_with_gradients, inputs(2, 4, 2, 45, 129, 16), tolerance=1e-6, window_size=20, **VARIANTS[name])
 
 

@@ -1,7 +1,7 @@
 """The kernels generated for a GPU, tested without one.
 
-Right: run in Triton's interpreter they agree with the dense specification, and stop doing so when the gate is dropped or
-the mask shifted.  No worse: compiled, they take the registers, spills and atomics recorded in kernels.json.
+In Triton's interpreter their results equal the dense specification, and differ when the gate is dropped or the mask
+shifted.  Compiled, they have the registers, spills and atomics recorded in kernels.json.
 """
 
 import importlib.metadata
@@ -22,8 +22,8 @@ from tests.lowerings.recorded_kernels import RECORD, SETTINGS, figures
 
 ROOT = Path(__file__).parents[2]
 HAS_TRITON = importlib.util.find_spec("triton") is not None
-# Inputs and, before each matrix product, weights are rounded to the dtype; results once more.  Of 4 roundings the error is
-# at most 2 epsilons of each term; float32 sums of a few hundred terms of both signs take more.
+# Inputs and, before each matrix product, weights are rounded to the dtype, and results too.  The error of 4 roundings is at
+# most 2 epsilons of each term.  float32 sums of a few hundred terms of both signs need more.
 ALLOWED = {torch.finfo(torch.bfloat16).eps: 2, torch.finfo(torch.float32).eps: 32}
 
 pytestmark = [
@@ -80,7 +80,7 @@ def test_a_function_that_another_process_cannot_import_is_refused():
 
 
 def without_attention(x):
-    """Something that compiles to a kernel, but not to attention."""
+    """A function that compiles to a kernel without attention."""
     return torch.relu(x) * 2
 
 

@@ -24,7 +24,7 @@ pytestmark = [
 
 
 def any_lifespans(batch, heads, keys, *, longest, seed, together=1):
-    """Random ones: a tenth are empty, some begin before the first position or end after the last; births in groups."""
+    """Random lifespans: a tenth are empty, some begin before the first position or end after the last; births in groups."""
     generator = torch.Generator().manual_seed(seed)
     shape = (batch, heads, keys)
     birth = torch.randint(-3, keys + 3, shape, generator=generator) // together * together
@@ -50,7 +50,7 @@ def case(sizes, longest, heads=None, together=1, seed=0, bias=True):
 
 
 def called(function, lifespans, **options):
-    """The function of tensors alone, the fourth being the bias."""
+    """A function of query, key, value and bias."""
 
     def call(query, key, value, bias=None):
         return function(query, key, value, lifespans, bias=bias, **options)
@@ -73,7 +73,7 @@ def test_equals_the_specification_with_all_gradients(name, bias, lowering):
     for score_mod in (None, alibi_score_mod(torch.rand(tensors[0].shape[1]))):
         got = with_gradients(called(LOWERINGS[lowering], lifespans, score_mod=score_mod), tensors)
         want = with_gradients(called(dense_lifespan_attention, lifespans, score_mod=score_mod), tensors)
-        # Differences of biases are taken in float32 by flex; all the rest is float64.
+        # flex subtracts biases in float32; the rest is in float64.
         tolerance = 1e-5 if lowering == "flex" and bias else 1e-9
         for a, b in zip(got, want, strict=True):
             torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)
@@ -81,7 +81,7 @@ def test_equals_the_specification_with_all_gradients(name, bias, lowering):
 
 @pytest.mark.parametrize("name", CASES)
 def test_inference(name):
-    """The fused path, which serves calls without gradients."""
+    """The fused path, for calls without gradients."""
     tensors, lifespans = case(**CASES[name])
     got = called(lifespan_attention, lifespans)(*tensors)
     torch.testing.assert_close(got, called(dense_lifespan_attention, lifespans)(*tensors), rtol=1e-9, atol=1e-9)
@@ -102,7 +102,7 @@ def test_gather_for_any_sizes(lengths, longest, together, block, seed):
 
 
 def test_compiled_without_reading_the_device():
-    """fullgraph, with gradients: the timeline's shapes depend on K and Q alone."""
+    """fullgraph, with gradients: the shapes of the timeline depend only on K and Q."""
     tensors, lifespans = case(**CASES["square"])
     compiled = torch.compile(called(lifespan_attention, lifespans, capacity=12), fullgraph=True)
     got = with_gradients(compiled, tensors)
@@ -132,7 +132,7 @@ def test_a_selection_is_one_of_many_lifespans():
 
 
 def test_a_bias_that_grows_costs_no_precision():
-    """Of a sliding window the best bias so far has died where biases fall: the reference is the best that is visible."""
+    """In a sliding window with falling biases the best bias so far is dead, so the reference is the best visible one."""
     query, key, value, gate = inputs(1, 2, 2, 64, 64, 8, dtype=torch.float32)
     alive = flexdma.sliding_window(gate, 5)
     falling = -1e7 * torch.arange(64, dtype=torch.float64) / 64 + torch.zeros(1, 2, 1, dtype=torch.float64)
@@ -210,7 +210,7 @@ def test_what_queries_see(queries, more, longest, seed):
     keys = queries + more - 1
     lifespans = any_lifespans(1, 2, keys, longest=longest, seed=seed)
     bias = torch.randint(-3, 4, (1, 2, keys), generator=torch.Generator().manual_seed(seed)).float()
-    bias[bias == 3] = float("inf")  # not finite: never the best
+    bias[bias == 3] = float("inf")  # not finite, so never the reference
     position = torch.arange(keys - queries, keys)[:, None]
     visible = (lifespans.birth[..., None, :] <= position) & (position < lifespans.death[..., None, :])
     assert most_visible(lifespans, queries) == visible.sum(-1).max()

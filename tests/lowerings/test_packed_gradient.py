@@ -1,4 +1,4 @@
-"""The gradient of packing: a key's is the sum over its pieces, without an atomic operation."""
+"""The gradient of packing: each key's is the sum over its pieces, without atomic operations."""
 
 import pytest
 import torch
@@ -39,7 +39,7 @@ def test_a_packing_shared_by_all_heads(shape):
 
 
 def test_places_without_a_key_are_summed_in_small_bags():
-    """Most places of a hundred thousand independent gates have none; one thread would pass over all of them."""
+    """Of a hundred thousand independent gates most places are unused, and one thread would loop over all of them."""
     lifespans = causal_top_w(torch.randn(1, 1, 10_000), 8)
     packing = pack(lifespans, packed_layout(10_000, 10_000, 8, block_size=(128, 128)), queries=10_000)
     assert packing.order.shape[-1] - packing.starts[0, 0, -1] > 100 * TAIL

@@ -1,4 +1,4 @@
-"""Learned sinks: one more term in the softmax, against the specification, finite differences and GPT-OSS's own formula."""
+"""Learned sinks compared with the specification, with finite differences and with GPT-OSS's own formula."""
 
 from typing import Any
 
@@ -59,7 +59,7 @@ def test_flex_equals_the_specification_by_every_route(route, name):
 @pytest.mark.parametrize("attend", [gather, dense_dynamic_mask_attention])
 def test_gradients_by_finite_differences(attend):
     tensors = [t.requires_grad_() for t in [*inputs(1, 2, 1, 4, 5, 2, 1), torch.randn(2).double()]]
-    tensors[3].data += 1e-3 * torch.arange(5)  # no ties: there the best gate has no gradient
+    tensors[3].data += 1e-3 * torch.arange(5)  # no ties, because a best gate among equals has no derivative
 
     def function(*tensors):
         return attend(*tensors[:4], sink_logits=tensors[4], window_size=3)

@@ -1,9 +1,9 @@
-"""Run the kernels that were generated for a GPU on CPU tensors, in Triton's interpreter.
+"""Run kernels that were generated for a GPU on CPU tensors, in Triton's interpreter.
 
-Slow (seconds for 200 tokens) and exact: this is how generated kernels are tested where there is no GPU.  All of a generated
-module runs, the kernels interpreted and the operators between them as ATen's for the CPU.
+It is slow (seconds for 200 tokens), and tests generated kernels on machines without a GPU.  A whole generated module runs:
+kernels in the interpreter, and the operators between them as ATen's for the CPU.
 
-Needs a process of its own with TRITON_INTERPRET=1 set before Triton is imported.
+Needs its own process with TRITON_INTERPRET=1 set before Triton is imported.
 """
 
 import os
@@ -23,7 +23,7 @@ from flexdma.tools.inspect.targets import known_target
 
 
 class InterpretedCall:
-    """`function(*tensors)`, compiled for a target, and its backward, to be run on values of the same shapes.
+    """`function(*tensors)` and its backward, compiled for a target, to run on values of the same shapes.
 
     function: takes tensors; generated once, for their shapes, dtypes and requires_grad.
     """
@@ -37,7 +37,7 @@ class InterpretedCall:
         _multiply_bfloat16_as_float32()
         _do_without_libdevice()
         _add_atomically_at_contiguous_addresses()
-        # Fake tensors have no address, and would be copied as misaligned.
+        # Fake tensors have no address, so Inductor would copy them as misaligned.
         aligned = config.patch(assume_aligned_inputs=True)
         with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
             fakes = [
@@ -47,7 +47,7 @@ class InterpretedCall:
             run_once(function, tuple(fakes), {})
         self._forward, *self._backward = (call for _, call, _, _ in self.seen.calls)
         inputs = self.seen.calls[0][2]
-        # The generated module takes the tensors in an order of its own.
+        # The generated module takes the tensors in another order.
         self._order = [next(n for n, fake in enumerate(fakes) if fake is value) for value in inputs]
         self._differentiable = [tensor.requires_grad for tensor in tensors]
         for call in (self._forward, *self._backward):
@@ -73,7 +73,7 @@ class InterpretedCall:
         return [output, *(gradients[n] for n, wanted in enumerate(self._differentiable) if wanted)]
 
     def rewrite(self, change: Callable[[Kernel], str]) -> None:
-        """Replace the source of the attention kernels: the negative controls of tests."""
+        """Replace the source of the attention kernels, for negative controls of tests."""
         from torch._inductor.codecache import PyCodeCache
 
         for call in (self._forward, *self._backward):
@@ -95,7 +95,7 @@ def _namespace(call: Callable) -> dict[str, Any]:
 
 
 def _multiply_bfloat16_as_float32() -> None:
-    """Triton's interpreter multiplies the bit patterns of bfloat16 matrices as integers (3.9)."""
+    """Triton's interpreter (3.9) multiplies the bit patterns of bfloat16 matrices as integers; replace that."""
     import numpy
     from triton import language
     from triton.runtime import interpreter
@@ -129,11 +129,11 @@ def _add_atomically_at_contiguous_addresses() -> None:
 
 
 def _do_without_libdevice() -> None:
-    """Inductor takes exp, isnan and isinf from CUDA's library, which the interpreter does not have."""
+    """Replace exp, isnan and isinf, which Inductor calls in CUDA's library and the interpreter does not have."""
     from torch._inductor.runtime import triton_helpers
     from triton import language
 
-    # Looked up when called: the interpreter replaces it while a kernel runs.
+    # Look exp up at each call, because the interpreter replaces it while a kernel runs.
     triton_helpers.libdevice.exp = lambda x: language.exp(x)
     triton_helpers.libdevice.isnan = lambda x: x != x
     triton_helpers.libdevice.isinf = lambda x: language.abs(x) == float("inf")

@@ -1,5 +1,5 @@
-"""The flex lowering as plain PyTorch, gradients included: FlexAttention uncompiled, which differentiates on a CPU once its
-device check is out of the way.
+"""The flex lowering in plain PyTorch, with gradients: uncompiled FlexAttention has gradients on a CPU once its device check
+is removed.
 """
 
 import contextlib

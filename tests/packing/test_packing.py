@@ -1,4 +1,4 @@
-"""Packing: every piece of every lifespan has one place, and no gates visit more blocks than docs/packing.md proves."""
+"""Packing: every piece of every lifespan has one place, and the bounds of docs/packing.md hold for all gates."""
 
 import pytest
 import torch
@@ -13,7 +13,7 @@ from tests.lifespans.gate_strategies import gates
 
 
 def visited_blocks(lifespans, capacity, rows, columns):
-    """Visited key blocks per row block."""
+    """The number of key blocks that each row block visits."""
     queries = lifespans.birth.shape[-1]
     sizes = {"queries": queries, "group": 1, "capacity": capacity, "block_size": (rows, columns)}
     _, index = schedule(lifespans, **sizes, transposed=False)
@@ -23,7 +23,7 @@ def visited_blocks(lifespans, capacity, rows, columns):
 def test_the_example_of_the_docstring():
     birth, death = torch.tensor([[[0, 1, 2, 3, 4, 5]]]).int(), torch.tensor([[[2, 6, 3, 6, 6, 6]]]).int()
     packing = pack(Lifespans(birth, death), Layout(period=3, periods=2, places=5), queries=6)
-    assert packing.order.tolist() == [[[0, 1, 2, 2, 2, 1, 3, 4, 5, 5]]]  # a place without a key repeats its neighbour's
+    assert packing.order.tolist() == [[[0, 1, 2, 2, 2, 1, 3, 4, 5, 5]]]  # an unused place repeats a neighbour's key
     assert packing.birth.tolist() == [[[0, 1, 2, 0, 0, 3, 3, 4, 5, 0]]]
     assert packing.death.tolist() == [[[2, 3, 3, 0, 0, 6, 6, 6, 6, 0]]]
     assert packing.starts.tolist() == [[[0, 1, 3, 4, 5, 6, 7]]]
@@ -32,7 +32,7 @@ def test_the_example_of_the_docstring():
 
 @st.composite
 def hostile_lifespans(draw):
-    """Gates of a small value range in runs, so that hypothesis can build plateaus, stairs and survivors; some selection."""
+    """Gates of few values in runs, so that hypothesis can make plateaus, stairs and long lifespans; some selection."""
     runs = draw(
         st.lists(st.tuples(st.integers(-8, 8), st.integers(-3, 3), st.integers(1, 40)), min_size=1, max_size=12)
     )
@@ -93,7 +93,7 @@ def test_pieces_list_the_places_of_each_key(case, data):
 
 
 def test_a_place_without_a_key_repeats_one_of_its_block():
-    """So that a NaN reaches no block that it would not reach anyway."""
+    """So that a NaN reaches no further block."""
     lifespans = causal_top_w(torch.randn(1, 1, 3000), 100)
     packing = pack(lifespans, packed_layout(3000, 3000, 100, block_size=(32, 16)), queries=3000)
     order, taken = (t.unflatten(-1, (-1, 16))[0, 0] for t in (packing.order, packing.death > packing.birth))
@@ -103,7 +103,7 @@ def test_a_place_without_a_key_repeats_one_of_its_block():
 
 
 def hostile_gates(length, window):
-    """Families that hurt one order or another; natural order visits nearly all blocks for most of them."""
+    """Families that are bad for one order or another; for most of them natural order visits nearly all blocks."""
     j, noise = torch.arange(length, dtype=torch.float32), torch.randn(length)
     yield "iid", noise
     yield "rising", noise + 6 * j / length
@@ -117,7 +117,7 @@ def hostile_gates(length, window):
 
 
 def bounds(length, capacity, rows, columns):
-    """On average over row blocks, and of any one: docs/packing.md."""
+    """The bounds of docs/packing.md on the mean over row blocks and on each of them."""
     period, periods, places, _unit = packed_layout(length, length, capacity, block_size=(rows, columns))
     if periods == 1:
         return (places // columns,) * 2
@@ -137,7 +137,7 @@ def test_hostile_gates_stay_below_the_bounds(length, window):
 @given(cases)
 @settings(max_examples=200)
 def test_no_gate_exceeds_the_bounds(case):
-    """Hypothesis gets how close it comes as a target, and searches for worse."""
+    """Hypothesis searches for gates near the bounds, with the distance as its target."""
     lifespans, capacity = case
     visited = visited_blocks(lifespans, capacity, 4, 4).double()
     average, largest = bounds(lifespans.birth.shape[-1], capacity, 4, 4)

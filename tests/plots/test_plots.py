@@ -1,4 +1,4 @@
-"""The pictures: what they draw is what was given, they are labelled, and pyplot is not touched."""
+"""The pictures draw their arguments, have labels, and do not use pyplot."""
 
 import subprocess
 import sys

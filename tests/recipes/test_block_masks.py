@@ -1,4 +1,4 @@
-"""Block masks: the mask_mod is the whole truth, and the index says the same at block resolution."""
+"""Block masks: the mask_mod equals the dense mask, and the index agrees with it at block resolution."""
 
 import pytest
 import torch
@@ -26,7 +26,7 @@ cases = gates().flatmap(lambda gate: st.tuples(st.just(gate), st.integers(1, 12)
 
 
 def blocks_of(mask, rows, columns):
-    """(any, all) per block of [..., Q, K]; rows beyond Q count for neither, keys beyond K as masked."""
+    """(any, all) per block of [..., Q, K]; rows beyond Q are ignored, and keys beyond K are masked."""
     q, k = mask.shape[-2:]
     pad_q, pad_k = -q % rows, -k % columns
     any_mask = torch.nn.functional.pad(mask, (0, pad_k, 0, pad_q), value=False)
@@ -47,7 +47,7 @@ def listed(number, indices, width):
 
 
 def check_index(index, dense, rows, columns):
-    """Against the mask [..., rows of queries, keys] that they are the blocks of."""
+    """Compare the index with its mask [..., rows of queries, keys]."""
     some, every = blocks_of(dense, rows, columns)
     row_blocks, key_blocks = some.shape[-2:]
     partial = listed(index.partial_num, index.partial_indices, key_blocks)
@@ -181,6 +181,6 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize("recipe", [gate_score_mod, lifespan_mask_mod])
 def test_grouped_heads_cannot_be_forgotten(recipe):
-    """FlexAttention passes no number of heads: compiled, a recipe for one group would read beyond its tensor."""
+    """FlexAttention does not pass the number of heads, and a compiled recipe with a wrong one reads beyond its tensor."""
     with pytest.raises(TypeError, match="num_query_heads"):
         recipe(torch.zeros(1, 2, 8) if recipe is gate_score_mod else causal_top_w(torch.zeros(1, 2, 8), 3))

@@ -1,4 +1,4 @@
-"""Continuous batching: sequences join and leave one static batch of states, and each is what it is alone."""
+"""Continuous batching: sequences join and leave one static batch of states, and each gives the same output as alone."""
 
 import random
 from typing import Any
@@ -14,7 +14,7 @@ OPTIONS: dict[str, Any] = {"window_size": 6, "sinks": 1, "recent": 2}
 
 
 class Sequence:
-    """Its tokens' query, key, value and gate, some of them prompt; and the outputs served so far."""
+    """The query, key, value and gate of a sequence, of which some are the prompt, and its outputs so far."""
 
     def __init__(self, number: int, chance: random.Random) -> None:
         self.prompt, self.decoded = chance.randint(1, 30), chance.randint(1, 25)
@@ -50,7 +50,7 @@ def test_sequences_join_and_leave_a_static_batch():
                     output, state = dynamic_mask_attention(*joined.next(joined.prompt), return_state=True, **OPTIONS)
                     joined.outputs.append(output)
                     batch = batch.put(torch.tensor([slot]), state)
-            # An idle slot computes NaN and reaches nobody.
+            # An idle slot computes NaN, which reaches no sequence.
             rows = [sequence.next(1) if sequence else idle for sequence in slots]
             tensors = [torch.cat(parts) for parts in zip(*rows, strict=True)]
             output, batch = step(*tensors, state=batch, return_state=True, **OPTIONS)

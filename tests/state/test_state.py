@@ -1,4 +1,4 @@
-"""DynamicMaskState as a value: what it holds, how it is moved, cropped, saved, and what it refuses."""
+"""DynamicMaskState as a value: its contents, moving, cropping, saving, and refusals."""
 
 from dataclasses import replace
 from typing import Any
@@ -37,12 +37,12 @@ def test_literal():
     gate = torch.tensor([[[3.0, 1.0, 2.0, 5.0, 0.0]]])
     key = torch.arange(5.0).view(1, 1, 5, 1)
     _, state = dynamic_mask_attention(key, key, key, gate, window_size=2, sinks=1, recent=1, return_state=True)
-    # Top-2: positions 3 and 0.  The sink is 0, so its own place is free; 4 is recent.
+    # The top-2 are positions 3 and 0.  The sink is 0, so the slot for a sink is empty; 4 is recent.
     assert state.position.tolist() == [[[3, 0, 4, -1]]]
     assert state.key.flatten().tolist() == [3.0, 0.0, 4.0, 0.0]
     assert state.gate.tolist() == [[[5.0, 3.0, 0.0, -torch.inf]]]
     assert (state.length.tolist(), state.last_sink.tolist(), state.widest) == ([5], [[0]], 2)
-    # Key 1 ended at 2 as recent, key 2 at 3; nothing that was visible at 3 ended at 4.
+    # As recent keys, key 1 was evicted at 2 and key 2 at 3; no key visible at 3 was evicted at 4.
     assert state.last_loss.tolist() == [[3]]
 
 
@@ -66,7 +66,7 @@ def test_is_a_pytree():
 
 
 def test_values_only():
-    """No call changes the state that it is given."""
+    """No call changes its state argument."""
     state, _ = after(9, sinks=1, recent=2)
     kept = state.checkpoint()
     for tokens in (1, 1, 4):
@@ -89,7 +89,7 @@ def test_checkpoint_and_restore():
 
 @pytest.mark.parametrize(("options", "kept"), [({}, 7), ({"sinks": 2, "recent": 3}, 4)])
 def test_crop_is_exact_while_nothing_was_lost(options, kept):
-    """Nothing is evicted before the window is full, nor with `recent` before the first recent key is let go."""
+    """No key is evicted before the window is full or, with `recent`, before the first key is no longer recent."""
     window = 10
     state, _ = after(9, window_size=window, **options)
     cropped, expected = state.crop(9 - kept), after(kept, window_size=window, **options)[0]
@@ -168,7 +168,7 @@ def test_file_round_trip(tmp_path, dtype):
 
 
 def test_torch_save_round_trip(tmp_path):
-    """By `torch.load` as it is called by default, with weights_only=True; lifespans and packings, too."""
+    """By `torch.load` with its default weights_only=True; lifespans and packings too."""
     state, _ = after(12, sinks=1, window_size=[3, 5])
     lifespans = causal_top_w(state.gate, 3)
     packing = pack(lifespans, packed_layout(9, 9, 3), queries=9)

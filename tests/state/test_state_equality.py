@@ -29,7 +29,7 @@ def run(tensors, sizes, *, state=None, detached=False, key_padding_mask=None, do
 
 
 def assert_same_states(a, b):
-    """The same keys, in whatever slots, and the same of everything else; slots without a key are blank."""
+    """The same keys in any slots, empty slots blank, and all other tensors equal."""
     found = []
     for state in (a, b):
         position, order = state.position.sort(-1)
@@ -47,7 +47,7 @@ def assert_same_states(a, b):
 
 @st.composite
 def splits(draw, length):
-    """Sizes of consecutive chunks that make up the length; often single tokens."""
+    """Sizes of consecutive chunks that add up to the length; often single tokens."""
     sizes: list[int] = []
     while sum(sizes) < length:
         sizes.append(
@@ -71,7 +71,7 @@ def test_any_split_is_one_pass(gate, data):
             options[name] = torch.cat([options[name], options[name].roll(3, -1)])
     gate = torch.cat([gate, gate.roll(3, -1)])
     query, key, value, _gate = inputs(2, 4, heads, length, length, 4)
-    # The specification adds a gate as it is, so its own rounding grows with the gate.
+    # The specification adds gates without a reference, so its rounding error grows with the gate.
     gate = torch.where(gate == -torch.inf, gate, gate.clamp(-1e3, 1e3)).double()
     tensors = (query, key, value, gate)
     whole = dynamic_mask_attention(*tensors, lowering="dense", **options)
@@ -107,7 +107,7 @@ def test_crop_is_the_prefix_or_refused(gate, data):
         return
     _, prefix = run([t[:, :, :kept] for t in tensors], [kept], **options,
                     **{name: mask[:, :kept] for name, mask in masks.items()})  # fmt: skip
-    # Without keys it does not matter whose document it was.
+    # Without keys the document does not matter.
     document = prefix.document if (prefix.position < 0).all() else cropped.document
     assert_same_states(replace(cropped, last_loss=prefix.last_loss, document=document), prefix)
 
@@ -129,7 +129,7 @@ def test_gradients_through_an_attached_state(sizes, options):
 
 @pytest.mark.parametrize("sizes", [[7, 1, 12, 10], [1] * 30])
 def test_gradients_through_a_detached_state_stop_at_the_chunk(sizes):
-    """The same as one pass in which the keys of earlier chunks are constants."""
+    """They equal one pass in which the keys of earlier chunks are constants."""
     leaves = [t.requires_grad_() for t in inputs(1, 4, 2, 30, 30, 4)]
     split, _state = run(leaves, sizes, detached=True, window_size=6)
     outputs, start = [], 0
@@ -144,7 +144,7 @@ def test_gradients_through_a_detached_state_stop_at_the_chunk(sizes):
 
 @given(st.integers(0, 2**31), st.data())
 def test_left_padded_batches(seed, data):
-    """A row padded on the left decodes as it does alone, without the padding."""
+    """A left-padded row decodes as it does alone and without padding."""
     batch, length = 3, 24
     query, key, value, gate = inputs(batch, 4, 2, length, length, 4, seed=seed)
     padding = [data.draw(st.integers(0, length - 1)) for _ in range(batch)]
@@ -162,7 +162,7 @@ def test_left_padded_batches(seed, data):
 
 @pytest.mark.parametrize("lowering", [None, "gather", "dense"])
 def test_score_mods_see_no_position_that_does_not_exist(lowering):
-    """A table by distance is not asked beyond its end, however empty the state."""
+    """A table by distance is not read beyond its end, even with an empty state."""
     table = torch.randn(6, dtype=torch.float64)
     tensors = inputs(1, 4, 2, 6, 6, 4)
     options: dict[str, Any] = {
@@ -185,7 +185,7 @@ def test_documents_of_any_integer_dtype_and_no_trace_of_the_last_one():
 
 
 def test_gradients_through_rows_that_move():
-    """Reorder, put, checkpoint and crop hand gradients on."""
+    """Reorder, put, checkpoint and crop pass gradients on."""
     leaves = [t.requires_grad_() for t in inputs(2, 4, 2, 12, 12, 4)]
     flipped = [t.flip(0) for t in leaves]
     whole = dynamic_mask_attention(*flipped, window_size=20, lowering="dense")[:, :, 9:]
@@ -260,7 +260,7 @@ def test_layer_in_chunks_is_the_layer(recency):
 
 
 def test_decoding_compiles_once_and_chunks_through_flex():
-    """Static shapes: no recompilation as the context grows, in eager's numbers; the flex kernel takes a state too."""
+    """Static shapes: no recompilation as the context grows, and eager's numbers; the flex kernel supports a state too."""
     torch._dynamo.reset()
     tensors = inputs(2, 4, 2, 96, 96, 8, dtype=torch.float32)
     slopes = torch.tensor([0.1, 0.2, 0.3, 0.4])
@@ -285,6 +285,6 @@ def test_decoding_compiles_once_and_chunks_through_flex():
         rest = [t[:, :, 80:] for t in tensors]
         output, state = step(*rest, state=state, return_state=True, lowering="flex", **options)
         torch.testing.assert_close(output, whole[:, :, 80:], rtol=1e-4, atol=1e-5)
-        # Prefill in one compilation, decoding in one more, and one for chunks of another size.
+        # One compilation for prefill, one for decoding, and one for chunks of another size.
         assert counter.frame_count == 3
         assert_same_states(state, run(tensors, [96], **options)[1])

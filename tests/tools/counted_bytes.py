@@ -1,11 +1,11 @@
-"""A program, not a test: the bytes that the kernels move which Inductor generates for sm_90, as JSON.
+"""A program, not a test: the bytes that Inductor's kernels for sm_90 move, as JSON.
 
-Each line of standard input is a case; each line of standard output its bytes by graph: [forward] or [forward, backward].
-The count is of the buffers that every generated kernel and every ATen call reads and writes, once each: what moves if
-nothing is read twice by one kernel and nothing stays in cache between two.  Nothing runs: tensors are fake, of any size, and
-kernels are fused but not written.
+Each line of standard input is a case.  Each line of standard output has its bytes by graph: [forward] or [forward, backward].
+It counts the buffers that every generated kernel and every ATen call reads and writes, once each: the bytes that move if no
+kernel reads twice and no cache keeps data between two kernels.  Nothing runs: tensors are fake, of any size, and kernels are
+fused but not written.
 
-`fitted_bytes.counted_bytes` starts it, because the stand-ins for a CUDA device claim a process of their own.
+`fitted_bytes.counted_bytes` starts it, because the stand-ins for a CUDA device need their own process.
 """
 
 import json
@@ -28,7 +28,7 @@ from flexdma.tools.inspect.targets import known_target
 
 
 def main() -> None:
-    """Answer every case."""
+    """Print the bytes of every case."""
     warnings.filterwarnings("ignore")
     install(known_target("sm_90"))
     graphs: list[int] = []
@@ -37,7 +37,7 @@ def main() -> None:
         graph.init_wrapper_code()
         graph._update_scheduler()
         graphs.append(sum(moved(graph, node) for node in graph.scheduler.nodes))
-        # In place of the generated module: the graph as it was traced gives the shapes of its outputs.
+        # In place of the generated module, the traced graph gives the shapes of its outputs.
         return SimpleNamespace(call=lambda inputs: list(graph.orig_gm(*inputs)), __file__="")
 
     GraphLowering.compile_to_module = counting  # type: ignore[assignment, method-assign]
@@ -50,10 +50,10 @@ def main() -> None:
 
 
 def moved(graph: GraphLowering, node: BaseSchedulerNode) -> int:
-    """Inductor's count, but of two kinds of nodes, of which it counts less than they touch.
+    """Inductor's count, except for two kinds of nodes, for which it is too small.
 
-    Of FlexAttention's backward it takes each buffer for no larger than the gradient of the keys; and an ATen call, as
-    `embedding_bag`, writes all its outputs, also those that nobody reads.
+    In FlexAttention's backward it limits each buffer to the size of the keys' gradient.  And an ATen call such as
+    `embedding_bag` writes all its outputs, also unused ones.
     """
     touched = node.get_read_write_buffer_accesses(include_reads=True, include_writes=True)
     if isinstance(node.node, ir.TemplateBuffer):
@@ -64,12 +64,12 @@ def moved(graph: GraphLowering, node: BaseSchedulerNode) -> int:
 
 
 def nbytes(buffer: ir.IRNode) -> int:
-    """Of the whole buffer."""
+    """Bytes of the whole buffer."""
     return math.prod(map(int, buffer.get_size())) * buffer.get_dtype().itemsize
 
 
 def generate(shape: list[int], window: int, backward: bool = False, decode: bool = False) -> None:
-    """The kernels of one call, in bfloat16; `decode`: of one token against a state of `window` slots."""
+    """Generate the kernels of one call in bfloat16.  decode: one token against a state of `window` slots."""
     batch, query_heads, heads, length, size = shape
     options: dict[str, Any] = {"device": "cuda", "dtype": torch.bfloat16, "requires_grad": backward}
     query, key, value = (torch.empty(batch, h, length, size, **options) for h in (query_heads, heads, heads))

@@ -1,7 +1,7 @@
-"""A program: `python -m tests.tools.fitted_bytes` lets the compiler count bytes and fits cost_model/kernel_bytes.py to them.
+"""A program: `python -m tests.tools.fitted_bytes` fits cost_model/kernel_bytes.py to bytes counted by the compiler.
 
-It writes the counts to counted_bytes.json and prints the tables; minutes.  test_cost.py holds the tables to the counts, and
-the formulas to new counts at other sizes.
+It writes the counts to counted_bytes.json and prints the tables, which takes minutes.  test_cost.py compares the tables with
+these counts, and the formulas with new counts at other sizes.
 """
 
 import json
@@ -36,7 +36,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def counted_bytes(cases: list[dict]) -> list[list[int]]:
-    """Of each case by graph, as tests/tools/counted_bytes.py counts them in another process."""
+    """The bytes of each case by graph, counted by tests/tools/counted_bytes.py in another process."""
     done = subprocess.run(
         [sys.executable, "-m", "tests.tools.counted_bytes"], input="\n".join(map(json.dumps, cases)), cwd=ROOT,
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False,
@@ -46,7 +46,7 @@ def counted_bytes(cases: list[dict]) -> list[list[int]]:
 
 
 def expected_bytes(shape: list[int], window: int, backward: bool = False, decode: bool = False) -> list[sympy.Expr]:
-    """What the cost model says of a case, by graph."""
+    """The cost model's bytes of a case, by graph."""
     batch, query_heads, heads, length, size = shape
     calls = [cost.decode()] if decode else [cost.forward(training=backward), *([cost.backward()] if backward else [])]
     sizes = {"B": batch, "Hq": query_heads, "Hkv": heads, "N": length, "w": window, "D": size, "Dv": size, "rows": 128,
@@ -56,11 +56,11 @@ def expected_bytes(shape: list[int], window: int, backward: bool = False, decode
 
 
 def fitted(counts: list[list[int]]) -> dict[str, int]:
-    """The table that comes closest to the counts of CASES, by the least squares of relative errors."""
+    """The table with the least squares of relative errors over the counts of CASES."""
     unknown = {name: sympy.Symbol(f"x{number}") for number, name in enumerate(BYTES)}
     with patch.dict(BYTES, unknown):
         sums = [total for case in CASES for total in expected_bytes(**case)]
-    # columns @ table - others = 0 is sums = 0: the model is linear in the table.
+    # The model is linear in the table: columns @ table - others = 0 means sums = 0.
     columns, others = (
         torch.tensor(matrix.tolist(), dtype=torch.float64)
         for matrix in sympy.linear_eq_to_matrix(sums, list(unknown.values()))
@@ -71,7 +71,7 @@ def fitted(counts: list[list[int]]) -> dict[str, int]:
 
 
 def packing_peak(window: int, training: bool) -> tuple[int, int, int]:
-    """Places, tiles, and the most bytes that packing LENGTH keys and making the lists hold, in groups of 4."""
+    """Places, tiles, and the peak bytes of packing LENGTH keys and making the lists, with groups of 4."""
     alive = causal_top_w(torch.randn(1, 1, LENGTH), window)
     layout = packed_layout(LENGTH, LENGTH, window, block_size=(128, 128), group=4)
 
@@ -85,7 +85,7 @@ def packing_peak(window: int, training: bool) -> tuple[int, int, int]:
 
 
 def fitted_peaks() -> dict[str, int]:
-    """PEAKS, from windows so narrow that packing holds the most, and so wide that the lists do."""
+    """PEAKS, from narrow windows, where packing has the peak, and wide ones, where the lists have it."""
     places, _, narrow = packing_peak(64, False)
     found = {"packing, place": narrow / places}
     for phase in ("inference", "training"):

@@ -1,4 +1,4 @@
-"""A clock for the benchmark's limits that only a test advances."""
+"""A clock for tests of the benchmark's limits, which only the test advances."""
 
 
 class HandMovedClock:

@@ -1,4 +1,4 @@
-"""Functions that compile badly, one ill each, for the doctor to find.  `healthy_call` is also an entry point."""
+"""Functions with one problem each, for tests of the doctor.  `healthy_call` is also an entry point."""
 
 import torch
 from torch import nn

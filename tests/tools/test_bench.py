@@ -1,4 +1,4 @@
-"""The benchmark, without a timing: medians, memory, failures, budgets, the contenders' results, a suite, pages."""
+"""The benchmark without real timings: medians, memory, failures, budgets, the contenders' results, a suite, pages."""
 
 import contextlib
 import weakref
@@ -143,7 +143,8 @@ def test_the_autoregressive_family_is_its_recurrence():
 
 def test_the_dense_path_computes_dynamic_mask_attention():
     leaves = [torch.randn(2, heads, 50, 8, dtype=torch.float64, requires_grad=True) for heads in (4, 2, 2)]
-    leaves.append(torch.randn(2, 2, 50, dtype=torch.float64, requires_grad=True))  # no ties: topk breaks them anyhow
+    # No ties, which topk breaks arbitrarily.
+    leaves.append(torch.randn(2, 2, 50, dtype=torch.float64, requires_grad=True))
     query, key, value, gate = leaves
     got = dense_mask_attention(query, key, value, gate, 12)
     want = dense_dynamic_mask_attention(*leaves, window_size=12)
@@ -164,7 +165,7 @@ def test_a_dense_mask_that_does_not_fit_is_not_tried():
 
 @pytest.fixture
 def uncompiled():
-    """A compiler that compiles nothing, while nothing else does: FlexAttention then takes a CPU's tensors with gradients."""
+    """A compiler that compiles nothing, and FlexAttention that accepts CPU tensors with gradients."""
     with contextlib.ExitStack() as stack:
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(mock.patch.object(torch_flex, "_validate_device", return_value=None))
@@ -241,7 +242,7 @@ def test_every_stage_is_timed(lowering, uncompiled):
 
 
 def smaller(suite, factor):
-    """The same cases at 1 / factor of every N and w: to run through them, not to measure."""
+    """The same cases at 1 / factor of every N and w, to run them without measuring."""
 
     def each(shape):
         return replace(shape, length=max(16, shape.length // factor), window=max(4, shape.window // factor))
@@ -255,13 +256,13 @@ def smaller(suite, factor):
 
 
 def test_the_gpu_suite_runs_through_and_records_what_fails(uncompiled):
-    """On a CPU, 1024 times smaller, in this process: all of it but the device and the processes."""
+    """On a CPU, 1024 times smaller, and in this process."""
     suite, setting = smaller(SUITES["gpu"], 1024), Setting("cpu", torch.float32, compiler=uncompiled)
     results = begun(suite, "gpu", 1, setting)
     for case in planned(suite, "cpu"):
         results.add(case.section, case.title, case.measure(setting, Turns(1)))
     results = Results.from_json(results.to_json())
-    # FlexAttention has no backward on a CPU: that stage fails, and the others of the same case do not.
+    # FlexAttention has no backward on a CPU, so this stage fails, and the other stages of the case do not.
     (stages,) = results.cases("stages")
     assert "no backward on a CPU" in stages.metric("failed")[WHOLE]
     assert stages.seconds["attention forward"] > 0
@@ -306,7 +307,7 @@ def test_an_interruption_leaves_what_is_measured(monkeypatch, tmp_path, capsys):
 
 
 def results_of(suite, **sections):
-    """Results with these {case title: {contender: seconds}} by section, made up."""
+    """Invented results with these {case title: {contender: seconds}} by section."""
     results = begun(SUITES[suite], suite, 5, Setting("cpu", torch.bfloat16))
     for section, cases in sections.items():
         for title, seconds in cases.items():
@@ -369,7 +370,7 @@ def test_the_page_of_the_docs_shows_the_results_beside_it(suite):
 
 
 def gpu_results(forward=0.001):
-    """What the GPU suite measures of its targets, made up."""
+    """Invented results of the GPU suite for its targets."""
     sdpa = {"SDPA causal, flash": 0.007, "SDPA causal, cudnn": 0.006}
     lengths = enumerate(SUITES["gpu"].lengths)
     return results_of(

@@ -1,4 +1,4 @@
-"""The benchmark's limits: cases that never end, that bring their process down, that cost it its GPU; and the GPU's clock."""
+"""The benchmark's limits: cases that never end, that crash their process, that lose its GPU; and the GPU's clock."""
 
 import contextlib
 import os
@@ -70,7 +70,7 @@ def stop_silently(setting, turns):
 
 
 def with_a_child(setting, turns):
-    """Tells its number and that of a process that it has started, as a compiler is."""
+    """Reports its process id and that of a child process, as of a compiler."""
     child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(1e6)"])
     turns.tick(f"{os.getpid()} {child.pid}")
     endless()
@@ -84,7 +84,7 @@ def measured(*cases, budget=LONG, progress=silent, save=silent):
 
 
 def is_running(pid):
-    """Whether there is such a process; one that only waits to be asked for its exit code has ended."""
+    """Whether the process runs; a zombie has ended."""
     try:
         with open(f"/proc/{pid}/stat") as stat:
             return stat.read().rpartition(")")[2].split()[0] != "Z"
@@ -110,7 +110,7 @@ def test_what_ends_its_process_is_left_out_and_everything_else_is_measured():
 
 
 def test_a_contender_that_never_ends_loses_its_share_and_no_other(monkeypatch):
-    def progress(case, contender, done, of):  # no patience with this one alone, however slow the others are
+    def progress(case, contender, done, of):  # the time limit ends only this contender, however slow the others are
         monkeypatch.setattr(processes, "GRACE", -LONG if contender == "endless" else LONG)
 
     results = measured(with_an_endless_one, progress=progress)
@@ -170,7 +170,7 @@ def test_no_process_outlives_the_command(tmp_path):
 
 
 class Heard:
-    """A connection over which these messages come, each after so many seconds; then it is silent, or closed."""
+    """A connection that delivers these messages, each after its seconds, and is then silent or closed."""
 
     def __init__(self, clock, *messages, closed=False):
         self.clock, self.messages, self.closed = clock, list(messages), closed
@@ -195,7 +195,7 @@ class Heard:
         ([(1, "failed", "why")], False, Ended([("", "failed", "why")]), 1),
         ([(1, "contender", "a"), (2, "lost", "why")], False, Ended(None, "why; the GPU accepted no more calls", "a"), 3),
         ([(1, "contender", "a")], True, Ended(None, "", "a"), 1),
-        # All runs of a contender count together, those of others apart.
+        # The runs of one contender count together, those of other contenders separately.
         (
             [(1, "contender", "a"), (20, "contender", "b"), (20, "contender", "a")], False,
             Ended(None, "stopped: used its share of the suite's time, 25 seconds", "a"), 41 + 5 + processes.GRACE,

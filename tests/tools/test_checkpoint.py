@@ -1,4 +1,4 @@
-"""The demo's checkpoint: whole or absent, and whatever is wrong with one is said in one line."""
+"""The demo's checkpoint: writing is atomic, and loading reports any fault in one line."""
 
 import json
 import shutil

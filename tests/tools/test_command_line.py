@@ -1,4 +1,4 @@
-"""What all commands share: one line for a request that cannot be met, and quiet when nobody reads on."""
+"""Common behaviour of commands: one line for a refused request, and no error when the reader closes the pipe."""
 
 import argparse
 import importlib

@@ -1,4 +1,4 @@
-"""flexdma.cost against what is counted: blocks and metadata exactly, bytes as the compiler counts them, FLOPs, states."""
+"""flexdma.cost compared with counts: blocks, metadata, bytes by the compiler's count, FLOPs, states."""
 
 import importlib.util
 import json
@@ -82,7 +82,7 @@ def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, trainin
     reason=f"stand-ins for a CUDA device are not known for torch {torch.__version__}",
 )
 def test_bytes_are_those_that_the_compiler_counts():
-    """At sizes other than those that the table was fitted to."""
+    """At sizes that were not used for the fit."""
     cases: list[dict[str, Any]] = [
         {"shape": [2, 4, 4, 900, 32], "window": 500},  # one period, no groups
         {"shape": [2, 8, 2, 1500, 64], "window": 70, "backward": True},

@@ -1,4 +1,4 @@
-"""The demonstration, uncompiled and tiny: what it writes, what it refuses, and that its figures are what they say."""
+"""The demonstration, uncompiled and tiny: its files, its refusals, and that its figures are right."""
 
 import importlib.util
 import json

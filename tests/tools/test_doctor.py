@@ -1,4 +1,4 @@
-"""The doctor finds each ill with its line, and nothing in a healthy layer.  Graphs alone are compiled, but for one test."""
+"""The doctor finds each problem with its line, and nothing in a healthy layer.  All tests but one only capture graphs."""
 
 import dataclasses
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""explain: its counts are those of the dense mask, its model is its formula, its advice fits the gates."""
+"""explain: its counts equal those of the dense mask, its predictions equal its formulas, its advice fits the gates."""
 
 import json
 import statistics
@@ -31,7 +31,7 @@ def dense_blocks(visible, group, rows, columns):
     for top in folded.split(rows, 2):
         for block in top.split(columns, 3):
             visited += block.flatten(2).any(-1)
-            # The kernel's blocks have `columns` keys: one that is cut off by the end of K is not full.
+            # The kernel's blocks have `columns` keys, so a block cut off by the end of K is not full.
             full += block.flatten(2).all(-1) & (block.shape[3] == columns)
     return visited.mean(0).tolist(), full.mean(0).tolist()
 
@@ -180,7 +180,7 @@ def test_the_rates_that_ship_say_where_they_are_from():
     assert ("cpu", "inference") in measured.RATES
     for rates in measured.RATES.values():
         assert "torch" in rates.measured_on
-        # A pair costs a lowering no less than it costs SDPA; else the measurement went wrong.
+        # A pair costs a lowering at least as much as SDPA, unless the measurement is wrong.
         assert rates.gather is not None
         assert rates.gather >= rates.causal > 0
 
@@ -243,7 +243,7 @@ def test_the_fit_is_the_geometric_mean_over_the_shapes_of_a_phase():
     fitted = calibration.fitted_rates(results)
     assert set(fitted) == {("cpu", "inference"), ("cpu", "training")}
     for rates, shape in zip(fitted.values(), shapes, strict=True):
-        problem = Problem(shape.length, shape.window, 0, 4, rho=1.0)  # which the gather lowering does not depend on
+        problem = Problem(shape.length, shape.window, 0, 4, rho=1.0)  # the gather lowering does not depend on rho
         assert speedup(rates, "gather", problem) == pytest.approx(2.0)
         assert rates.flex is None
     two = calibration._mean([RATES, replace(RATES, causal=4.0, flex=None)])

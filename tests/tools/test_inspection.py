@@ -1,4 +1,4 @@
-"""Seeing what was generated: reports of the C++ kernels of this machine, and of kernels written down here."""
+"""inspect: reports of the C++ kernels of this machine, and of kernels given as text."""
 
 import argparse
 import json

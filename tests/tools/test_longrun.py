@@ -1,4 +1,4 @@
-"""The long run in small: chunk boundaries, a report that follows from the numbers, refusals."""
+"""A short run of longrun: chunk boundaries, a report that follows from the numbers, refusals."""
 
 import json
 

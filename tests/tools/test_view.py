@@ -1,4 +1,4 @@
-"""`python -m flexdma view`: the page holds the text as text, its lifespans are the dense mask, bad requests write nothing."""
+"""`python -m flexdma view`: the page has the text as text, its lifespans equal the dense mask, bad requests write nothing."""
 
 import html
 import json
@@ -20,7 +20,7 @@ def data_of(page: str) -> dict:
 
 
 class Elements(HTMLParser):
-    """Counts what an HTML parser makes of the page."""
+    """Counts the elements that an HTML parser finds in the page."""
 
     def __init__(self, page: str) -> None:
         super().__init__()

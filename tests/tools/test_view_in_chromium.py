@@ -1,4 +1,4 @@
-"""The page in a browser: what it highlights is the dense mask, chosen by address, mouse and keyboard."""
+"""The page in a browser: it highlights the dense mask, for queries chosen by address, mouse and keyboard."""
 
 import re
 import shutil
@@ -19,7 +19,7 @@ pytestmark = [
 
 
 def chromium(page: Path, profile: Path, address: str = "", script: str = "") -> str:
-    """The page as Chromium has it after its scripts ran; `script` is appended, in a copy that allows it."""
+    """The page's elements in Chromium after its scripts ran; `script` is appended in a copy whose policy allows it."""
     if script:
         content = re.sub(r"<meta http-equiv[^>]*>", "", page.read_text(encoding="utf-8"))
         page = page.with_name("scripted.html")
@@ -52,7 +52,7 @@ def test_the_browser_highlights_exactly_the_keys_of_the_dense_mask(text_file, ch
         assert [key for key, names in enumerate(classes) if "query" in names.split()] == [query]
         assert all(("future" in names.split()) == (key > query) for key, names in enumerate(classes))
         assert f"Query {query} " in dom
-        assert "<img" not in dom  # the text holds one, as text
+        assert "<img" not in dom  # the text contains one, as text
         assert "&lt;img src=x onerror=alert(2)&gt;" in re.sub(r"</?span[^>]*>", "", dom)
 
 

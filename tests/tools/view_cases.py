@@ -1,4 +1,4 @@
-"""For the tests of the view: a checkpoint of small models with gates that select, a text full of markup, the dense mask."""
+"""For tests of the view: a checkpoint of small models with gates that select, a text with much markup, the dense mask."""
 
 from pathlib import Path
 
@@ -39,7 +39,7 @@ def view(text: Path, checkpoint: Path, out: Path, *options: str) -> int:
 
 
 def refused(capsys, code: int, says: str) -> None:
-    """The last command left one line on standard error and exit code 2."""
+    """Check that the last command printed one line on standard error and returned 2."""
     error = capsys.readouterr().err
     assert code == 2
     assert error.count("\n") == 1

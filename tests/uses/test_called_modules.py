@@ -1,4 +1,4 @@
-"""Projections are called, so that whatever hangs on them happens: offloading, sharding, pruning, quantisation, hooks."""
+"""Projections are called, so that offloading, sharding, pruning, quantisation and hooks act."""
 
 import copy
 
@@ -26,7 +26,7 @@ def made(recency=None):
 
 
 def read(layer, hidden, **options):
-    """In two chunks and a token; layers whose weights are on meta need the device."""
+    """Read the input in two chunks and a token; layers whose weights are on meta need the device."""
     state, outputs = layer.empty_state(2, **options), []
     for part in hidden.split([11, 8, 1], 1):
         output, state = layer(part, state=state, return_state=True)

@@ -1,4 +1,4 @@
-"""Compiled calls at many lengths: few compilations for all of them, up, down and across a block, right at each."""
+"""Compiled calls at many lengths, larger and smaller than a block: few compilations, and right results at each."""
 
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
@@ -8,7 +8,7 @@ from flexdma.lowerings.gather import BLOCK_SIZE
 from tests.comparison import assert_same, gradients_of, inputs
 
 LENGTHS = (51, 60, 300, 9)
-# With those, more than the eight for which torch.compile would compile a function again.
+# With these there are more than eight lengths, the limit of torch.compile for compilations of one function.
 MORE = (BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE, 1000, 52, 7, 640)
 
 
@@ -30,7 +30,7 @@ def test_training_by_gather():
 
 
 def test_training_is_compiled_five_times_at_most():
-    """For lengths that are a whole number of blocks, too: slices of rows are then contiguous, which torch guards."""
+    """Also with lengths of whole blocks, for which slices of rows are contiguous, which torch guards."""
     compiled, counter = counted(attend, "aot_eager")
     for length in LENGTHS + MORE:
         tensors = inputs(2, 4, 2, length, length, 16, dtype=torch.float32, seed=length)

@@ -13,7 +13,7 @@ from tests.test_operator import VARIANTS
 
 pytestmark = [
     pytest.mark.gpu,
-    # Dynamo warns of itself while it traces an autograd.Function.
+    # Dynamo causes this warning itself while it traces an autograd.Function.
     pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
 ]
 
@@ -23,7 +23,7 @@ def on_gpu(options):
 
 
 def compare(tensors, **options):
-    """Output and gradients on the GPU: at most twice the error of the plain implementation in the same dtype."""
+    """The error of output and gradients is at most twice that of the plain implementation in the same dtype."""
     tensors, options = [t.cuda() for t in tensors], on_gpu(options)
     exact = with_gradients_on_gpu(dense_dynamic_mask_attention, [t.double() for t in tensors], **options)
     plain = with_gradients_on_gpu(dense_dynamic_mask_attention, tensors, **options)
@@ -57,7 +57,7 @@ def test_dtypes_and_sizes(dtype, size):
 
 
 def test_several_periods_and_documents():
-    """Keys live on from one period to the next, and end with their document inside one."""
+    """Keys that reach several periods, and documents that end inside one."""
     document_ids = (torch.arange(4097)[None] >= torch.tensor([700, 3001]).view(2, 1)).sum(0, keepdim=True)
     assert packed_layout(4097, 4097, 256, block_size=(128, 128), group=2).periods > 1
     compare(inputs(1, 4, 2, 4097, 4097, 64, dtype=torch.float32), window_size=256, document_ids=document_ids)
@@ -90,7 +90,7 @@ def test_nothing_waits_for_the_device():
 
 
 def test_new_gates_and_lengths_do_not_recompile_forever():
-    """The first length, other lengths, those whose last period is whole, and those that Inductor sorts another way."""
+    """One compilation each: the first length, other lengths, whole last periods, lengths that Inductor sorts differently."""
     torch._dynamo.utils.counters.clear()
     for length in (512, 512, 640, 768, 896, 2000, 3000, 4000, 5000):
         tensors = [t.cuda() for t in inputs(1, 4, 2, length, length, 64, dtype=torch.float32, seed=length)]
@@ -101,7 +101,7 @@ def test_new_gates_and_lengths_do_not_recompile_forever():
 
 
 def test_other_lengths_heads_and_windows_in_training():
-    """From the second length on compiled with dynamic shapes, where the gate's gradient takes another route."""
+    """From the second length on shapes are dynamic, and the gate's gradient uses another route."""
     for length, heads, window in ((512, 2, 64), (640, 2, 64), (700, 4, 64), (701, 4, 100), (300, 4, 100)):
         compare(inputs(1, 4, heads, length, length, 64, dtype=torch.float32), window_size=window)
 

@@ -1,4 +1,4 @@
-"""torch.export: programs that are saved, loaded and called at other lengths give the numbers of the dense lowering."""
+"""torch.export: saved and loaded programs, called at other lengths, give the results of the dense lowering."""
 
 import copy
 import io
@@ -34,7 +34,7 @@ DENSE = pytest.mark.skipif(
 
 
 def layer(**options):
-    """A layer and the same with the dense lowering."""
+    """A layer, and the same layer with the dense lowering."""
     made = DynamicMaskAttention(16, 4, 2, 8, 3, **OPTIONS, **options)
     torch.nn.init.normal_(made.gate.A)
     dense = copy.deepcopy(made)
@@ -75,7 +75,7 @@ def test_decoding_and_chunks():
 
 @pytest.mark.parametrize("lowering", [None, pytest.param("dense", marks=DENSE)])
 def test_training(lowering):
-    """At one length by the traced gather, at any by the dense lowering."""
+    """The traced gather at one length, the dense lowering at any."""
     attend, dense = layer(lowering=lowering)
     shapes = {"hidden_states": {0: LENGTH["hidden_states"][0]}} if lowering is None else LENGTH
     program = exported(attend, (torch.randn(2, 150, 16),), dynamic_shapes=shapes)

@@ -1,4 +1,4 @@
-"""A masked token might as well not be there: not for a slope, not for forget gates, not for any gradient."""
+"""A masked token has no effect on results, slopes, forget gates or gradients: sequences without it are the oracle."""
 
 from typing import Any
 
@@ -13,11 +13,11 @@ from tests.test_modules import rotary
 
 from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma  # isort: skip  # after hf_models, which keeps it offline
 
-# Tokens that are masked at the beginning, between real ones and at the end; as many real ones in each row.
+# Masked tokens at the beginning, between real ones and at the end; the rows have the same number of real tokens.
 MASK = torch.tensor([[0, 0, 1, 1, 0, 1, 1, 1, 0, 0, 1, 1, 1, 0], [1, 1, 1, 0, 0, 0, 1, 1, 1, 1, 0, 1, 0, 0]]).bool()
 REAL = int(MASK[0].sum())
 RECENCIES = [None, "slope", "forget"]
-# Gates are computed in float32, and their sums run in another order where the masked tokens are gone.
+# Gates are computed in float32, and without masked tokens their sums run in another order.
 CLOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -30,7 +30,7 @@ def trained(recency, **options):
 
 
 def hidden_and_embeddings(rubbish=1.0):
-    """Hidden states whose masked tokens hold something else each time, and a rotary embedding that skips them."""
+    """Hidden states with different values in masked tokens each time, and a rotary embedding that skips those tokens."""
     hidden = torch.randn(2, MASK.shape[1], 16, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     hidden = torch.where(MASK[..., None], hidden, rubbish * torch.randn_like(hidden))
     cos, sin = rotary(MASK.shape[1], 4)

@@ -1,4 +1,4 @@
-"""Under torch.autocast the operator is itself on query, key and value cast by hand, as scaled_dot_product_attention is."""
+"""Under torch.autocast the operator equals a call on query, key and value cast by hand, as scaled_dot_product_attention."""
 
 from typing import Any
 
@@ -17,13 +17,13 @@ OPTIONS: dict[str, Any] = {"window_size": 9, "sinks": 1, "recent": 2}
 
 
 def mixed(query_dtype=F32, key_dtype=F32, value_dtype=BF16, length=150):
-    """What a rotary embedding leaves: query and key in float32, values in autocast's dtype; gates that need float64."""
+    """Dtypes after a rotary embedding: query and key in float32, values in autocast's dtype; gates that need float64."""
     query, key, value, gate = inputs(2, 4, 2, length, length, 16, dtype=F32)
     return [query.to(query_dtype), key.to(key_dtype), value.to(value_dtype), gate.double() + 2.0 * torch.arange(length)]
 
 
 def under_autocast(*tensors, **options):
-    """The operator alone under autocast, so that the backward is not."""
+    """The operator under autocast, with its backward outside."""
     with torch.autocast("cpu", BF16):
         return dynamic_mask_attention(*tensors, **options)
 
@@ -51,14 +51,14 @@ def test_outputs_and_gradients_are_those_of_a_cast_by_hand(lowering):
         assert a.dtype == leaf.dtype
         assert torch.equal(a, b)
     assert torch.equal(got[0], want[0])
-    with torch.autocast("cpu", BF16):  # matrix products of the backward are rounded, too
+    with torch.autocast("cpu", BF16):  # matrix products of the backward are rounded too
         rounded = with_gradients(dynamic_mask_attention, tensors, **options)
     for a, b in zip(rounded, want, strict=True):
         torch.testing.assert_close(a, b, atol=2**-5, rtol=2**-5)
 
 
 def test_logits_stay_in_float32():
-    """The error is that of rounding inputs and output, not that of scores in bfloat16."""
+    """The error comes from rounding inputs and output, not from scores in bfloat16."""
     tensors = by_hand(mixed(), BF16)
     with torch.autocast("cpu", BF16):
         got = dynamic_mask_attention(*tensors, **OPTIONS)
@@ -127,7 +127,7 @@ def test_compiled_with_autocast_around_it_and_inside_it(training):
 
 
 class Float32Norm(nn.RMSNorm):
-    """What RMSNorm gives under autocast on CUDA."""
+    """RMSNorm with the dtype that it has under autocast on CUDA."""
 
     def forward(self, x):
         with torch.autocast("cpu", enabled=False):
@@ -153,7 +153,7 @@ def test_the_layer_trains_and_decodes_under_autocast(recency):
                 start = end
     assert got.dtype == state.key.dtype == BF16
     assert all(g.dtype == F32 and g.isfinite().all() for g in gradients_of(layer.parameters()))
-    # Values in bfloat16 make other gates, which may select other keys: alike on the whole, not everywhere.
+    # Gates from bfloat16 values may select other keys, so only the mean error is small.
     assert (got - exact).abs().mean() < 0.02 * exact.abs().mean() + 0.02
     torch.testing.assert_close(torch.cat(pieces, 1), got, atol=2**-6, rtol=2**-6)
 

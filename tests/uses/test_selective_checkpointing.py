@@ -1,4 +1,4 @@
-"""Whatever a policy of activation checkpointing saves, gradients are those without checkpointing."""
+"""Gradients equal those without checkpointing, for every policy of activation checkpointing."""
 
 from collections.abc import Callable
 from functools import partial

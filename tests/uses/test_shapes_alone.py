@@ -1,4 +1,4 @@
-"""Meta and fake tensors, which hold no numbers: the shapes and dtypes of the real call, and no look at a number."""
+"""Meta and fake tensors, which have no values: the shapes and dtypes of the real call, without reading values."""
 
 import contextlib
 
@@ -22,7 +22,7 @@ OPTIONS = [
 
 @pytest.fixture(params=["meta", "fake"])
 def device(request):
-    """Where the tensors of the test are made."""
+    """The device of the test's tensors."""
     with FakeTensorMode() if request.param == "fake" else contextlib.nullcontext():
         yield "meta" if request.param == "meta" else "cpu"
 
@@ -82,7 +82,7 @@ def test_a_block_mask(device):
 
 @torch.no_grad()
 def test_a_converted_model_of_fake_tensors():
-    """Of meta tensors transformers itself asks whether position_ids restart."""
+    """Not with meta tensors, whose position_ids transformers itself reads."""
     with FakeTensorMode():
         model = convert_to_dma(causal_lm("Llama"), window_size=4)
         tokens = torch.ones(2, 9, dtype=torch.int64)

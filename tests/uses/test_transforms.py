@@ -54,7 +54,7 @@ def sum_of_squares(attend):
 
 
 def gradients(attend):
-    """By plain autograd."""
+    """Gradients by plain autograd."""
 
     def function(*tensors):
         leaves = [t.detach().requires_grad_() for t in tensors]
@@ -131,7 +131,7 @@ def test_gradients_per_sample_of_a_layer(recency, lowering):
                 torch.testing.assert_close(ours[n], theirs, atol=1e-5, rtol=1e-5, msg=name)
 
 
-# Forward mode: without requires_grad, so that nothing but the tangents tells that a derivative is wanted.
+# Forward mode: without requires_grad, so that only tangents show that a derivative is needed.
 
 
 def by_dual_tensors(attend, tensors, tangents):
