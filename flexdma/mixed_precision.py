@@ -29,6 +29,6 @@ def without_autocast(device: torch.device) -> AbstractContextManager:
     return torch.autocast(device.type, enabled=False)
 
 
-@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace the question
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace this call
 def _has_autocast(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind)

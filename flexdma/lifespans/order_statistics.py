@@ -29,7 +29,7 @@ def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tens
 def kth_smallest_by_bit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tensor:
     """`kth_smallest` for any N in ceil(log2 N) rounds of one cumulative sum, three gathers and one scatter.
 
-    The plain form: the others are tested against it.
+    The plain form, with which tests compare the others.
     """
     length = values.shape[-1]
     positions = torch.arange(length, device=values.device)
@@ -58,8 +58,8 @@ def kth_smallest_by_bit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) 
 def kth_smallest_by_digit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tensor:
     """`kth_smallest` for N < 2^21 in ceil(log4 N) rounds: four digits, counted in one cumulative sum.
 
-    For devices that compile it: ranking and lifespans take 13 launches in place of 37 (docs/kernels.md), and a round moves
-    55 bytes per key in place of 48 (`flexdma/tools/cost_model/kernel_bytes.py`), in half the rounds.
+    For devices that compile it: ranking and lifespans take 13 launches instead of 37 (docs/kernels.md), and half as many
+    rounds move 55 bytes per key instead of 48 (`flexdma/tools/cost_model/kernel_bytes.py`).
     """
     length = values.shape[-1]
     positions = torch.arange(length, device=values.device)

@@ -1,7 +1,7 @@
 """Gather, fused: PyTorch's own CPU attention kernel on each block of queries and its living keys.
 
 The flash kernel (`scaled_dot_product_attention`) takes a float mask: gate - reference where a query sees the key, -inf
-elsewhere.  Scores then never leave the cache.  This file cuts a call into such blocks, `fused_blocks.py` computes them.
+elsewhere.  Scores then never leave the cache.  This file cuts a call into blocks, and `fused_blocks.py` computes them.
 
 O(K log K + Q (w + births in a block)) time; memory for one list of living keys per block, and a few masks at a time.
 """

@@ -1,6 +1,6 @@
-"""A few blocks of queries at a time, each attending to its own list of keys, in one call of PyTorch's CPU kernel.
+"""Attention of a few blocks of queries, each to its own list of keys, in one call of PyTorch's CPU kernel.
 
-The living keys are gathered, and the kernel's float mask is computed by arithmetic, which PyTorch vectorises (it does not
+It gathers the living keys and computes the kernel's float mask by arithmetic, which PyTorch vectorises (it does not
 vectorise broadcast comparisons and `where`).
 """
 

@@ -1,4 +1,4 @@
-"""The versions that flexdma supports: the bounds that pyproject.toml states, as the installed package has them."""
+"""The versions that flexdma supports: the bounds of pyproject.toml, read from the installed package."""
 
 import importlib.metadata
 import re
@@ -8,7 +8,7 @@ from torch.torch_version import TorchVersion
 
 
 class Bounds(NamedTuple):
-    """Versions from `oldest` on, below `first_untested`."""
+    """The supported versions: from `oldest` up to, but not including, `first_untested`."""
 
     oldest: str
     first_untested: str
@@ -24,7 +24,7 @@ class Bounds(NamedTuple):
 
 
 def bounds(package: str) -> Bounds | None:
-    """Of a dependency; None where flexdma is imported from a folder and not installed."""
+    """The bounds of a dependency; None where flexdma is imported from a folder and not installed."""
     try:
         requirements = importlib.metadata.requires("flexdma") or []
     except importlib.metadata.PackageNotFoundError:

@@ -114,9 +114,9 @@ def test_a_static_selection_is_told():
 
 def test_a_selection_that_never_fires_is_told():
     documents = torch.arange(2048)[None] // 50
-    assert "never takes a key away" in advice(torch.randn(2048), document_ids=documents)
+    assert "never evicts a key" in advice(torch.randn(2048), document_ids=documents)
     assert "longest document has 50 tokens" in advice(torch.randn(2048), document_ids=documents)
-    assert "never takes a key away" in advice(torch.randn(64))
+    assert "never evicts a key" in advice(torch.randn(64))
     assert "never" not in advice(torch.randn(2048))
 
 

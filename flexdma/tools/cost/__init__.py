@@ -1,15 +1,15 @@
-"""What Dynamic Mask Attention costs, as formulas: FLOPs, bytes, memory, metadata and communication, in sympy.
+"""The cost of Dynamic Mask Attention as sympy formulas: FLOPs, bytes, memory, metadata and communication.
 
 forward, backward       the flex lowering on a whole sequence
 decode                  one token against a `DynamicMaskState`
 context_parallel        a sequence over ranks, each of which receives w keys per KV head (a model: flexdma has no such code)
-full_attention          causal attention to everything, to compare with
+full_attention          causal attention to all keys, for comparison
 visited_blocks          mask blocks that a sliding window visits, exactly
-Cost, estimate          the formulas of one call, and the least time that a device's data sheet allows it
+Cost, estimate          the formulas of one call, and its least time by a device's data sheet
 DEVICES                 peak rates and bandwidths, with their sources
 
-Sizes are the field's: B, Hq, Hkv, N, w, D, Dv, and `block`s of rows x columns; see `symbols.MEANING`.
-`flexdma.explain` answers another question: seconds on a machine where attention has been timed, for given gates.
+The symbols are B, Hq, Hkv, N, w, D, Dv, and rows x columns of a mask block; see `symbols.MEANING`.
+`flexdma.explain` predicts seconds for given gates on a machine where attention has been timed.
 """
 
 from flexdma.tools.cost_model import symbols

@@ -1,4 +1,4 @@
-"""`python -m flexdma cost`: what a size would cost on a device, or shared by many, at the rates of its data sheet."""
+"""`python -m flexdma cost`: the cost of a size on one or more devices, at the rates of their data sheet."""
 
 import argparse
 import json
@@ -33,26 +33,27 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         nargs=2,
         metavar=("ROWS", "KEYS"),
         default=None,
-        help="of a mask block; default the operator's",
+        help="of a mask block; default: the operator's",
     )
-    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="whose data sheet")
+    parser.add_argument("--device", choices=sorted(DEVICES), default="h200", help="device of the data sheet")
     parser.add_argument(
-        "--flops", type=types.positive_number, default=None, help="FLOP per second instead of the data sheet's"
-    )
-    parser.add_argument(
-        "--bandwidth", type=types.positive_number, default=None, help="bytes per second of memory, likewise"
+        "--flops", type=types.positive_number, default=None, help="FLOP per second; default: the data sheet's"
     )
     parser.add_argument(
-        "--link", type=types.positive_number, default=None, help="bytes per second from other devices, likewise"
+        "--bandwidth", type=types.positive_number, default=None, help="bytes per second of memory; default: likewise"
     )
     parser.add_argument(
-        "--achieved", type=types.fraction, default=1.0, help="the share of those rates that is reached, in (0, 1]"
+        "--link",
+        type=types.positive_number,
+        default=None,
+        help="bytes per second from other devices; default: likewise",
     )
+    parser.add_argument("--achieved", type=types.fraction, default=1.0, help="achieved share of these rates, in (0, 1]")
     parser.add_argument(
         "--rho",
         type=types.bounded(float, least=1),
         default=1.2,
-        help="pairs in visited blocks over those shown; docs/benchmarks.md, by the gates",
+        help="pairs in visited blocks over pairs that the mask shows; depends on the gates, see docs/benchmarks.md",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -67,7 +68,7 @@ def run(arguments: argparse.Namespace) -> int:
     block = " x ".join(map(str, _block(arguments)))
     print(
         f"{device.name}: {device.flops / 1e12:,.0f} TFLOP/s, memory {device.bandwidth / 1e12:,.2f} TB/s, link "
-        f"{device.link / 1e9:,.0f} GB/s ({device.source}), of which {arguments.achieved:.0%} are reached\n"
+        f"{device.link / 1e9:,.0f} GB/s ({device.source}), of which {arguments.achieved:.0%} are achieved\n"
         f"B={arguments.batch} N={arguments.tokens:,} w={arguments.window:,} Hq={arguments.query_heads} "
         f"Hkv={arguments.kv_heads} D={arguments.head_dim}, blocks of {block}, rho={arguments.rho}\n"
     )
@@ -78,17 +79,17 @@ def run(arguments: argparse.Namespace) -> int:
     held = max(row["peak"] for row in rows.values())
     if held > device.memory:
         print(f"\nthe peak does not fit into {device.memory / 1e9:,.0f} GB")
-    print("\nLeast times, not predictions: every kernel at these rates, launches and waiting left out.")
+    print("\nLeast times, not predictions: every kernel at these rates, without launches and waiting.")
     return 0
 
 
 def _block(arguments: argparse.Namespace) -> tuple[int, int]:
-    """(rows, keys) of a mask block: those asked for, or the operator's."""
+    """(rows, keys) of a mask block: the given ones, or the operator's."""
     return default_block_size("cuda") if arguments.block is None else tuple(arguments.block)
 
 
 def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, float]]]:
-    """The device, and per call its cost and times."""
+    """The device, and for each call its cost and times."""
     types.check_multiple(arguments, "query_heads", "kv_heads")
     if arguments.tokens % arguments.ranks:
         raise ValueError(f"--ranks: expected a divisor of {arguments.tokens} tokens, got {arguments.ranks}")
@@ -104,12 +105,12 @@ def _costs(arguments: argparse.Namespace) -> tuple[Any, dict[str, dict[str, floa
     }  # fmt: skip
     if arguments.ranks == 1:
         calls: dict[str, Cost] = {"forward": forward(), "backward": backward(), "decode, one token": decode()}
-        calls["attention to everything, forward"] = full_attention()
+        calls["full attention, forward"] = full_attention()
     else:
         calls = {
             f"one rank of {arguments.ranks}, forward": context_parallel(),
             f"one rank of {arguments.ranks}, forward + backward": context_parallel(training=True),
-            f"one rank of {arguments.ranks}, attention to everything, forward": full_attention(),
+            f"one rank of {arguments.ranks}, full attention, forward": full_attention(),
         }
     costs = {name: call.at(**sizes) for name, call in calls.items()}
     return device, {name: cost | estimate(device, cost, arguments.achieved) for name, cost in costs.items()}

@@ -78,7 +78,7 @@ def _untested(package: str, version: str) -> list[tuple[bool, str, str]]:
     if supported.is_older(version):
         return [(True, f"{package} {version} is older than {supported.oldest}", install)]
     if supported.is_newer(version):
-        what = f"{package} {version} is newer than what flexdma is tested with, {supported}"
+        what = f"{package} {version} is newer than the versions that flexdma is tested with, {supported}"
         return [(False, what, f"run flexdma's tests, or {install}")]
     return []
 

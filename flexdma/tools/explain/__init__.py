@@ -1,7 +1,7 @@
-"""Explanation: what a gate selects, what that costs, and whether it pays; in words and numbers.
+"""Report what gates select, what that costs, and whether it pays.
 
 explain         gate, window_size -> Explanation
-Explanation     what it returns: prints, to_json
+Explanation     the report: print it, or use `to_json`
 """
 
 from flexdma.tools.explain.call import explain

@@ -1,19 +1,19 @@
-"""Whether a lowering pays by the cost model, and from which length and up to which window it does."""
+"""The predicted speed-up of a lowering, and the lengths and windows at which it pays."""
 
 from dataclasses import replace
 
 from flexdma.tools.cost_model.measured import COSTS, Problem, Rates, causal_cost
 
-LONGEST = 2**24  # a break-even length beyond this is reported as none
+LONGEST = 2**24  # a longer break-even length is reported as none
 
 
 def speedup(rates: Rates, lowering: str, problem: Problem) -> float:
-    """How many times faster than causal attention to everything."""
+    """The time of causal attention to all keys over that of the lowering."""
     return causal_cost(rates, problem) / COSTS[lowering](rates, problem)
 
 
 def break_even_length(rates: Rates, lowering: str, problem: Problem) -> int | None:
-    """The shortest length from which this window pays; None where no length up to 2**24 does."""
+    """The shortest length from which this window pays; None if it pays at no length up to 2**24."""
 
     def pays(length: int) -> bool:
         return speedup(rates, lowering, replace(problem, length=length)) >= 1
@@ -29,7 +29,7 @@ def break_even_length(rates: Rates, lowering: str, problem: Problem) -> int | No
 
 
 def break_even_window(rates: Rates, lowering: str, problem: Problem) -> int | None:
-    """The widest window that pays at this length, at most the length; None where not even 1 does."""
+    """The widest window that pays at this length, at most the length; None if even a window of 1 does not pay."""
 
     def pays(window: int) -> bool:
         return speedup(rates, lowering, replace(problem, window=window)) >= 1

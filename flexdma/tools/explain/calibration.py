@@ -1,6 +1,6 @@
-"""The cost model's rates: measured on the machine at hand, or fitted to what the benchmark wrote.
+"""The cost model's rates, measured on this machine or fitted to results of the benchmark.
 
-`python -m flexdma explain --calibrate` does the first, `python -m flexdma explain --fit FILE` prints the second.
+`python -m flexdma explain --calibrate` measures them, `python -m flexdma explain --fit FILE` fits and prints them.
 """
 
 from collections.abc import Mapping
@@ -23,14 +23,14 @@ from flexdma.tools.stages import BEFORE_ATTENTION, profile
 from flexdma.tools.timing import Turns, interleaved
 from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_GATHER, EAGER, as_steps, fastest_causal, whole_calls
 
-# Long enough that attention, not launching kernels, is what takes the time.
+# Long enough that attention takes most of the time, not kernel launches.
 SHAPES = {"cpu": (4096, 256, 8, 2, 64, torch.float32), "cuda": (16384, 1024, 16, 4, 128, torch.bfloat16)}
-LOWERINGS = {"cpu": ("gather", "flex"), "cuda": ("flex",)}  # on CUDA the default is flex: gather has no contender there
+LOWERINGS = {"cpu": ("gather", "flex"), "cuda": ("flex",)}  # on CUDA the default is flex, and gather is not a contender
 PHASES = ("inference", "training")
 
 
 def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]:
-    """(device, phase) -> Rates, as `explain(rates=...)` takes them.  A minute on a CPU, most of it compilation."""
+    """(device, phase) -> Rates, for `explain(rates=...)`.  Takes a minute on a CPU, mostly for compilation."""
     length, window, query_heads, heads, size, dtype = SHAPES[device]
     forward, both = (Shape(length, window, backward, query_heads, heads, size) for backward in (False, True))
     measured_on = f"{_where(machine(device), dtype)}, N={length} w={window} D={size}"
@@ -48,9 +48,9 @@ def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]
 
 
 def fitted_rates(results: Results) -> dict[tuple[str, str], Rates]:
-    """(device, phase) -> Rates that best reproduce what `python -m flexdma bench --out FOLDER` wrote as JSON.
+    """(device, phase) -> Rates that fit the results of `python -m flexdma bench --out FOLDER`.
 
-    Each rate is the geometric mean of those of the shapes of its phase.  Raises ValueError where a part is missing.
+    Each rate is the geometric mean over the shapes of its phase.  Raises ValueError where a part is missing.
     """
     about, staged = results.about, results.cases("stages")
     if not staged:
@@ -70,7 +70,7 @@ def fitted_rates(results: Results) -> dict[tuple[str, str], Rates]:
 
 
 def selection_rates(stages: Mapping[str, Mapping[str, float]], shape: Shape) -> dict[str, float]:
-    """Lowering -> nanoseconds per N log2 N key of a KV head, of everything before its attention."""
+    """Lowering -> nanoseconds per N log2 N key of a KV head, for all stages before attention."""
     sorting = sorted_keys(shape.length) * shape.heads
     return {
         lowering: sum(seconds[stage] for stage in BEFORE_ATTENTION[lowering]) * 1e9 / sorting
@@ -81,7 +81,7 @@ def selection_rates(stages: Mapping[str, Mapping[str, float]], shape: Shape) -> 
 def rates_from(
     shape: Shape, seconds: Mapping[str, float], selection: Mapping[str, float], visited: float, measured_on: str
 ) -> Rates:
-    """The rates under which the cost model gives these seconds for this shape; `selection` as `selection_rates` gives it."""
+    """The rates with which the cost model gives these seconds for this shape.  selection: see `selection_rates`."""
     sorting = sorted_keys(shape.length) * shape.heads
     causal = fastest_causal(dict(seconds))
     if causal is None:
@@ -104,7 +104,7 @@ def rates_from(
 
 
 def visited_pairs(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None = None) -> float:
-    """Pairs in the packed blocks that are visited, per query and query head; blocks of the gate's device by default."""
+    """Pairs in the visited packed blocks, per query and query head.  block_size: None = that of the gate's device."""
     size = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
     alive = causal_top_w(gate, shape.window)
     return counts.visited_pairs(alive, shape.group, size, capacity=shape.window) / (shape.query_heads * shape.length)
@@ -116,7 +116,7 @@ def _where(machine: Mapping[str, Any], dtype: object) -> str:
 
 
 def _mean(rates: list[Rates]) -> Rates:
-    """Geometric, rate by rate; None where none has it, 0 where it was not measured."""
+    """The geometric mean of each rate; None where no phase has it, 0 where it was not measured."""
 
     def mean(name: str) -> float | None:
         values = [value for one in rates if (value := getattr(one, name)) is not None]

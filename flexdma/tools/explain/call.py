@@ -1,4 +1,4 @@
-"""`explain`: from a gate to its Explanation."""
+"""`explain`: report what gates select, what that costs, and whether it pays."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -19,7 +19,7 @@ from flexdma.tools.explain.break_even import break_even_length, break_even_windo
 from flexdma.tools.explain.report import Explanation, Prediction
 
 Counts = TypeVar("Counts", KeyCounts, BlockCounts)
-# (lowering, phase), in the order in which they are reported: those of lowering=None in eager calls first.
+# (lowering, phase) in the order of the report.
 CHOICES = (("gather", "inference"), ("gather", "training"), ("flex", "inference"), ("flex", "training"))
 
 
@@ -37,22 +37,23 @@ def explain(
     block_size: int | tuple[int, int] | None = None,
     rates: dict[tuple[str, str], Rates] | None = None,
 ) -> Explanation:
-    """What these gates select, which blocks that visits, and whether it is predicted to pay.
+    """Report which keys these gates select, which blocks a kernel visits, and whether that is predicted to pay.
 
-    gate: [B, Hkv, K], as given to `dynamic_mask_attention`; so are window_size, selection, sinks, recent,
-        key_padding_mask and document_ids.
-    num_query_heads: Hq, a multiple of Hkv; None: as many as gate heads.  Expand a gate [B, 1, K] that all KV heads
-        share to [B, Hkv, K] first: blocks hold the query heads of one KV head.
-    block_size: of the mask; None takes the flex lowering's own for the gate's device.
-    rates: of the cost model, (device type, phase) -> Rates; None: those that ship.  `measured_rates` in
-        flexdma.tools.explain.calibration measures them here.
+    gate: [B, Hkv, K].  It and window_size, selection, sinks, recent, key_padding_mask and document_ids are as in
+        `dynamic_mask_attention`.
+    num_query_heads: Hq, a multiple of Hkv; None = Hkv.  Expand a gate [B, 1, K] that all KV heads share to [B, Hkv, K]
+        first, because a block has the query heads of one KV head.
+    block_size: of the mask; None = the flex lowering's default for the gate's device.
+    rates: of the cost model, (device type, phase) -> Rates; None = those of flexdma.  `measured_rates` in
+        flexdma.tools.explain.calibration measures them.
 
-    Counts are exact.  Predictions are a cost model (docs/explain.md) with rates measured on one machine, which is named;
-    a device without measured rates gets counts and no prediction.
+    Counts are exact.  Predictions come from a cost model (docs/explain.md) with rates measured on one machine, which the
+    report names.  For a device without measured rates there are counts and no prediction.
 
         print(flexdma.explain(gate, 1024, num_query_heads=8))
 
-    Raises ValueError or TypeError naming the argument.  O(K log K) and four ints per block; synchronises.
+    Returns an Explanation.  Raises ValueError or TypeError naming the argument.  O(K log K) time and four ints per block;
+    synchronises with the device.
     """
     checks.one_of("selection", selection, checks.SELECTIONS)
     options: dict[str, Any] = {
@@ -102,7 +103,7 @@ def _predictions(known: dict[tuple[str, str], Rates], device: str, problem: Prob
         if rates is None or rates.of(lowering) is None:
             continue
         if not problem.rho:
-            continue  # nothing is visible: there is nothing to predict from
+            continue  # no key is visible, so there is no prediction
         predictions.append(
             Prediction(
                 lowering,
@@ -117,11 +118,11 @@ def _predictions(known: dict[tuple[str, str], Rates], device: str, problem: Prob
 
 
 def _longest(everything: lifespans.Lifespans) -> int:
-    """Tokens of the longest document."""
+    """Number of tokens of the longest document."""
     return int((everything.death - everything.birth).max())
 
 
 def _mean(per_head: list[Counts]) -> Counts:
-    """Field by field."""
+    """The mean of each field."""
     names = [field.name for field in dataclasses.fields(per_head[0])]
     return type(per_head[0])(**{name: sum(getattr(one, name) for one in per_head) / len(per_head) for name in names})

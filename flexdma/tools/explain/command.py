@@ -1,4 +1,4 @@
-"""`python -m flexdma explain`: what gates of a kind, or saved gates, select and cost."""
+"""`python -m flexdma explain`: what gates of a family, or saved gates, select and cost."""
 
 import argparse
 import pickle
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--length", type=types.positive_int, default=32768, help="N")
     parser.add_argument("--window", type=types.positive_int, default=1024, help="w, the keys that a query sees")
     parser.add_argument(
-        "--gates", default="iid", help=f"{', '.join(FAMILIES)}, constant; or a file that torch.save wrote: [B, Hkv, K]"
+        "--gates", default="iid", help=f"{', '.join(FAMILIES)}, constant; or a file of torch.save with [B, Hkv, K]"
     )
     parser.add_argument("--kv-heads", type=types.positive_int, default=2, help="heads of the gates")
     parser.add_argument("--query-heads", type=types.positive_int, default=8, help="query heads")
@@ -31,15 +31,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--document", type=types.natural, default=0, help="length of packed documents; 0 = one document"
     )
-    parser.add_argument("--block-size", type=types.natural, default=0, help="of the mask; 0 = the lowering's own")
+    parser.add_argument("--block-size", type=types.natural, default=0, help="of the mask; 0 = the lowering's default")
     parser.add_argument(
-        "--calibrate", action="store_true", help="measure the cost model's rates on this machine first: a minute or two"
+        "--calibrate",
+        action="store_true",
+        help="first measure the cost model's rates on this machine, for a minute or two",
     )
     parser.add_argument(
         "--fit",
         type=types.bench_results,
         default=None,
-        help="print the rates that reproduce a bench-SUITE.json, and nothing else",
+        help="only print the rates that fit a bench-SUITE.json",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
 

@@ -1,4 +1,4 @@
-"""What `explain` returns: counts, predictions and advice, to print and to keep as JSON."""
+"""The report of `explain`: counts, predictions and advice, as text or JSON."""
 
 import dataclasses
 import json
@@ -6,20 +6,20 @@ from dataclasses import dataclass
 
 from flexdma.tools.cost_model.counts import BlockCounts, KeyCounts
 
-# Heads are listed when one sees, or visits, this many times what another does.
+# Heads are listed when one has this many times the visible keys, or visited blocks, of another.
 DIFFERENT = 1.5
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """The cost model's answer for one lowering and phase."""
+    """The cost model's prediction for one lowering and phase."""
 
     lowering: str
     phase: str  # "inference" or "training"
-    speedup: float  # over causal attention to everything
+    speedup: float  # over causal attention to all keys
     break_even_length: int | None  # the shortest N at which this window pays
     break_even_window: int | None  # the widest window that pays at this N
-    measured_on: str  # where the model's rates are from
+    measured_on: str  # the machine on which the model's rates were measured
 
     @property
     def pays(self) -> bool:
@@ -29,13 +29,13 @@ class Prediction:
 
 @dataclass(frozen=True)
 class Explanation:
-    """What a gate selects, what that costs, and whether it pays.  Keys and blocks are means over batch and heads."""
+    """Counts, predictions and advice.  Keys and blocks are means over batch and heads."""
 
     batch: int
     heads: int
     query_heads: int
     length: int
-    window_size: list[int]  # one, or one per head; empty: a threshold alone
+    window_size: list[int]  # one, or one per head; empty for a threshold without a window
     selection: str
     device: str
     block_size: tuple[int, int]
@@ -71,7 +71,7 @@ class Explanation:
             *self._prediction_lines(),
         ]
         if self.advice:
-            lines += ["", "what to know, and what to change", *(f"  - {sentence}" for sentence in self.advice)]
+            lines += ["", "advice", *(f"  - {sentence}" for sentence in self.advice)]
         return "\n".join(lines)
 
     def _head_lines(self) -> list[str]:
@@ -91,10 +91,10 @@ class Explanation:
         if not self.predictions:
             share = self.packed.over_causal
             return [
-                f"no prediction: no rates were measured on {self.device}.  From blocks alone, which leaves out what a",
-                f"block and the selection cost: at most {1 / share if share else float('inf'):.1f} x faster than causal.",
+                f"no prediction: no rates were measured on {self.device}.  By the number of blocks alone, without the cost",
+                f"of a block and of the selection: at most {1 / share if share else float('inf'):.1f} x faster than causal.",
             ]
-        lines = ["predicted against causal attention to everything (a model; time your own with the bench command)"]
+        lines = ["predicted, compared with causal attention to all keys (a model; measure with the bench command)"]
         for prediction in self.predictions:
             verdict = "pays" if prediction.pays else "does not pay"
             length, window = prediction.break_even_length, prediction.break_even_window

@@ -1,9 +1,9 @@
-"""Inspection: the kernels that Inductor generates for a call, on any machine.
+"""Report the kernels that Inductor generates for a call, on any machine.
 
-inspect_kernels     compile one call for the tensors' device, or for a GPU that is not there
-KernelReport        what it returns: prints, saves, compares
+inspect_kernels     compile one call for the tensors' device, or for a GPU on a machine without one
+KernelReport        its result: print it, or use `save` and `diff`
 Kernel, Compiled    one kernel, and the figures of its machine code
-TARGETS             the GPUs to choose from
+TARGETS             the GPUs to compile for
 """
 
 from flexdma.tools.inspect.call import inspect_kernels

@@ -19,22 +19,22 @@ FIGURES = ("attention", "all", "none")
 def inspect_kernels(
     fn_or_module: Callable | nn.Module, *args: Any, target: str | None = None, figures: str = "attention", **kwargs: Any
 ) -> KernelReport:
-    """The kernels that Inductor generates for `fn_or_module(*args, **kwargs)`, and for its backward where one is needed.
+    """Report the kernels that Inductor generates for `fn_or_module(*args, **kwargs)`, and for its backward if it has one.
 
-    target: None: the device of the tensors, CPU or GPU; the call is compiled and run there.  "sm_80", "sm_90", "sm_100":
-        the kernels for that GPU, on a machine that needs none; nothing runs, tensors count by shape, dtype and
-        requires_grad alone.  This happens in another Python process, which must be able to import what is called.
-
-    figures: which Triton kernels are compiled to machine code for their registers, spills and so on: "attention" (seconds
+    target: None = the device of the tensors, CPU or GPU; the call is compiled and run there.  "sm_80", "sm_90", "sm_100":
+        compile for that GPU, on a machine that needs no GPU.  Nothing runs, and only shapes, dtypes and requires_grad of
+        tensors matter.  Another Python process does it, which must be able to import `fn_or_module`.
+    figures: the Triton kernels to compile to machine code for registers, spills and other figures: "attention" (seconds
         each), "all" (a minute for the fifty small kernels of a selection), or "none".
 
-    Gradients are asked for where grad mode is on and an argument or a parameter requires them.  The function is compiled
-    afresh and torch's compiled functions stay as they are.
+    The backward is included where grad mode is on and an argument or a parameter requires a gradient.  The function is
+    compiled again, without changing torch's compiled functions.
 
         report = flexdma.inspect_kernels(flexdma.dynamic_mask_attention, q, k, v, gate, window_size=512, target="sm_90")
         print(report); report.save("kernels"); print(report.diff(other))
 
-    Raises ValueError for an unknown target, or where no FlexAttention or flexdma kernel appears.
+    Returns a KernelReport.  Raises ValueError for an unknown target, or where the call uses neither FlexAttention nor
+    flexdma.
     """
     if not callable(fn_or_module):
         raise TypeError(f"fn_or_module: expected a function or an nn.Module, got {type(fn_or_module).__name__}")
@@ -55,9 +55,9 @@ def inspect_kernels(
 
 
 def run_once(fn_or_module: Callable | nn.Module, args: tuple, kwargs: dict) -> None:
-    """Compile and call, then take the gradients of everything that asks for them."""
-    # A backend of its own: Dynamo reuses compiled code only for the same backend, and there is then nothing to watch.
-    # Static shapes, as for a first call, also where the function was compiled for others before.
+    """Compile and call, then compute the gradients of all tensors that require one."""
+    # A new backend, because Dynamo reuses compiled code of the same backend, and Inductor would then generate nothing.
+    # Static shapes, as in a first call, also where the function was compiled for other shapes before.
     compiled = torch.compile(fn_or_module, backend=lambda graph, inputs: _inductor(graph, inputs), dynamic=False)
     call_with_gradients(compiled, fn_or_module, args, kwargs)
 
@@ -65,7 +65,7 @@ def run_once(fn_or_module: Callable | nn.Module, args: tuple, kwargs: dict) -> N
 def report_of(
     fn_or_module: Callable | nn.Module, seen: Capture, device: str, target: Target | None = None, figures: str = "none"
 ) -> KernelReport:
-    """What was seen as a report; Triton kernels are compiled for `target` and their figures read."""
+    """The report of a capture; Triton kernels are compiled for `target` to read their figures."""
     if not seen.uses_attention:
         name = getattr(fn_or_module, "__qualname__", type(fn_or_module).__name__)
         found = f"{len(seen.kernels)} other kernels" if seen.kernels else "nothing that Inductor compiles"
@@ -88,7 +88,7 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 
 
 def _target_of_this_device() -> Target:
-    """The figures of the GPU at hand, for the occupancy."""
+    """The Target of this GPU, for the occupancy."""
     real: Any = torch.cuda.get_device_properties()
     known = TARGETS.get(f"sm_{real.major}{real.minor}", TARGETS["sm_90"])
     return known._replace(

@@ -1,8 +1,8 @@
-"""Watch Inductor at work: every kernel it generates, and how often and with which grid it is launched.
+"""Record every kernel that Inductor generates, with its number of launches and its grid.
 
-Inductor writes one Python module per graph (forward, backward) that holds the kernels' sources and a `call` that launches
-them.  While `watching` is active each kernel is wrapped before the module gets hold of it, so that what is reported is what
-runs, by the same code on a GPU, on a CPU and, with nothing launched, on fake tensors.
+Inductor writes one Python module per graph (forward, backward) with the kernels' sources and a `call` that launches them.
+While `watching` is active each kernel is wrapped before the module gets it, so the report has the kernels that run.  The
+same code works on a GPU, on a CPU and, without launching, on fake tensors.
 """
 
 import contextlib
@@ -17,14 +17,14 @@ import torch
 from flexdma import dynamic_mask_attention, lifespan_attention
 from flexdma.tools.inspect.kernel import Kernel
 
-# In the stack trace of a node that an operator of flexdma calls.
+# Appears in the stack trace of a node that an operator of flexdma calls.
 CALLED_BY = tuple(f", in {operator.__name__}\n" for operator in (dynamic_mask_attention, lifespan_attention))
 OTHER_CALL = re.compile(r"(?:torch\.ops\.)?((?:aten|extern_kernels|flexdma)\.[\w.]+)\(")
 
 
 @dataclass
 class Capture:
-    """What was seen."""
+    """The kernels, modules and calls that were recorded."""
 
     kernels: list[Kernel] = field(default_factory=list)
     tuners: dict[int, Any] = field(default_factory=dict)  # index into kernels -> Inductor's object for a Triton kernel
@@ -35,10 +35,10 @@ class Capture:
     uses_attention: bool = False
     cuda_graph_obstacles: list[str] = field(
         default_factory=list
-    )  # why mode="reduce-overhead" would not use CUDA graphs
+    )  # reasons why mode="reduce-overhead" would not use CUDA graphs
 
     def other_calls(self) -> dict[str, list[str]]:
-        """Phase -> operators that the generated modules call as they are."""
+        """Phase -> operators that the generated modules call without generating a kernel."""
         return {
             phase: [name for module in modules for name in OTHER_CALL.findall(_call_body(module))]
             for phase, modules in self.graphs.items()
@@ -47,7 +47,10 @@ class Capture:
 
 @contextlib.contextmanager
 def watching(*, launch: bool, device: str) -> Iterator[Capture]:
-    """Record what Inductor generates.  Not launching, it records grids alone, and `device` says where buffers are made."""
+    """Record the kernels that Inductor generates.
+
+    launch: False records grids without launching, with buffers on `device`.
+    """
     from torch._inductor import config
     from torch._inductor.async_compile import AsyncCompile
     from torch._inductor.codecache import PyCodeCache
@@ -69,7 +72,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
         return TritonLaunches(kernel, tuner, launch)
 
     def cpp_kernel(self: Any, argument_types: list[str], source: str) -> "CppLaunches":
-        # Inductor writes "kernel" for the name inside the source; the variable that it assigns is found below.
+        # In the source the name is always "kernel"; the name of the variable is found below.
         kernel = recorded("kernel", "C++", source)
         return CppLaunches(kernel, compile_cpp(self, argument_types, source))
 
@@ -85,7 +88,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
             if isinstance(value, CppLaunches):
                 value.kernel.name = name
         if not launch:
-            # These two bypass fake tensors.
+            # Inductor's own versions of these two bypass fake tensors.
             namespace["empty_strided_cuda"] = lambda size, stride, dtype: torch.empty_strided(
                 size, stride, dtype=dtype, device=device
             )
@@ -95,9 +98,9 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
         module.call = _remembering(seen, phase, module.call)
         return module
 
-    # A module that is loaded already would not be seen, and one that is watched must not be met again later.
+    # A module that is already loaded would not be recorded, and later calls must not reuse a wrapped one.
     PyCodeCache.cache_clear()
-    # One thread: kernels are then compiled in this process, where they can be looked at.
+    # With one thread kernels are compiled in this process, where they can be recorded.
     options = {"compile_threads": 1, "fx_graph_cache": False}
     with (
         config.patch(options),
@@ -113,7 +116,7 @@ def watching(*, launch: bool, device: str) -> Iterator[Capture]:
 
 
 class TritonLaunches:
-    """Stands where the generated module expects a Triton kernel."""
+    """Replaces a Triton kernel in the generated module."""
 
     def __init__(self, kernel: Kernel, tuner: Any, launch: bool) -> None:
         self.kernel, self.tuner, self.launch = kernel, tuner, launch
@@ -135,7 +138,7 @@ class TritonLaunches:
 
 
 class CppLaunches:
-    """Stands where the generated module expects a compiled C++ function."""
+    """Replaces a compiled C++ function in the generated module."""
 
     def __init__(self, kernel: Kernel, function: Callable) -> None:
         self.kernel, self.function = kernel, function
@@ -156,7 +159,7 @@ def _remembering(seen: Capture, phase: str, call: Callable) -> Callable:
 
 
 def _cuda_graph_obstacles(graph: Any) -> list[str]:
-    """Inductor's own reasons: tensors on the CPU, operators that wait for the device, sizes known only when it has run."""
+    """Inductor's reasons against CUDA graphs: tensors on the CPU, operators that wait for the device, unknown sizes."""
     from torch._inductor.cudagraph_utils import check_multiple_devices_or_any_cpu_nodes
     from torch._inductor.utils import get_first_incompatible_cudagraph_node
 
@@ -168,13 +171,13 @@ def _cuda_graph_obstacles(graph: Any) -> list[str]:
 
 
 def _is_attention(node: torch.fx.Node) -> bool:
-    """FlexAttention, an operator of flexdma's, or one of PyTorch's that flexdma's functions call."""
+    """Whether the node is FlexAttention, an operator of flexdma, or an operator that flexdma's functions call."""
     called, trace = str(node.target), node.meta.get("stack_trace") or ""
     return "flex_attention" in called or "flexdma" in called or any(function in trace for function in CALLED_BY)
 
 
 def _call_body(module: str) -> str:
-    """The part of a generated module that launches: after the last kernel's source."""
+    """The part of a generated module that launches kernels, after their sources."""
     return module[module.rfind("def call(") :]
 
 

@@ -1,6 +1,6 @@
 """The other process of cross-compilation: `python -m flexdma.tools.inspect.child REQUEST ANSWER`, started by `remote.py`.
 
-Installs the stand-ins for a CUDA device, rebuilds the call with fake tensors on it, and writes the report as JSON.
+It installs the stand-ins for a CUDA device, rebuilds the call with fake tensors on it, and writes the report as JSON.
 """
 
 import json
@@ -22,8 +22,8 @@ from flexdma.tools.inspect.targets import known_target
 
 
 def main(request: str, answer: str) -> None:
-    """Answer the request; errors that the caller can act on are part of the answer."""
-    # Inductor asks fake tensors whether their data is aligned; there is none, and it does not matter.
+    """Write the report for the request, or the error for the caller to raise."""
+    # Inductor checks the alignment of fake tensors' data, which they do not have.
     warnings.filterwarnings("ignore", message=".*data pointer of FakeTensor.*")
     try:
         with open(request, "rb") as file:
@@ -47,7 +47,7 @@ def _inspect(request: IO[bytes]) -> str:
 
 
 class _FakeUnpickler(pickle.Unpickler):
-    """Tensors come back without data, on the CUDA device that is not there."""
+    """Loads tensors without data, on the stand-in CUDA device."""
 
     def __init__(self, file: IO[bytes]) -> None:
         super().__init__(file)

@@ -1,4 +1,4 @@
-"""`python -m flexdma inspect`: the kernels of the operator for given settings, or what changes between two settings."""
+"""`python -m flexdma inspect`: the kernels of the operator for given settings, or the differences between two settings."""
 
 import argparse
 import json
@@ -15,7 +15,7 @@ from flexdma.tools.inspect.targets import TARGETS
 from flexdma.tools.refusal import refusing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
-# name -> (type or choices, default, help): every setting is an option, and a key of --diff.
+# name -> (type or choices, default, help).  Every setting is an option and a key of --diff.
 SETTINGS: dict[str, tuple[Any, Any, str]] = {
     "batch": (types.positive_int, 1, "B"),
     "heads": (types.positive_int, 8, "query heads"),
@@ -25,12 +25,12 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
     "head_dim": (types.positive_int, 64, "D"),
     "window": (types.positive_int, 512, "w, the keys that a query sees"),
     "selection": (SELECTIONS, "causal", "how keys are selected"),
-    "dtype": (tuple(DTYPES), None, "of query, key and value; None: bfloat16 for a GPU, float32 for a CPU"),
+    "dtype": (tuple(DTYPES), None, "of query, key and value; default: bfloat16 for a GPU, float32 for a CPU"),
     "gate_dtype": (tuple(DTYPES), "float32", "of the gate"),
-    "lowering": (LOWERINGS, None, "None: the operator's choice"),
-    "block_size": (types.natural, 0, "of the mask; 0 = the lowering's own"),
-    "training": (("yes", "no"), "yes", "forward and backward, or the forward of inference alone"),
-    "target": (tuple(TARGETS), None, "compile for this GPU, which need not be there; None: the device at hand"),
+    "lowering": (LOWERINGS, None, "default: the operator's choice"),
+    "block_size": (types.natural, 0, "of the mask; 0 = the lowering's default"),
+    "training": (("yes", "no"), "yes", "yes: forward and backward; no: the forward of inference"),
+    "target": (tuple(TARGETS), None, "compile for this GPU, also without having one; default: this machine's device"),
     "figures": (FIGURES, "attention", "kernels to compile for registers, spills, occupancy"),
 }
 
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME=INT",
-        help="FlexAttention's, e.g. num_warps=8",
+        help="option of FlexAttention, e.g. num_warps=8",
     )
     parser.add_argument(
         "--diff",
@@ -55,8 +55,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="KEY=VALUE",
         help="compare with these settings changed, e.g. --diff window=256",
     )
-    parser.add_argument("--save", type=types.output_folder, metavar="DIR", help="write sources and report.json there")
-    parser.add_argument("--source", action="store_true", help="print the attention kernels, or their diff, too")
+    parser.add_argument("--save", type=types.output_folder, metavar="DIR", help="folder for sources and report.json")
+    parser.add_argument("--source", action="store_true", help="also print the attention kernels, or their diff")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
@@ -90,7 +90,7 @@ def _kernel_option(text: str) -> tuple[str, int]:
 
 
 def _change(text: str) -> tuple[str, Any]:
-    """A name that is no setting is a kernel option."""
+    """A change of a setting, or of a kernel option if the name is no setting."""
     name, value = types.pair(text)
     if (setting := name.replace("-", "_")) not in SETTINGS:
         return _kernel_option(text)

@@ -1,6 +1,6 @@
-"""From a Triton kernel to machine code and its figures, with the compiler that Inductor and Triton would use.
+"""Compile a Triton kernel to machine code, by Inductor's and Triton's own compiler, and read its figures.
 
-Registers and stack come from cuobjdump, instructions from nvdisasm, both part of Triton's package.
+Registers and stack come from cuobjdump, instructions from nvdisasm; Triton's package has both.
 """
 
 import re
@@ -19,7 +19,7 @@ GLOBAL_REDUCTION = re.compile(r"\b(?:REDG?|ATOMG?|UREDGR)\b")
 
 
 def compiled_figures(tuner: Any, target: Target) -> Compiled:
-    """Compile Inductor's kernel object, in the configuration it chose, and read its machine code."""
+    """Compile Inductor's kernel object in its chosen configuration, and read the machine code."""
     from torch._inductor import config
 
     configuration = tuner.launchers[0].config if tuner.launchers else tuner.configs[0]

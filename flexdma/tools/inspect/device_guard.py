@@ -1,9 +1,9 @@
-"""The part of the CUDA stand-ins that Python cannot reach: C++ objects that ask for a driver, or that a CPU build lacks.
+"""The CUDA stand-ins for C++ objects, which Python cannot replace: those that need a driver or are missing in a CPU build.
 
-Tracing a CUDA tensor needs a device guard (to copy) and a table of hooks (autograd asks it for streams in use).  Without a
-device torch puts a guard that does nothing in place of its own.  A CPU build has no guard to replace, so that it is given
-one; and two hooks are answered here.  The hooks are entries of a C++ vtable, whose positions are known for the tested
-builds of torch only; the process must not be used for anything else afterwards.
+Tracing a CUDA tensor needs a device guard (to copy) and a table of hooks (autograd queries it for streams in use).  Without a
+device torch replaces its guard by one that does nothing.  A CPU build has no guard to replace, so this file registers one.
+It also replaces two hooks.  Hooks are entries of a C++ vtable, whose positions are known only for the tested builds of torch.
+Use the process for nothing else afterwards.
 """
 
 import ctypes
@@ -13,7 +13,8 @@ import torch
 
 # Version and whether it is a CUDA build.
 TESTED = (("2.11.0", True), ("2.13.0", False), ("2.14.1", True))
-# Positions in the vtable of at::CUDAHooksInterface, the same in all; two words before it (offset to top, RTTI) belong to it.
+# Positions in the vtable of at::CUDAHooksInterface, the same in all tested builds.  Two words before it belong to it (offset
+# to top, RTTI).
 VTABLE_ENTRIES, WORDS_BEFORE, IS_BUILT, HAS_PRIMARY_CONTEXT = 64, 2, 2, 4
 CUDA_DEVICE_TYPE = 1  # c10::DeviceType::CUDA, the index into the registry of guards
 _kept_alive: list[object] = []
@@ -25,12 +26,12 @@ def install_device_guard() -> None:
     if (torch.__version__.split("+")[0], cuda_build) not in TESTED:
         tested = " or ".join(f"{version} ({'CUDA' if cuda else 'CPU'} build)" for version, cuda in TESTED)
         raise RuntimeError(
-            f"target: compiling for a GPU that is not there takes torch {tested}, got {torch.__version__}"
+            f"target: expected torch {tested} to compile for a GPU without having one, got {torch.__version__}"
         )
     libraries = os.path.join(os.path.dirname(torch.__file__), "lib")
     if not cuda_build:
         _give_a_guard_without_devices(ctypes.CDLL(os.path.join(libraries, "libc10.so")))
-    # Replaces the guard by one that does nothing, where it counts no devices.
+    # This replaces the guard by one that does nothing, if it counts no devices.
     torch._C._ensureCUDADeviceGuardSet()
     _answer_hooks(ctypes.CDLL(os.path.join(libraries, "libtorch_cpu.so")))
     accelerator = torch._C._accelerator_getAccelerator()
@@ -50,7 +51,7 @@ def _give_a_guard_without_devices(core: ctypes.CDLL) -> None:
 
 
 def _answer_hooks(library: ctypes.CDLL) -> None:
-    """CUDA is built in, and no device has a context."""
+    """Replace two hooks: CUDA is built in, and no device has a context."""
     get_hooks = library._ZN2at6detail12getCUDAHooksEv
     get_hooks.restype = ctypes.c_void_p
     hooks = get_hooks()

@@ -1,13 +1,13 @@
-"""One generated kernel: its source, and what can be read off the source.
+"""One generated kernel: its source, and properties read from the source.
 
-Line numbers count from 1 in `source`, which is what Inductor wrote, unchanged.
+Line numbers count from 1 in `source`, which is Inductor's text, unchanged.
 """
 
 import re
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-# Constants of Inductor's attention templates that are tile sizes, and those of its other kernels.
+# Names of tile sizes in Inductor's attention templates and its other kernels.
 TILE_NAMES = re.compile(r"(BLOCK_[MN][12]?|SPARSE_(?:Q|KV)_BLOCK_SIZE|[XYZ]BLOCK|R\d*_BLOCK)")
 CONSTANT = re.compile(r"^\s+(\w+) *: *tl\.constexpr = (\d+)\s*$", re.MULTILINE)
 CPP_TILE = re.compile(r"int64_t (qBlockSize|kvBlockSize) = (\d+);")
@@ -15,16 +15,16 @@ CPP_TILE = re.compile(r"int64_t (qBlockSize|kvBlockSize) = (\d+);")
 
 @dataclass
 class Compiled:
-    """Figures of the machine code, read off the compiled file: nothing ran."""
+    """Figures of the machine code, read from the compiled file without running it."""
 
     registers: int  # per thread
-    stack_bytes: int  # per thread; spilled registers live here
+    stack_bytes: int  # per thread; spilled registers are stored here
     spill_stores: int  # instructions that write to the stack
     spill_loads: int  # instructions that read it
     shared_bytes: int  # per block
     tensor_core_instructions: int
     global_reductions: int  # atomic instructions on global memory
-    occupancy: float  # resident warps / the most that a multiprocessor holds
+    occupancy: float  # resident warps over the maximum of a multiprocessor
 
     def __str__(self) -> str:
         return (
@@ -36,7 +36,7 @@ class Compiled:
 
 @dataclass
 class Kernel:
-    """A kernel as generated, and compiled where it was compiled."""
+    """A generated kernel, and its figures if it was compiled."""
 
     name: str
     phase: str  # "forward" or "backward"
@@ -46,17 +46,17 @@ class Kernel:
     grid: tuple[int, ...] | None = None  # of the first launch
     warps: int | None = None
     stages: int | None = None
-    block_sizes: dict[str, int] = field(default_factory=dict)  # of kernels whose launch chooses them
+    block_sizes: dict[str, int] = field(default_factory=dict)  # chosen at launch
     compiled: Compiled | None = None
 
     @property
     def is_attention(self) -> bool:
-        """Whether this is a FlexAttention kernel, not one of those that prepare its inputs."""
+        """Whether this is a FlexAttention kernel, and not a kernel that prepares its inputs."""
         return "SPARSE_KV_BLOCK_SIZE" in self.source or "kvBlockSize" in self.source
 
     @property
     def tiles(self) -> dict[str, int]:
-        """Tile sizes by the names that the source gives them."""
+        """Tile sizes by their names in the source."""
         written = CPP_TILE if self.language == "C++" else CONSTANT
         found = {name: int(value) for name, value in written.findall(self.source)}
         if self.language == "Triton":
@@ -65,18 +65,18 @@ class Kernel:
 
     @property
     def gate_lines(self) -> list[int]:
-        """Where an attention kernel loads what its score_mod captures: in flexdma's the gate and its reference."""
+        """Lines where an attention kernel loads tensors that its score_mod captures: in flexdma gate and reference."""
         return _section_loads(self.source, self.language) if self.is_attention else []
 
     @property
     def mask_lines(self) -> list[int]:
-        """Where an attention kernel sets the scores outside the mask to -inf, and their gradients to 0."""
+        """Lines where an attention kernel sets the scores outside the mask to -inf, and their gradients to 0."""
         marks = ("tl.where(mask_mod_output",) if self.language == "Triton" else ("// Apply block mask",)
         return self._lines_with(*marks) if self.is_attention else []
 
     @property
     def atomic_lines(self) -> list[int]:
-        """Where memory is added to atomically: a cost, and sums that differ from run to run."""
+        """Lines with atomic additions, which cost time and give sums that differ from run to run."""
         return self._lines_with("tl.atomic_add(", "atomic_add(")
 
     def _lines_with(self, *marks: str) -> list[int]:
@@ -100,7 +100,7 @@ class Kernel:
         return "\n".join(lines)
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain data, for JSON: the fields, and what was read off the source."""
+        """The fields and the properties of the source as plain data, for JSON."""
         derived = ("is_attention", "tiles", "gate_lines", "mask_lines", "atomic_lines")
         return asdict(self) | {name: getattr(self, name) for name in derived}
 
@@ -123,7 +123,7 @@ def _section_loads(source: str, language: str) -> list[int]:
     inside, found = False, []
     for number, line in enumerate(source.splitlines(), 1):
         inside = (inside or start in line) and end not in line
-        # The C++ kernel reads its indices with the same syntax as the captured tensors, but at 0 or at the loop variable.
+        # The C++ kernel reads indices with the same syntax as captured tensors, but at 0 or at the loop variable.
         if inside and load.search(line) and (triton or "tmp" in line.split("in_ptr")[1]):
             found.append(number)
     return found

@@ -1,7 +1,7 @@
-"""The caller's side of cross-compilation: hand the call to another Python process, and read the report it writes.
+"""The caller's side of cross-compilation: send the call to another Python process, and read its report.
 
-Another process, because the stand-ins for a CUDA device change torch for good.  What is called travels by pickle, that is
-functions by module and name, modules by their attributes; tensors travel as shape, stride and dtype.
+It needs another process, because the stand-ins for a CUDA device change torch permanently.  Pickle sends the call: functions
+by module and name, modules by their attributes, and tensors as shape, stride and dtype.
 """
 
 import importlib.util
@@ -31,14 +31,14 @@ def inspect_in_another_process(
         raise ImportError(f"target={target!r} compiles with Triton, which is not installed: pip install triton")
     if getattr(fn_or_module, "__module__", None) == "__main__":
         raise ValueError(
-            "fn_or_module: with a target, expected something that another process can import; move it from the script "
-            "that is running into a module"
+            "fn_or_module: with a target, expected a function that another process can import; move it from the running "
+            "script into a module"
         )
     with tempfile.TemporaryDirectory(prefix="flexdma-inspect-") as folder:
         request, answer = Path(folder, "request.pickle"), Path(folder, "answer.json")
         try:
             with request.open("wb") as file:
-                # In two parts: the device must be there before the tensors.
+                # In two parts, because the child installs the device before it loads tensors.
                 pickle.dump((target, figures, torch.is_grad_enabled()), file)
                 _ShapePickler(file).dump((fn_or_module, args, kwargs))
         except (pickle.PicklingError, AttributeError, TypeError) as error:
@@ -58,7 +58,7 @@ def inspect_in_another_process(
 
 
 class _ShapePickler(pickle.Pickler):
-    """Tensors as what a compiler sees of them; the same tensor twice stays the same tensor."""
+    """Pickles tensors without data; the same tensor twice stays the same tensor."""
 
     def persistent_id(self, value: Any) -> tuple | None:
         if not isinstance(value, Tensor):

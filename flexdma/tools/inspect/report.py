@@ -1,4 +1,4 @@
-"""What `inspect_kernels` returns: the kernels of one call, to print, save, compare and keep as JSON."""
+"""The report of `inspect_kernels`: the kernels of one call, as text, files, JSON or a comparison."""
 
 import difflib
 import json
@@ -24,8 +24,8 @@ class KernelReport:
     torch: str
     triton: str | None
     kernels: list[Kernel]
-    other_calls: dict[str, list[str]]  # phase -> operators called as they are, in ATen or elsewhere
-    graphs: dict[str, list[str]]  # phase -> the whole generated modules, kernels and the code that launches them
+    other_calls: dict[str, list[str]]  # phase -> operators that are called without a generated kernel, such as ATen's
+    graphs: dict[str, list[str]]  # phase -> the whole generated modules, with kernels and the code that launches them
 
     @property
     def attention(self) -> list[Kernel]:
@@ -33,7 +33,7 @@ class KernelReport:
         return [kernel for kernel in self.kernels if kernel.is_attention]
 
     def launches(self, phase: str) -> int:
-        """How many kernels are launched in "forward" or "backward", operators that are called as they are not counted."""
+        """Number of launches of generated kernels in "forward" or "backward"; other calls are not counted."""
         return sum(kernel.launches for kernel in self.kernels if kernel.phase == phase)
 
     def __str__(self) -> str:
@@ -45,7 +45,7 @@ class KernelReport:
             if not kernels and not calls:
                 continue
             lines += ["", f"{phase}: {len(kernels)} kernels, {self.launches(phase)} launches, {len(calls)} other calls"]
-            lines += [f"  called as they are: {_counted(calls)}"] if calls else []
+            lines += [f"  other calls: {_counted(calls)}"] if calls else []
             lines += [_indented(str(kernel)) for kernel in kernels if kernel.is_attention]
             lines += [
                 f"  {kernel.name[:80]}: {kernel.launches} x{_grid(kernel)}"
@@ -56,7 +56,7 @@ class KernelReport:
         return "\n".join(lines)
 
     def save(self, directory: str | Path) -> list[Path]:
-        """Write every kernel's source, the generated modules and report.json; returns the files written."""
+        """Write every kernel's source, the generated modules and report.json; return the paths."""
         folder = Path(directory)
         folder.mkdir(parents=True, exist_ok=True)
         contents = {f"{k.phase}_{k.name}"[:120] + SUFFIX[k.language]: k.source for k in self.kernels}
@@ -68,31 +68,31 @@ class KernelReport:
         return [folder / name for name in contents]
 
     def to_json(self) -> str:
-        """Everything as JSON; `KernelReport.from_json` reads it back."""
+        """The report as JSON; `KernelReport.from_json` reads it back."""
         data = vars(self) | {"kernels": [kernel.to_dict() for kernel in self.kernels]}
         return json.dumps(data, indent=2)
 
     @classmethod
     def from_json(cls, text: str) -> "KernelReport":
-        """The report that `to_json` wrote."""
+        """The inverse of `to_json`."""
         data: dict[str, Any] = json.loads(text)
         data["kernels"] = [Kernel.from_dict(kernel) for kernel in data["kernels"]]
         return cls(**data)
 
     def diff(self, other: "KernelReport") -> "KernelDiff":
-        """What changes from this report to the other."""
+        """The differences from this report to the other."""
         return KernelDiff(self, other)
 
 
 @dataclass
 class KernelDiff:
-    """Two reports side by side: print(diff) shows what differs, `diff.source()` the changed lines of the sources."""
+    """Two reports: print(diff) shows figures that differ, `diff.source()` the changed lines of the sources."""
 
     before: KernelReport
     after: KernelReport
 
     def changes(self) -> dict[str, tuple[object, object]]:
-        """Figure -> (before, after), only where they differ."""
+        """Figure -> (before, after), for figures that differ."""
         old, new = _figures(self.before), _figures(self.after)
         return {
             name: (old.get(name), new.get(name))
@@ -101,7 +101,7 @@ class KernelDiff:
         }
 
     def source(self) -> str:
-        """A unified diff of the attention kernels, numbers in kernel names left out."""
+        """A unified diff of the attention kernels, without numbers in kernel names."""
         sources = [
             {
                 role: re.sub(r"_\d+(?=['(])", "", kernel.source).splitlines()
@@ -139,7 +139,7 @@ def _figures(report: KernelReport) -> dict[str, object]:
 
 
 def _by_role(kernels: Iterable[Kernel]) -> list[tuple[str, Kernel]]:
-    """Names by which kernels of two reports correspond: the phase, numbered where it has several attention kernels."""
+    """Kernels with names that match those of another report: the phase, numbered if it has several attention kernels."""
     count: dict[str, int] = {}
     named = []
     for kernel in kernels:

@@ -1,8 +1,8 @@
 """Stand-ins for a CUDA device, so that Inductor generates and Triton compiles GPU kernels on a machine without a GPU.
 
-Everything that decides what a kernel looks like stays torch's and Triton's own; only the questions to the device ("how
-many multiprocessors have you?") are answered from `targets.TARGETS`.  They replace functions for the whole process:
-install them in a process of its own (`child.py`), never in a user's.
+The code that generates kernels stays torch's and Triton's own.  Only queries of device properties, such as the number of
+multiprocessors, return values of `targets.TARGETS`.  The stand-ins replace functions of the whole process, so install them
+in a separate process (`child.py`), never in a user's.
 """
 
 import types
@@ -15,9 +15,9 @@ from flexdma.tools.inspect.targets import Target
 
 
 def install(target: Target) -> None:
-    """Make this process believe in one CUDA device of this kind.  Tensors on it must be fake."""
+    """Make torch and Triton in this process find one CUDA device of this kind.  Tensors on it must be fake."""
     install_device_guard()
-    # Backward in this thread: a thread per device would ask the driver for its device.
+    # Run the backward in this thread, because a thread per device would query the driver.
     torch._C._set_multithreading_enabled(False)
     _answer_for_the_device(target)
     _answer_for_the_driver(target)
@@ -59,14 +59,14 @@ def _answer_for_the_device(target: Target) -> None:
         "set_rng_state": lambda *_, **__: None,
         "_lazy_init": lambda: None,
         "_exchange_device": lambda device: 0,
-        # A function of its own: Dynamo looks functions up by identity and takes no two names for one.
+        # A separate function, because Dynamo finds functions by identity and accepts only one name for each.
         "_maybe_exchange_device": lambda device: 0,
     }
     for name, answer in answers.items():
         setattr(torch.cuda, name, answer)
     for name in ("current_device", "device_count", "synchronize", "get_device_properties"):
         setattr(CudaInterface, name, staticmethod(answers[name]))
-    # Dynamo would ask the accelerator for its current stream.
+    # Otherwise Dynamo queries the accelerator's current stream.
     torch.accelerator.is_available = lambda: False
     torch._C._cuda_getCurrentRawStream = lambda device: 0
 
@@ -94,6 +94,6 @@ def _leave_out_what_needs_data() -> None:
 
     # A CUDA build opens a context with the first fake tensor.
     setattr(fake_tensor, "init_gpu_context", lambda device: None)  # noqa: B010 (typed as a cached function)
-    # Looking for attention written out by hand traces on real CUDA tensors; folding constants computes on them.
+    # The search for attention patterns traces with real CUDA tensors, and constant folding computes on them.
     joint_graph.lazy_init = lambda *_, **__: None
     config.joint_graph_constant_folding = False

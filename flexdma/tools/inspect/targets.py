@@ -1,14 +1,14 @@
-"""Targets: the GPUs that kernels can be compiled for without having one, and the occupancy that they allow.
+"""Targets: the GPUs that kernels can be compiled for without having one, and their occupancy.
 
-Figures from the CUDA programming guide (compute capabilities) and NVIDIA's data sheets.  They steer Inductor's choice of
-tile sizes exactly as the same figures read from a real device do.
+The figures come from the CUDA programming guide (compute capabilities) and NVIDIA's data sheets.  Inductor chooses the same
+tile sizes from them as from the figures of a real device.
 """
 
 from typing import NamedTuple
 
 
 class Target(NamedTuple):
-    """What Inductor and Triton ask of a device."""
+    """The properties of a device that Inductor and Triton read."""
 
     name: str
     capability: int  # 90 = compute capability 9.0
@@ -30,7 +30,7 @@ TARGETS = {
 
 
 def known_target(name: str) -> Target:
-    """The target of this name; ValueError listing the known ones otherwise."""
+    """The target of this name.  Raises ValueError listing the known ones otherwise."""
     if name not in TARGETS:
         known = ", ".join(f"{key!r} ({target.name})" for key, target in TARGETS.items())
         raise ValueError(f"target: expected one of {known}, or None for the device of the tensors; got {name!r}")
@@ -38,10 +38,9 @@ def known_target(name: str) -> Target:
 
 
 def occupancy(target: Target, registers: int, shared_bytes: int, warps: int) -> float:
-    """The share of a multiprocessor's warps that can be resident at once, as CUDA's occupancy calculator has it.
+    """The share of a multiprocessor's warps that can be resident at once, by the rules of CUDA's occupancy calculator.
 
-    Registers are handed out to warps in units of 256, shared memory to blocks in units of 128 bytes plus 1 KiB that the
-    system keeps.
+    Warps get registers in units of 256, and blocks get shared memory in units of 128 bytes plus 1 KiB for the system.
     """
     registers_per_warp = -(-registers * 32 // 256) * 256
     warps_by_registers = target.registers_per_multiprocessor // max(1, registers_per_warp)
