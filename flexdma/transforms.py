@@ -42,6 +42,12 @@ def can_read(tensor: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or is_transformed() or is_recorded(tensor))
 
 
+@torch.compiler.assume_constant_result  # Dynamo of torch 2.11 takes it for true in every compilation
+def is_exporting() -> bool:
+    """Whether `torch.export` traces the call."""
+    return torch.compiler.is_exporting()
+
+
 def refuse_jit_trace() -> None:
     """Raise inside `torch.jit.trace`, which would record the selection of its example input as constants."""
     if torch.jit.is_tracing():

@@ -25,7 +25,7 @@ from flexdma.mixed_precision import without_autocast
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 from flexdma.stages import staged
-from flexdma.transforms import can_read, is_transformed
+from flexdma.transforms import can_read, is_exporting, is_transformed
 
 # Queries per block: the best of 32 .. 256 on a CPU, measured (docs/benchmarks.md).
 BLOCK_SIZE = 128
@@ -62,7 +62,7 @@ def gather_attend(
             block_size=block_size, sink_logits=sink_logits,
         )  # fmt: skip
     queries, keys = query.shape[2], key.shape[2]
-    if torch.compiler.is_exporting() and not (has_static_value(queries) and has_static_value(keys)):
+    if is_exporting() and not (has_static_value(queries) and has_static_value(keys)):
         raise ValueError(
             "lowering: 'gather' exports symbolic lengths only on a CPU, without gradients, a score_mod and unequal head "
             "sizes; expected torch.no_grad() around torch.export.export, lowering='dense', or static lengths"
