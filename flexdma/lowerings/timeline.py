@@ -89,7 +89,7 @@ def attend_any_births(
     if in_order is None:
         in_order = reads_device and births_are_positions(lifespans)
     if in_order:
-        # Keys that no query sees take no slot, and what they hold reaches no query.
+        # Keys that no query sees take no slot, and their contents reach no query.
         unseen = lifespans.death <= key.shape[2] - queries
         lifespans = lifespans._replace(death=torch.where(unseen, lifespans.birth, lifespans.death))
         return attend(query, key, value, bias, reference, lifespans, score_mod)

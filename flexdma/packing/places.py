@@ -121,7 +121,8 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
     period_begin = torch.searchsorted(sorted_end, bounds.expand(*born.shape[:-1], -1).contiguous(), right=True)
 
-    # The n-th place of a period takes its n-th piece.  place_begin, period_begin: [B, H, periods]; the others [B, H, L].
+    # The n-th place of a period takes its n-th piece.  place_begin [B, H, periods], period_begin [B, H, periods + 1], others
+    # [B, H, L].
     if unit is None:
         place_begin = places * torch.arange(periods, dtype=torch.int32, device=born.device).expand(*born.shape[:-1], -1)
         place_period = (number // places).expand_as(owner).long()

@@ -157,7 +157,7 @@ def test_nothing_visible_is_zero_and_nan_in_a_hidden_key_stays_there():
 
 @given(st.integers(1, 4), st.integers(4, 40), st.integers(1, 30), st.integers(0, 10**6))
 def test_keys_that_died_before_the_queries_take_no_room(queries, keys, longest, seed):
-    """In order, with the exact capacity: what earlier positions saw does not count; nor does what such keys hold."""
+    """In order, with the exact capacity: keys that only earlier positions see neither count nor reach a query."""
     tensors, (_, spans) = case((1, 2, 1, queries, keys, 4), longest, seed=seed)
     position = torch.arange(keys)
     alive = Lifespans(position.expand_as(spans), position + spans % longest)
@@ -174,7 +174,7 @@ def test_keys_that_died_before_the_queries_take_no_room(queries, keys, longest, 
 
 @pytest.mark.parametrize("lowering", LOWERINGS)
 def test_a_bias_of_minus_infinity_hides(lowering):
-    """As users write padding; queries that see nothing else give 0."""
+    """A bias of -inf, as users write padding; queries that see no other key give 0."""
     tensors, _ = case(**CASES["square"])
     tensors[3][..., :3] = float("-inf")
     whole = Lifespans(torch.arange(40).expand(2, 2, 40), torch.full((2, 2, 40), 40))

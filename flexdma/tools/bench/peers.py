@@ -14,7 +14,7 @@ from torch import Tensor
 from flexdma.tools.shapes import Shape
 from flexdma.tools.timing import UnavailableError
 
-FLASH_SPARSE_ATTN = "flash-sparse-attn<2"  # 2.x, which PyPI serves by default, takes no mask
+FLASH_SPARSE_ATTN = "flash-sparse-attn<2"  # 2.x, PyPI's default, takes no mask
 NSA_GROUP = 16  # NSA's kernels need multiples of 16 query heads per KV head
 NSA_BLOCK = 64
 

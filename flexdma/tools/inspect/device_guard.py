@@ -37,7 +37,7 @@ def install_device_guard() -> None:
     accelerator = torch._C._accelerator_getAccelerator()
     if accelerator.type != "cuda":
         raise RuntimeError(
-            f"torch {torch.__version__} did not take the stand-ins for CUDA: its device is {accelerator}"
+            f"torch {torch.__version__} did not accept the stand-ins for CUDA: its device is {accelerator}"
         )
 
 

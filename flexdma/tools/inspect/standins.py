@@ -52,7 +52,7 @@ def _answer_for_the_device(target: Target) -> None:
         "current_device": lambda: 0,
         "get_device_properties": lambda device=None: properties,
         "get_device_capability": lambda device=None: capability,
-        "is_current_stream_capturing": lambda: False,  # Dynamo asks from torch 2.14 on
+        "is_current_stream_capturing": lambda: False,  # Dynamo calls it since torch 2.14
         "synchronize": lambda device=None: None,
         "set_device": lambda device: None,
         "get_rng_state": lambda *_, **__: torch.zeros(16, dtype=torch.uint8),
