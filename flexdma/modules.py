@@ -139,9 +139,9 @@ class DynamicMaskAttention(nn.Module):
             self.policy.refuse_without_state()
             check_state_matches(state, key, value, self._gate_dtype, self.policy)
             before = {"first_position": state.real_length, "forgotten": state.forgotten}
-        carries_on = return_state and self.gate.recency == "forget"
-        gate = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=carries_on, **before)
-        if carries_on:
+        returns_forgotten = return_state and self.gate.recency == "forget"
+        gate = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
+        if returns_forgotten:
             gate, forgotten = gate
         policy = self.policy
         result = dynamic_mask_attention(
@@ -153,7 +153,7 @@ class DynamicMaskAttention(nn.Module):
         if not isinstance(result, tuple):
             return self._joined(result)
         output, after = result
-        return self._joined(output), replace(after, forgotten=forgotten) if carries_on else after
+        return self._joined(output), replace(after, forgotten=forgotten) if returns_forgotten else after
 
     def _joined(self, output: Tensor) -> Tensor:
         return self.o_proj(output.transpose(1, 2).flatten(2))
@@ -200,7 +200,9 @@ class DynamicMaskAttention(nn.Module):
                 leading = hidden_states.shape[2 - (table.dim() - 1) : 2] if table.dim() in (2, 3) else ("N",)
                 checks.tensor(f"position_embeddings, {name}", table, (*leading, self.head_dim), hidden_states)
             if self.head_dim % 2:
-                raise ValueError(f"position_embeddings: expected None as head_dim = {self.head_dim} is odd")
+                raise ValueError(
+                    f"position_embeddings: expected None, as head_dim = {self.head_dim} is odd, got cos and sin"
+                )
             cos, sin = (t.unsqueeze(-2).to(query.dtype) for t in position_embeddings)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)

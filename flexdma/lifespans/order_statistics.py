@@ -58,8 +58,8 @@ def kth_smallest_by_bit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) 
 def kth_smallest_by_digit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tensor:
     """`kth_smallest` for N < 2^21 in ceil(log4 N) rounds: four digits, counted in one cumulative sum.
 
-    For devices that compile it: ranking and lifespans take 13 launches instead of 37 (docs/kernels.md), and half as many
-    rounds move 55 bytes per key instead of 48 (`flexdma/tools/cost_model/kernel_bytes.py`).
+    For devices that compile it: ranking and lifespans take 13 launches instead of 37 (docs/kernels.md).  There are half
+    as many rounds; each moves 55 bytes per key instead of 48 (`flexdma/tools/cost_model/kernel_bytes.py`).
     """
     length = values.shape[-1]
     positions = torch.arange(length, device=values.device)

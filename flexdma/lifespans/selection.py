@@ -127,7 +127,7 @@ def _lifespans(
     real = gate != float("-inf")
     if key_padding_mask is not None:
         real = real & key_padding_mask[:, None]
-    chosen = real & ~(gate <= threshold) if kind == "threshold" else real
+    chosen = real & is_above(gate, threshold) if kind == "threshold" else real
 
     if not windows:
         death = end
@@ -145,6 +145,11 @@ def _lifespans(
         death = torch.where(count <= sinks, end, death)
     death = torch.where(real, death, positions)
     return [positions.to(torch.int32).expand(gate.shape), death.to(torch.int32).expand(gate.shape)]
+
+
+def is_above(gate: Tensor, threshold: float) -> Tensor:
+    """Whether gates are above a threshold; NaN is."""
+    return ~(gate <= threshold)
 
 
 def _on_device(windows: Sequence[int], device: torch.device) -> Tensor:

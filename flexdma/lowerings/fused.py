@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.fused_blocks import GatheredFrom, attend_blocks
+from flexdma.lowerings.fused_blocks import AllKeys, attend_blocks
 from flexdma.lowerings.living_keys import living_lists
 from flexdma.lowerings.timeline import attend_any_births
 from flexdma.rounding import ceil_div
@@ -131,7 +131,7 @@ def _attend_in_order(
     block_starts = head_starts + torch.arange(keys - queries, keys + beyond, block)  # [B Hkv, R]
     # Gates of NaN become inf: minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives NaN
     # in the softmax of queries that do.
-    every_key = GatheredFrom(
+    every_key = AllKeys(
         key.reshape(-1, size),
         value.reshape(-1, size),
         torch.where(gate.isnan(), math.inf, gate).flatten(),

@@ -18,7 +18,7 @@ from flexdma.lowerings.sink_logits import share_of_keys
 from flexdma.stages import staged
 
 
-class GatheredFrom(NamedTuple):
+class AllKeys(NamedTuple):
     """The tensors to gather from, the keys of all heads in one row."""
 
     key: Tensor  # [B Hkv K, D]
@@ -33,7 +33,7 @@ def attend_blocks(
     reference: Tensor,  # [n, M]
     starts: Tensor,  # [n]: positions of the blocks' first queries
     lists: Sequence[LivingList],  # n
-    keys: GatheredFrom,
+    keys: AllKeys,
     scale: float,
     sink: Tensor | None,  # [n, G]
 ) -> Tensor:

@@ -13,6 +13,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans, by_rank
 from flexdma.lifespans.ranking import NEVER
+from flexdma.lifespans.selection import is_above
 from flexdma.opaque import realize
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
@@ -136,7 +137,7 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> 
 def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
     """`state` with those of the `real` keys that the last query saw.  `state.length` is already the new length."""
     total = real.shape[-1]
-    eligible = real & ~(keys.gate <= 0) if state.selection == "threshold" else real
+    eligible = real & is_above(keys.gate, state.policy.threshold) if state.selection == "threshold" else real
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
     best = by_rank(gate)[..., : state.widest]
     number = torch.arange(best.shape[-1], device=real.device)

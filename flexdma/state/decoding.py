@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans.ranking import last_in_rank, outranks
+from flexdma.lifespans.selection import is_above
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.mixed_precision import without_autocast
@@ -96,7 +97,7 @@ def inserted(
     old = _Slots(*(along_keys(tensor, weakest) for tensor in held))
     enters = real & ~outranks(old.gate, gate)
     if state.selection == "threshold":
-        enters = enters & ~(gate <= 0)
+        enters = enters & is_above(gate, state.policy.threshold)
     slot, writes, arriving = weakest, enters, new
     lost = enters & (old.position >= 0)
     last_sink = state.last_sink[..., None]

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from flexdma import checks
 from flexdma.lifespans import STATEFUL_SELECTIONS, Selection
-from flexdma.state.layout import EMPTY, Layout, refuse_difference, state_layout
+from flexdma.state.layout import EMPTY, StateLayout, refuse_difference, state_layout
 from flexdma.state.rollback import cropped
 
 
@@ -124,7 +124,7 @@ class DynamicMaskState:
         """The fields that are not tensors, by name."""
         return {name: getattr(self, name) for name in OPTIONS}
 
-    def _layout(self) -> "Layout":
+    def _layout(self) -> StateLayout:
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors().items()}
 
     def _refuse_other(self, name: str, other: object, *, batch: bool = True) -> None:

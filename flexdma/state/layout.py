@@ -8,14 +8,14 @@ if TYPE_CHECKING:
     from flexdma.state.dynamic_mask_state import DynamicMaskState
 
 # Name -> (shape, dtype).
-Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+StateLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 # Initial values of the tensors of an empty state, where not 0.
 EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
 
 
 def state_layout(
     slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
-) -> Layout:
+) -> StateLayout:
     """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
     batch, rows = slots[:1], slots[:2]
     return {
@@ -36,7 +36,7 @@ def state_layout(
 def refuse_difference(
     name: str,
     state: "DynamicMaskState",
-    layout: Layout,
+    layout: StateLayout,
     options: dict[str, Any],
     device: torch.device,
     *,

@@ -95,8 +95,9 @@ class Results:
     def from_json(cls, text: str) -> "Results":
         """The inverse of `to_json`.  Raises ValueError for other texts."""
         found = json.loads(text)
-        if not isinstance(found, dict) or found.pop("columns", None) != list(Record._fields):
-            raise ValueError(f"expected the columns {', '.join(Record._fields)}")
+        columns = found.pop("columns", None) if isinstance(found, dict) else None
+        if columns != list(Record._fields):
+            raise ValueError(f"columns: expected {list(Record._fields)}, got {columns}")
         try:
             shapes = {name: Shape(**sizes) for name, sizes in found.pop("shapes").items()}
             records = [Record(*row) for row in found.pop("records")]

@@ -246,7 +246,7 @@ def test_the_fit_is_the_geometric_mean_over_the_shapes_of_a_phase():
         problem = Problem(shape.length, shape.window, 0, 4, rho=1.0)  # the gather lowering does not depend on rho
         assert speedup(rates, "gather", problem) == pytest.approx(2.0)
         assert rates.flex is None
-    two = calibration._mean([RATES, replace(RATES, causal=4.0, flex=None)])
+    two = calibration.geometric_mean([RATES, replace(RATES, causal=4.0, flex=None)])
     assert two.causal == pytest.approx(2.0)
     assert two.flex == pytest.approx(RATES.flex)
 

@@ -32,5 +32,5 @@ def between(page: str, suite: str, text: str) -> str:
     before, found, rest = page.partition(first)
     _, closed, after = rest.partition(last)
     if not found or not closed:
-        raise ValueError(f"expected the lines {first.strip()!r} and {last!r}")
+        raise ValueError(f"page: expected the lines {first.strip()!r} and {last!r}, got a page without one of them")
     return f"{before}{first}\n{text}\n{last}{after}"

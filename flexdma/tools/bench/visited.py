@@ -50,7 +50,10 @@ def living_pairs(alive: Lifespans, block: int) -> int:
 
 
 def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[str, tuple[float, float]]:
-    """Family -> visited blocks over the ideal N w, in natural order and packed; tiles of rows positions by columns keys."""
+    """Family -> pairs in visited blocks over those that the mask shows, in natural order and packed.
+
+    Tiles are `rows` positions by `columns` keys.
+    """
     ratios = {}
     for name, gate in gate_families(length).items():
         alive = causal_top_w(gate[None, None], window)

@@ -58,7 +58,7 @@ class Cost:
             value = getattr(self, field.name).xreplace(values)  # subs takes seconds: it simplifies after each symbol
             if value.free_symbols:
                 missing = sorted(f"{s.name} ({symbols.MEANING[s.name]})" for s in value.free_symbols)
-                raise ValueError(f"sizes: expected {', '.join(missing)} too")
+                raise ValueError(f"sizes: expected {', '.join(missing)} too, got {', '.join(sorted(sizes)) or 'none'}")
             numbers[field.name] = float(value)
         return numbers
 

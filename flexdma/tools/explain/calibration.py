@@ -66,7 +66,7 @@ def fitted_rates(results: Results) -> dict[tuple[str, str], Rates]:
         where = f"{_where(about['machine'], about['dtype'])}, D={shape.size}"
         rates = rates_from(shape, case.seconds, selection, visited, where)
         found.setdefault(PHASES[shape.backward], []).append(rates)
-    return {(about["device"], phase): _mean(found[phase]) for phase in PHASES if phase in found}
+    return {(about["device"], phase): geometric_mean(found[phase]) for phase in PHASES if phase in found}
 
 
 def selection_rates(stages: Mapping[str, Mapping[str, float]], shape: Shape) -> dict[str, float]:
@@ -115,7 +115,7 @@ def _where(machine: Mapping[str, Any], dtype: object) -> str:
     return f"{machine['device']}{threads}, torch {machine['torch']}, {str(dtype).removeprefix('torch.')}"
 
 
-def _mean(rates: list[Rates]) -> Rates:
+def geometric_mean(rates: list[Rates]) -> Rates:
     """The geometric mean of each rate; None where no phase has it, 0 where it was not measured."""
 
     def mean(name: str) -> float | None:

@@ -68,8 +68,7 @@ def explain(
     if not batch * heads * length:
         raise ValueError(f"gate: expected at least one key, got {list(gate.shape)}")
     group = checks.group_size("gate", heads, num_query_heads)
-    windows = [] if window_size is None else [window_size] if isinstance(window_size, int) else list(window_size)
-    widest, always = max(windows, default=length), sinks + recent
+    widest, always = policy.widest or length, sinks + recent
     device = gate.device.type
     size = default_block_size(device) if block_size is None else checks.block_sizes(block_size)
 
@@ -89,7 +88,8 @@ def explain(
         counts.same_mask(alive, sliding), keys, natural, packed, predictions,
     )  # fmt: skip
     return Explanation(
-        batch=batch, heads=heads, query_heads=heads * group, length=length, window_size=windows, selection=selection,
+        batch=batch, heads=heads, query_heads=heads * group, length=length,
+        window_size=checks.windows(window_size, heads, needed=False), selection=selection,
         device=device, block_size=size, keys=keys, natural=natural, packed=packed,
         causal_blocks=counts.causal_blocks(length, group, size), keys_per_head=keys_per_head,
         packed_per_head=packed_per_head, predictions=predictions, advice=advise(situation),
