@@ -13,7 +13,6 @@ alone cancel in the softmax, so these two need one number per key:
 """
 
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -96,7 +95,7 @@ class ValueGate(nn.Module):
         first_position: int | Tensor = 0,
         forgotten: Tensor | None = None,
         return_forgotten: bool = False,
-    ) -> Any:
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """The gates of these values.
 
         key_padding_mask: [B, K] bool, True = real token.  A masked token adds no distance to a slope and nothing to the sum

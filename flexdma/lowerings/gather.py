@@ -17,11 +17,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import fused
-from flexdma.lowerings.hidden import HIDDEN
+from flexdma.lowerings.gather_blocks import Blocks, attend_blocks
 from flexdma.lowerings.living_keys import living_keys
-from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
+from flexdma.lowerings.sink_logits import sink_scores
 from flexdma.lowerings.timeline import attend_any_births
-from flexdma.mixed_precision import without_autocast
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 from flexdma.stages import staged
@@ -104,11 +103,9 @@ def _attend_in_order(
 
     beyond = (0, blocks * block_size - queries)
     reference = pad(reference, beyond).unflatten(-1, (blocks, block_size))  # [B, Hkv, R, M]
-    sinks = (
-        ()
-        if sink_logits is None
-        else (sink_scores(sink_logits, reference.flatten(2)).unflatten(2, (blocks, block_size)),)
-    )
+    sink = None
+    if sink_logits is not None:
+        sink = sink_scores(sink_logits, reference.flatten(2)).unflatten(2, (blocks, block_size))
     reference = reference.detach()
     # 0 * NaN is NaN: a NaN in a key that no query sees would reach all queries that gather it.
     never = (lifespans.death <= lifespans.birth)[..., None]
@@ -120,33 +117,31 @@ def _attend_in_order(
     gathered = _take(bias, slots)
     # Hidden keys have a finite score, which would outweigh that of a visible key with a bias of -inf.
     death = death.masked_fill(gathered.detach() == float("-inf"), 0)
-    inputs = (rows, gathered, reference, slots, death, positions.view(1, 1, blocks, block_size), *sinks)
+    every = Blocks(rows, gathered, reference, slots, death, positions.view(1, 1, blocks, block_size), sink)
 
     elements = batch * query_heads * blocks * block_size * slots.shape[-1]
     if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:
-        output = _attend(_take(key, slots), _take(value, slots), *inputs, scale=scale, score_mod=score_mod)
+        output = attend_blocks(_take(key, slots), _take(value, slots), every, scale=scale, score_mod=score_mod)
     else:
-        output = torch.cat(_in_chunks(key, value, inputs, elements, scale, score_mod), 2)
+        output = torch.cat(_in_chunks(key, value, every, elements, scale, score_mod), 2)
     # Join heads first, then drop the rows beyond the last query: in this order symbolic lengths need no guard.
     return output.transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries]
 
 
 def _in_chunks(
-    key: Tensor, value: Tensor, inputs: tuple[Tensor, ...], elements: int, scale: float, score_mod: ScoreMod | None
+    key: Tensor, value: Tensor, every: Blocks, elements: int, scale: float, score_mod: ScoreMod | None
 ) -> list[Tensor]:
-    """`_attend` on about CHUNK_ELEMENTS of the `elements` scores at a time."""
-    slots = inputs[3]
-    step = max(1, CHUNK_ELEMENTS * slots.shape[2] // elements)
-    attend: Callable[..., Tensor] = partial(_attend, scale=scale, score_mod=score_mod)
+    """`attend_blocks` on about CHUNK_ELEMENTS of the `elements` scores at a time."""
+    step = max(1, CHUNK_ELEMENTS * every.slots.shape[2] // elements)
+    chunks = every.split(step)
+    attend: Callable[..., Tensor] = partial(attend_blocks, scale=scale, score_mod=score_mod)
     if not torch.is_grad_enabled():
-        chunks = zip(*(tensor.split(step, 2) for tensor in inputs), strict=True)
-        return [attend(_take(key, chunk[3]), _take(value, chunk[3]), *chunk) for chunk in chunks]
+        return [attend(_take(key, chunk.slots), _take(value, chunk.slots), chunk) for chunk in chunks]
     if elements > KEPT_ELEMENTS and not is_transformed():  # torch.func does not support checkpoints
         attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
     # Gather all chunks at once, because the gradient of each gather is as large as all keys.
-    taken = (_take(key, slots), _take(value, slots), *inputs)
-    chunks = zip(*(tensor.split(step, 2) for tensor in taken), strict=True)
-    return [attend(*chunk) for chunk in chunks]
+    taken = (_take(tensor, every.slots).split(step, 2) for tensor in (key, value))
+    return [attend(*chunk) for chunk in zip(*taken, chunks, strict=True)]
 
 
 @staged("key/value gather")
@@ -156,57 +151,3 @@ def _take(tensor: Tensor, slots: Tensor) -> Tensor:
     if tensor.dim() == 4:
         index = index[..., None].expand(-1, -1, -1, tensor.shape[-1])
     return tensor.gather(2, index).unflatten(2, slots.shape[2:])
-
-
-def _attend(
-    keys: Tensor,  # [B, Hkv, R, C, D]
-    values: Tensor,  # [B, Hkv, R, C, Dv]
-    rows: Tensor,  # [B, Hkv, R, G, M, D]
-    gate: Tensor,  # [B, Hkv, R, C]
-    reference: Tensor,  # [B, Hkv, R, M]: the number that each query subtracts from gates
-    slots: Tensor,  # [B, Hkv, R, C]: positions of the keys, the block's own M last
-    death: Tensor,  # [B, Hkv, R, C]
-    positions: Tensor,  # [1, 1, R, M]: of the queries
-    sink: Tensor | None = None,  # [B, Hkv, R, M, G]
-    *,
-    scale: float,
-    score_mod: ScoreMod | None,
-) -> Tensor:
-    """Plain attention of each query block to its gathered keys -> [B, Hkv, R, G, M, Dv].  A row that sees no key gives 0."""
-    group, block = rows.shape[3:5]
-    computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    # Keys other than the block's own are born before the block.
-    born = pad(
-        torch.ones(block, block, dtype=torch.bool, device=rows.device).tril(), (death.shape[-1] - block, 0), value=True
-    )
-    visible = (positions[..., None] < death.unsqueeze(-2)) & born  # [B, Hkv, R, M, C]
-    # Row i sees a key iff the latest death among keys born by i is after i.  This avoids a reduction of `visible`.
-    latest = torch.maximum(death[..., :-block].amax(-1, keepdim=True), death[..., -block:].cummax(-1).values)
-    nothing = (latest <= positions)[:, :, :, None, :, None]
-    difference = (gate.unsqueeze(-2) - reference.unsqueeze(-1)).to(computed)
-    bias = torch.where(visible, difference, HIDDEN).unsqueeze(3)  # [B, Hkv, R, 1, M, C]
-
-    with without_autocast(rows.device):
-        flat = rows.flatten(3, 4).to(computed) * scale
-        scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
-        if score_mod is None:
-            scores = scores + bias
-        else:
-            scores = _modified(scores, positions, slots, score_mod).expand_as(scores) + bias
-            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
-            scores = scores.masked_fill(nothing, 0.0)
-        output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
-        if sink is not None:
-            output = output * share_of_keys(scores.logsumexp(-1), sink.mT.to(computed))[..., None]
-    return torch.where(nothing, 0.0, output).to(rows.dtype)
-
-
-def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:
-    """score_mod on whole tiles, with index tensors that broadcast to [B, Hkv, R, G, M, C]."""
-    batch, heads, _, group = scores.shape[:4]
-
-    def index(count: int, dim: int) -> Tensor:
-        return torch.arange(count, device=scores.device).view([-1 if d == dim else 1 for d in range(6)])
-
-    head = index(heads, 1) * group + index(group, 3)
-    return score_mod(scores, index(batch, 0), head, positions[:, :, :, None, :, None], slots[:, :, :, None, None])

@@ -1,0 +1,80 @@
+"""Plain attention of blocks of queries, each to the keys gathered for it."""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from flexdma.lowerings.hidden import HIDDEN
+from flexdma.lowerings.sink_logits import share_of_keys
+from flexdma.mixed_precision import without_autocast
+from flexdma.rounding import ceil_div
+from flexdma.signatures import ScoreMod
+
+
+class Blocks(NamedTuple):
+    """R blocks of M queries, and what is known of the C keys of each."""
+
+    rows: Tensor  # [B, Hkv, R, G, M, D]
+    bias: Tensor  # [B, Hkv, R, C]
+    reference: Tensor  # [B, Hkv, R, M]: the number that each query subtracts from biases
+    slots: Tensor  # [B, Hkv, R, C]: positions of the keys, the block's own M last
+    death: Tensor  # [B, Hkv, R, C]
+    positions: Tensor  # [1, 1, R, M]: of the queries
+    sink: Tensor | None  # [B, Hkv, R, M, G]
+
+    def split(self, count: int) -> "list[Blocks]":
+        """At most `count` blocks at a time."""
+        chunks = ceil_div(self.slots.shape[2], count)
+        columns = [[None] * chunks if each is None else each.split(count, 2) for each in self]
+        return [Blocks(*chunk) for chunk in zip(*columns, strict=True)]
+
+
+def attend_blocks(
+    keys: Tensor,  # [B, Hkv, R, C, D]
+    values: Tensor,  # [B, Hkv, R, C, Dv]
+    blocks: Blocks,
+    *,
+    scale: float,
+    score_mod: ScoreMod | None,
+) -> Tensor:
+    """Attention of each query block to its gathered keys -> [B, Hkv, R, G, M, Dv].  A row that sees no key gives 0."""
+    rows, bias, reference, slots, death, positions, sink = blocks
+    group, block = rows.shape[3:5]
+    computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
+    # Keys other than the block's own are born before the block.
+    born = pad(
+        torch.ones(block, block, dtype=torch.bool, device=rows.device).tril(), (death.shape[-1] - block, 0), value=True
+    )
+    visible = (positions[..., None] < death.unsqueeze(-2)) & born  # [B, Hkv, R, M, C]
+    # Row i sees a key iff the latest death among keys born by i is after i.  This avoids a reduction of `visible`.
+    latest = torch.maximum(death[..., :-block].amax(-1, keepdim=True), death[..., -block:].cummax(-1).values)
+    nothing = (latest <= positions)[:, :, :, None, :, None]
+    difference = (bias.unsqueeze(-2) - reference.unsqueeze(-1)).to(computed)
+    added = torch.where(visible, difference, HIDDEN).unsqueeze(3)  # [B, Hkv, R, 1, M, C]
+
+    with without_autocast(rows.device):
+        flat = rows.flatten(3, 4).to(computed) * scale
+        scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
+        if score_mod is None:
+            scores = scores + added
+        else:
+            scores = _modified(scores, positions, slots, score_mod).expand_as(scores) + added
+            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
+            scores = scores.masked_fill(nothing, 0.0)
+        output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
+        if sink is not None:
+            output = output * share_of_keys(scores.logsumexp(-1), sink.mT.to(computed))[..., None]
+    return torch.where(nothing, 0.0, output).to(rows.dtype)
+
+
+def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:
+    """score_mod on whole tiles, with index tensors that broadcast to [B, Hkv, R, G, M, C]."""
+    batch, heads, _, group = scores.shape[:4]
+
+    def index(count: int, dim: int) -> Tensor:
+        return torch.arange(count, device=scores.device).view([-1 if d == dim else 1 for d in range(6)])
+
+    head = index(heads, 1) * group + index(group, 3)
+    return score_mod(scores, index(batch, 0), head, positions[:, :, :, None, :, None], slots[:, :, :, None, None])
