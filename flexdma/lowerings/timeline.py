@@ -91,7 +91,7 @@ def attend_any_births(
     if in_order:
         # Keys that no query sees take no slot, and their contents reach no query.
         unseen = lifespans.death <= key.shape[2] - queries
-        lifespans = lifespans._replace(death=torch.where(unseen, lifespans.birth, lifespans.death))
+        lifespans = lifespans._replace(death=lifespans.death.masked_fill(unseen, 0))
         return attend(query, key, value, bias, reference, lifespans, score_mod)
     batch, heads, keys, _size = key.shape
     group = query.shape[1] // heads

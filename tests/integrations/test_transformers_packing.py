@@ -114,7 +114,7 @@ def test_documents_compile(model):
         (flash(0, 5, 7), r"cu_seq_lens_q: expected growing numbers from 0 to 8 tokens, got \[0, 5, 7\]"),
         (flash(0, 5, 3, 8), "cu_seq_lens_q: expected growing numbers from 0 to 8 tokens"),
         ({"cu_seq_lens_q": torch.rand(2)}, "cu_seq_lens_q: expected torch.int32 or torch.int64, got torch.float32"),
-        ({**flash(0, 5, 8), "seq_idx": torch.arange(8)[None]}, "seq_idx: expected the documents of cu_seq_lens_q"),
+        ({**flash(0, 5, 8), "seq_idx": torch.arange(8)[None]}, "seq_idx: expected the same documents as cu_seq_lens_q"),
         ({"seq_idx": ends(0, 0, 1)[None]}, r"seq_idx: expected \[1, 8\], got \[1, 3\]"),
         (
             {**flash(0, 5, 8), "position_ids": torch.arange(4).repeat(2)[None]},
