@@ -1,6 +1,6 @@
 """Gather, fused: PyTorch's own CPU attention kernel on each block of queries and its living keys.
 
-The flash kernel (`scaled_dot_product_attention`) takes a float mask: gate - reference where a query sees the key, -inf
+The flash kernel (`scaled_dot_product_attention`) takes a float mask: bias - reference where a query sees the key, -inf
 elsewhere.  Scores then never leave the cache.  This file cuts a call into blocks, and `fused_blocks.py` computes them.
 
 O(K log K + Q (w + births in a block)) time; memory for one list of living keys per block, and a few masks at a time.
@@ -106,7 +106,7 @@ def _attend_in_order(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    bias: Tensor,
     reference: Tensor,
     lifespans: Lifespans,
     _score_mod: None,
@@ -116,7 +116,7 @@ def _attend_in_order(
     block_size: int | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    """`fused_attend` for keys born at their own positions; gate [B, Hkv, K], reference [B, Hkv, Q]."""
+    """`fused_attend` for keys born at their own positions; bias [B, Hkv, K], reference [B, Hkv, Q]."""
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     group, block = query_heads // heads, min(block_size or block_size_for(lifespans, queries, capacity), queries)
@@ -129,12 +129,12 @@ def _attend_in_order(
     # From here on the keys of all heads are in one row, [B Hkv K].
     head_starts = keys * torch.arange(batch * heads)[:, None]
     block_starts = head_starts + torch.arange(keys - queries, keys + beyond, block)  # [B Hkv, R]
-    # Gates of NaN become inf: minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives NaN
+    # Biases of NaN become inf: minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives NaN
     # in the softmax of queries that do.
     every_key = AllKeys(
         key.reshape(-1, size),
         value.reshape(-1, size),
-        torch.where(gate.isnan(), math.inf, gate).flatten(),
+        torch.where(bias.isnan(), math.inf, bias).flatten(),
         (death.flatten(0, 1) + head_starts).flatten(),
     )
     if beyond:

@@ -23,7 +23,7 @@ class AllKeys(NamedTuple):
 
     key: Tensor  # [B Hkv K, D]
     value: Tensor  # [B Hkv K, Dv]
-    gate: Tensor  # [B Hkv K]
+    bias: Tensor  # [B Hkv K]
     death: Tensor  # [B Hkv K], positions in this row
 
 
@@ -45,11 +45,11 @@ def attend_blocks(
     if absent is not None:
         # Fill short lists with the block's first key: its contents, NaN included, reach the block anyway.
         index = torch.where(absent, index[:, :1].clamp(min=0), index)
-    key, value, gate, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
+    key, value, bias, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
     if absent is not None:
-        gate = gate.masked_fill(absent, -math.inf)
+        bias = bias.masked_fill(absent, -math.inf)
     computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    mask = (gate.unsqueeze(1) - reference.unsqueeze(2)).to(computed)  # [n, M, C]
+    mask = (bias.unsqueeze(1) - reference.unsqueeze(2)).to(computed)  # [n, M, C]
     some = slice(max(each.partial for each in lists))
     first, last = (position[:, some] - starts[:, None] for position in (index, death))
     mask[..., some] = torch.minimum(mask[..., some], _bound(first, last, reference.shape[1], computed))
