@@ -5,7 +5,8 @@
     o_i = sum over j in the top-w of {gate_j : j <= i} of  softmax_j(q_i . k_j * scale + gate_j) v_j
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -124,18 +125,16 @@ def dynamic_mask_attention(
     checks.bias("gate", gate, key)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
-    checks.one_of("selection", selection, checks.SELECTIONS)
     policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
     checks.sinks_without_recent(sink_logits, selection, recent)
-    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
     how: dict[str, Any] = {"lowering": lowering, "block_size": block_size, "kernel_options": kernel_options}
+    attend_selected: Callable[..., Tensor] = partial(
+        attend, in_order=True, ranked=True, capacity=policy.capacity, **how
+    )
     if state is None and not return_state:
-        lifespans = policy.lifespans(gate, **masks)
-        return attend(
-            query, key, value, gate, lifespans, in_order=True, ranked=True, capacity=policy.capacity, **scores, **how
-        )
+        return attend_selected(query, key, value, gate, policy.lifespans(gate, **masks), **scores)
 
     before = _state_before(state, key, value, gate, policy)
     gate = gate.to(before.gate.dtype).expand(key.shape[:3])
@@ -151,18 +150,7 @@ def dynamic_mask_attention(
             group = query.shape[1] // key.shape[1]
             scores["score_mod"] = score_mod_at_positions(score_mod, keys, state.length, group)
     lifespans = policy.lifespans(keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids)
-    output = attend(
-        query,
-        keys.key,
-        keys.value,
-        keys.gate,
-        lifespans,
-        in_order=True,
-        ranked=True,
-        capacity=policy.capacity,
-        **scores,
-        **how,
-    )
+    output = attend_selected(query, keys.key, keys.value, keys.gate, lifespans, **scores)
     return (output, state_after(before, keys, lifespans)) if return_state else output
 
 

@@ -135,22 +135,25 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
 
 
 def bias(name: str, bias: Tensor, key: Tensor) -> None:
-    """Check one number for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
+    """Check one floating point number for each key, as `per_key`."""
     if isinstance(bias, Tensor):
         floating(name, bias)
+    per_key(name, bias, key)
+
+
+def per_key(name: str, numbers: Tensor, key: Tensor) -> None:
+    """Check one number for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
     batch, heads, keys = key.shape[:3]
-    shared = isinstance(bias, Tensor) and bias.dim() == 3 and bias.shape[1] == 1
-    tensor(name, bias, (batch, 1 if shared else heads, keys), key)
+    shared = isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.shape[1] == 1
+    tensor(name, numbers, (batch, 1 if shared else heads, keys), key)
 
 
 def lifespans(lifespans: object, key: Tensor) -> None:
-    """Check a birth and a death for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
+    """Check a birth and a death for each key, as `per_key`."""
     if not isinstance(lifespans, tuple | list) or len(lifespans) != 2:
         raise TypeError(f"lifespans: expected Lifespans(birth, death), got {type(lifespans).__name__}")
-    batch, heads, keys = key.shape[:3]
     for name, bound in zip(("lifespans.birth", "lifespans.death"), lifespans, strict=True):
-        shared = isinstance(bound, Tensor) and bound.dim() == 3 and bound.shape[1] == 1
-        tensor(name, bound, (batch, 1 if shared else heads, keys), key)
+        per_key(name, bound, key)
         if bound.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {bound.dtype}")
     if lifespans[0].shape != lifespans[1].shape:

@@ -55,7 +55,6 @@ class DynamicMaskAttention(nn.Module):
             checks.positive_int(name, size)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
-        checks.one_of("selection", selection, checks.SELECTIONS)
         checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
         self.policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads)
         self.hidden_size = hidden_size

@@ -32,7 +32,7 @@ def _realize_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Ten
     return realize(tensor.movedim(in_dims[0], 0)), 0
 
 
-def opaque_on_cpu(name: str, shapes: Tensors) -> Callable[[Tensors], Tensors]:
+def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[Tensors], Tensors]:
     """Decorator: on a CPU the function is one opaque operator `flexdma::name`; on other devices it is traced and fused.
 
     The device of the first argument, a tensor, decides.  `shapes` takes the same arguments and returns empty outputs.

@@ -68,8 +68,7 @@ def lifespan_attention(
         checks.positive_int("capacity", capacity)
     if in_order is not None and not isinstance(in_order, bool):
         raise TypeError(f"in_order: expected a bool or None, got {type(in_order).__name__}")
-    birth, death = (bound.clamp(0, key.shape[2]).to(torch.int32).contiguous() for bound in lifespans)
-    lifespans = Lifespans(birth, death.masked_fill(death <= birth, 0))
+    lifespans = Lifespans(*(bound.clamp(0, key.shape[2]).to(torch.int32).contiguous() for bound in lifespans))
     if can_read(query):
         on_cpu = query.device.type == "cpu"
         if capacity is None or on_cpu:

@@ -102,4 +102,5 @@ def _selection(
     kind: str, gate: Tensor, window_size: int | Sequence[int] | None, sinks: int, recent: int, threshold: float = 0.0
 ) -> Selection:
     heads = checks.tensor("gate", gate, ("B", "Hkv", "K")).shape[1]
-    return Selection.of(kind, window_size, sinks, recent, heads=heads, threshold=threshold)
+    kinds = (*checks.SELECTIONS, "sliding")
+    return Selection.of(kind, window_size, sinks, recent, heads=heads, threshold=threshold, kinds=kinds)

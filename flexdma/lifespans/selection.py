@@ -37,13 +37,14 @@ class Selection:
     @classmethod
     def of(
         cls, kind: str, window_size: int | Sequence[int] | None, sinks: int, recent: int, *, heads: int,
-        threshold: float = 0.0,
+        threshold: float = 0.0, kinds: Sequence[str] = checks.SELECTIONS,
     ) -> "Selection":  # fmt: skip
         """The selection for the arguments of a call with this many gate heads.  Equal arguments give equal selections.
 
+        kinds: the selections that the call takes.
         Raises ValueError or TypeError naming the argument.
         """
-        checks.one_of("selection", kind, (*checks.SELECTIONS, "sliding"))
+        checks.one_of("selection", kind, kinds)
         windows = checks.windows(window_size, heads, needed=kind != "threshold")
         checks.positive_int("sinks", sinks, 0)
         checks.positive_int("recent", recent, 0)
@@ -94,16 +95,7 @@ class Selection:
 torch.serialization.add_safe_globals([Selection])
 
 
-def _empty_lifespans(
-    gate: Tensor,
-    kind: str,
-    windows: list[int],
-    threshold: float,
-    sinks: int,
-    recent: int,
-    key_padding_mask: Tensor | None,
-    document_ids: Tensor | None,
-) -> list[Tensor]:
+def _empty_lifespans(gate: Tensor, *_others: object) -> list[Tensor]:
     return [torch.empty(gate.shape, dtype=torch.int32, device=gate.device) for _ in range(2)]
 
 

@@ -21,6 +21,7 @@ from flexdma.lowerings.gather_blocks import Blocks, attend_blocks
 from flexdma.lowerings.living_keys import living_keys
 from flexdma.lowerings.sink_logits import sink_scores
 from flexdma.lowerings.timeline import attend_any_births
+from flexdma.packing import along_keys
 from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 from flexdma.stages import staged
@@ -147,7 +148,4 @@ def _in_chunks(
 @staged("key/value gather")
 def _take(tensor: Tensor, slots: Tensor) -> Tensor:
     """[B, Hkv, K, ...] at [B, Hkv, R, C] -> [B, Hkv, R, C, ...]."""
-    index = slots.flatten(2)
-    if tensor.dim() == 4:
-        index = index[..., None].expand(-1, -1, -1, tensor.shape[-1])
-    return tensor.gather(2, index).unflatten(2, slots.shape[2:])
+    return along_keys(tensor, slots.flatten(2)).unflatten(2, slots.shape[2:])

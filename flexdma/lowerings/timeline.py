@@ -90,7 +90,7 @@ def attend_any_births(
         in_order = reads_device and births_are_positions(lifespans)
     if in_order:
         # Keys that no query sees take no slot, and their contents reach no query.
-        unseen = lifespans.death <= key.shape[2] - queries
+        unseen = lifespans.death <= lifespans.birth.clamp(min=key.shape[2] - queries)
         lifespans = lifespans._replace(death=lifespans.death.masked_fill(unseen, 0))
         return attend(query, key, value, bias, reference, lifespans, score_mod)
     batch, heads, keys, _size = key.shape
@@ -123,7 +123,5 @@ def _score_mod_at_slots(score_mod: ScoreMod, line: Timeline, first_query: int, g
 
 def _per_group(tensor: Tensor, order: Tensor, group: int) -> Tensor:
     """[B, Hq, n, D] at order [B, Hkv, m] -> [B, Hq, m, D]."""
-    heads = order.shape[1]
-    grouped = tensor.unflatten(1, (heads, group))
-    index = order[:, :, None, :, None].expand(-1, -1, group, -1, tensor.shape[-1])
-    return grouped.gather(3, index).flatten(1, 2)
+    rows = tensor.unflatten(1, (order.shape[1], group)).transpose(2, 3)  # [B, Hkv, n, G, D]
+    return along_keys(rows, order).transpose(2, 3).flatten(1, 2)

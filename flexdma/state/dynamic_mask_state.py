@@ -87,12 +87,11 @@ class DynamicMaskState:
         checks.positive_int("batch_size", batch_size, 0)
         for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
             checks.positive_int(name, size)
-        checks.one_of("selection", selection, STATEFUL_SELECTIONS)
         if gate_dtype not in (torch.float32, torch.float64):
             raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
         if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
             raise TypeError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
-        policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads)
+        policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads, kinds=STATEFUL_SELECTIONS)
         policy.refuse_without_state()
         slots = (batch_size, num_kv_heads, cast(int, policy.capacity))
         layout = state_layout(slots, head_dim, value_dim, dtype, gate_dtype)

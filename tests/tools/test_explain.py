@@ -257,7 +257,7 @@ def test_calibration_counts_the_blocks_that_explain_counts():
     report = flexdma.explain(gate, 32, num_query_heads=4)
     rows, columns = report.block_size
     expected = report.packed.visited * rows * columns / (512 * 2)
-    assert calibration.visited_pairs(shape, gate) == pytest.approx(expected)
+    assert calibration.visited_pairs_per_query(shape, gate) == pytest.approx(expected)
 
 
 def test_a_device_without_rates_gets_counts_and_no_prediction():

@@ -43,7 +43,9 @@ def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]
         calls = whole_calls(shape, tensors)
         calls.pop(COMPILED_GATHER, None)  # the cost model has no rate for it
         seconds = interleaved(as_steps(calls, shape, tensors), turns, memory=False).seconds
-        rates[device, phase] = rates_from(shape, seconds, selection, visited_pairs(shape, tensors[3]), measured_on)
+        rates[device, phase] = rates_from(
+            shape, seconds, selection, visited_pairs_per_query(shape, tensors[3]), measured_on
+        )
     return rates
 
 
@@ -62,7 +64,7 @@ def fitted_rates(results: Results) -> dict[tuple[str, str], Rates]:
     for case in results.cases("calls"):
         shape = case.shape
         gate = inputs(shape, "cpu", torch.float32)[3].detach()
-        visited = visited_pairs(shape, gate, BLOCK_SIZE[about["device"]])
+        visited = visited_pairs_per_query(shape, gate, BLOCK_SIZE[about["device"]])
         where = f"{_where(about['machine'], about['dtype'])}, D={shape.size}"
         rates = rates_from(shape, case.seconds, selection, visited, where)
         found.setdefault(PHASES[shape.backward], []).append(rates)
@@ -103,7 +105,7 @@ def rates_from(
     )
 
 
-def visited_pairs(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None = None) -> float:
+def visited_pairs_per_query(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None = None) -> float:
     """Pairs in the visited packed blocks, per query and query head.  block_size: None = that of the gate's device."""
     size = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
     alive = causal_top_w(gate, shape.window)

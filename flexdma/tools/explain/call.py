@@ -55,7 +55,6 @@ def explain(
     Returns an Explanation.  Raises ValueError or TypeError naming the argument.  O(K log K) time and four ints per block;
     synchronises with the device.
     """
-    checks.one_of("selection", selection, checks.SELECTIONS)
     options: dict[str, Any] = {
         "sinks": sinks,
         "recent": recent,
