@@ -47,7 +47,7 @@ def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[T
         schema = torch.library.infer_schema(function, mutates_args=())
         operator = torch.library.custom_op(f"flexdma::{name}", implementation, mutates_args=(), schema=schema)
         operator.register_fake(shapes)
-        operator.register_vmap(partial(_joined_batches, operator))
+        operator.register_vmap(partial(joined_batches, operator))
 
         def dispatch(first: Tensor, *rest: Any) -> list[Tensor]:
             # torch.func.vmap has a rule for the whole operator, but not for all in-place operations inside it.
@@ -60,7 +60,7 @@ def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[T
     return decorate
 
 
-def _joined_batches(operator: Callable, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[list, list]:
+def joined_batches(operator: Callable, info: Any, in_dims: Sequence[int | None], *arguments: Any) -> tuple[list, list]:
     """The rule of `torch.func.vmap`: it joins the mapped dimension of size n and the batch, [n B, ...]."""
 
     def joined(argument: Any, dim: int | None) -> Any:

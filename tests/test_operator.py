@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import flexdma
-from flexdma.lowerings import fused
+from flexdma.lowerings import fused_cut, plain
 from flexdma.lowerings import gather as gather_module
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod, softcap_score_mod
@@ -16,11 +16,16 @@ from tests.comparison import assert_same, gather, inputs, with_gradients
 from tests.lifespans.gate_strategies import gates, selections
 
 
+@pytest.fixture
+def plain_path(monkeypatch):
+    monkeypatch.setattr(gather_module, "is_fusible", lambda *call: False)
+
+
 @pytest.fixture(params=["fused", "plain"])
-def path(request, monkeypatch):
-    """Both paths of gather for calls without gradients."""
+def path(request):
+    """Both paths of gather."""
     if request.param == "plain":
-        monkeypatch.setattr(fused, "is_fusible", lambda *tensors: False)
+        request.getfixturevalue("plain_path")
 
 
 def assert_same_in_training_and_inference(attend, tensors, **options):
@@ -54,6 +59,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("queries", [129, 45, 1])
 @pytest.mark.parametrize("name", VARIANTS)
 def test_every_option_equals_the_specification(name, queries):
@@ -92,14 +98,18 @@ def test_any_shape_and_selection(keys, window, block_size, data):
     def attend(*tensors, **options):
         return gather(*tensors, block_size=block_size, **options)
 
-    assert_same_in_training_and_inference(attend, tensors, tolerance=1e-12, window_size=window, **options)
+    with pytest.MonkeyPatch.context() as patch:
+        if data.draw(st.booleans()):
+            patch.setattr(gather_module, "is_fusible", lambda *call: False)
+        assert_same_in_training_and_inference(attend, tensors, tolerance=1e-12, window_size=window, **options)
 
 
+@pytest.mark.usefixtures("plain_path")
 @pytest.mark.parametrize("kept", [2**40, 0])
 def test_chunks_and_checkpoints_change_nothing(monkeypatch, kept):
     tensors = inputs(2, 4, 2, 129, 129, 16)
-    monkeypatch.setattr(gather_module, "CHUNK_ELEMENTS", 4000)
-    monkeypatch.setattr(gather_module, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(plain, "CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(plain, "KEPT_ELEMENTS", kept)
 
     def attend(*tensors, **options):
         return gather(*tensors, block_size=16, **options)
@@ -111,16 +121,19 @@ def test_chunks_and_checkpoints_change_nothing(monkeypatch, kept):
 @pytest.mark.parametrize("gate_heads", [1, 3])
 def test_blocks_of_unequal_numbers_of_living_keys_may_share_a_chunk(monkeypatch, scores, gate_heads):
     """A chunk of one block, several blocks, several heads, or everything; the first blocks see no key."""
-    monkeypatch.setattr(fused, "SCORES_PER_THREAD", scores)
+    monkeypatch.setattr(fused_cut, "SCORES_PER_THREAD", scores)
     tensors = inputs(2, 6, 3, 90, 129, 16, gate_heads=gate_heads)
     mask = torch.arange(129) >= torch.tensor([[75], [0]])
     tensors[1][0, :, :75] = torch.nan
     tensors[2][0, :, :75] = torch.inf
     seen = [*tensors[:1], *(t.nan_to_num(0.0, 0.0) for t in tensors[1:3]), tensors[3]]
+    options = {"window_size": 20, "key_padding_mask": mask}
+    want = with_gradients(dense_dynamic_mask_attention, seen, **options)
     with torch.no_grad():
-        got = gather(*tensors, window_size=20, block_size=8, key_padding_mask=mask)
-    want = dense_dynamic_mask_attention(*seen, window_size=20, key_padding_mask=mask)
-    torch.testing.assert_close(got, want, atol=1e-12, rtol=0)
+        inference = gather(*tensors, block_size=8, **options)
+    torch.testing.assert_close(inference, want[0], atol=1e-12, rtol=0)
+    for a, b in zip(with_gradients(gather, tensors, block_size=8, **options), want, strict=True):
+        torch.testing.assert_close(a, b, atol=1e-12, rtol=0)
 
 
 @given(gates(kinds=("ties", "constant", "special", "sorted")), st.integers(1, 12), st.sampled_from([1, 3, 16, None]))
@@ -132,13 +145,28 @@ def test_gates_of_every_kind(gate, window, block_size):
     torch.testing.assert_close(got.double(), want, atol=1e-5, rtol=0, equal_nan=True)
 
 
-def test_gradients_by_finite_differences():
-    tensors = [t.requires_grad_() for t in inputs(1, 2, 1, 5, 7, 3, 2)]
+@pytest.mark.parametrize("value_size", [3, 2])
+def test_gradients_by_finite_differences(value_size):
+    """First and second ones, and several cotangents at once; with unequal head sizes by plain operations."""
+    tensors = [t.requires_grad_() for t in inputs(1, 2, 1, 5, 7, 3, value_size)]
 
     def attend(*tensors):
         return gather(*tensors, window_size=3, recent=1, block_size=4)
 
-    assert torch.autograd.gradcheck(attend, tensors)
+    assert torch.autograd.gradcheck(attend, tensors, check_batched_grad=True)
+    assert torch.autograd.gradgradcheck(attend, tensors)
+
+
+@pytest.mark.parametrize("needed", [(0,), (1, 2), (3,)])
+def test_gradients_of_some_arguments(needed):
+    tensors = inputs(1, 4, 2, 45, 129, 16)
+    want = with_gradients(dense_dynamic_mask_attention, tensors, window_size=20)
+    leaves = [t.requires_grad_(n in needed) for n, t in enumerate(tensors)]
+    output = gather(*leaves, window_size=20)
+    cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    got = torch.autograd.grad(output, [leaves[n] for n in needed], cotangent)
+    for n, a in zip(needed, got, strict=True):
+        torch.testing.assert_close(a, want[n + 1], atol=1e-12, rtol=1e-12)
 
 
 def test_a_score_mod_sees_original_positions_and_heads_and_its_captures_are_trained():
@@ -186,6 +214,7 @@ def test_attention_to_pieces_is_attention_to_keys():
     torch.testing.assert_close(scores.softmax(-1) @ value[:, :, order], want, atol=1e-12, rtol=0)
 
 
+@pytest.mark.usefixtures("path")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 def test_low_precision_is_at_most_twice_as_wrong_as_plain_pytorch(dtype):
     tensors = inputs(1, 4, 2, 129, 129, 64, dtype=dtype)
@@ -261,9 +290,9 @@ def test_keys_that_are_not_seen_may_hold_anything():
 
 def test_blocks_are_large_where_few_keys_are_born():
     gate = torch.randn(1, 1, 65536)
-    assert fused.block_size_for(flexdma.causal_top_w(gate, 1024), 65536, 1024) == fused.LARGE_BLOCK
+    assert fused_cut.block_size_for(flexdma.causal_top_w(gate, 1024), 65536, 1024) == fused_cut.LARGE_BLOCK
     early = flexdma.causal_top_w(gate[..., :8192], 1024)  # w (1 + ln(N / w)) births: 394 in a large block
-    assert fused.block_size_for(early, 8192, 1024) == fused.BLOCK_SIZE
+    assert fused_cut.block_size_for(early, 8192, 1024) == fused_cut.BLOCK_SIZE
     rising = torch.arange(65536.0).view(1, 1, -1)
-    assert fused.block_size_for(flexdma.causal_top_w(rising, 1024), 65536, 1024) == fused.BLOCK_SIZE
-    assert fused.block_size_for(flexdma.causal_top_w(gate, 1024), 1000, 1024) == fused.BLOCK_SIZE
+    assert fused_cut.block_size_for(flexdma.causal_top_w(rising, 1024), 65536, 1024) == fused_cut.BLOCK_SIZE
+    assert fused_cut.block_size_for(flexdma.causal_top_w(gate, 1024), 1000, 1024) == fused_cut.BLOCK_SIZE

@@ -1,7 +1,7 @@
-"""Attention of a few blocks of queries, each to its own list of keys, in one call of PyTorch's CPU kernel.
+"""A few blocks of queries, each with its own list of keys, in one call of PyTorch's CPU flash kernel, forward and backward.
 
-It gathers the living keys and computes the kernel's float mask by arithmetic, which PyTorch vectorises (it does not
-vectorise broadcast comparisons and `where`).
+This file gathers the keys of the lists and computes the kernel's float mask by arithmetic, which PyTorch vectorises (it does
+not vectorise broadcast comparisons and `where`).
 """
 
 import math
@@ -10,66 +10,143 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
 from flexdma.lowerings.living_keys import LivingList
-from flexdma.lowerings.sink_logits import share_of_keys
 from flexdma.stages import staged
+
+# Columns added to each head for the gradient of the bias: one, and zeros that keep rows aligned to 32 bytes.
+COLUMNS = 8
 
 
 class AllKeys(NamedTuple):
     """The tensors to gather from, the keys of all heads in one row."""
 
     key: Tensor  # [B Hkv K, D]
-    value: Tensor  # [B Hkv K, Dv]
+    value: Tensor  # [B Hkv K, D]
     bias: Tensor  # [B Hkv K]
     death: Tensor  # [B Hkv K], positions in this row
 
 
+class Gathered(NamedTuple):
+    """The keys of n blocks, C each; shorter lists are filled with keys that no query sees."""
+
+    position: Tensor  # [n, C], in the row of all keys
+    key: Tensor  # [n, C, D]
+    value: Tensor  # [n, C, D]
+    mask: Tensor  # [n, 1, M, C] or [n, 1, G M, C]: bias - reference where the query sees the key, else -inf
+    empty: Tensor | None  # [n]: whether the list has no key; None = each has
+
+
 @staged("key/value gather")
-def attend_blocks(
-    rows: Tensor,  # [n, G, M, D]
-    reference: Tensor,  # [n, M]
-    starts: Tensor,  # [n]: positions of the blocks' first queries
-    lists: Sequence[LivingList],  # n
-    keys: AllKeys,
-    scale: float,
-    sink: Tensor | None,  # [n, G]
-) -> Tensor:
-    """Attention of each of n blocks of M queries to the keys of its list -> [n, G, M, D].  A row that sees no key gives 0."""
+def gathered(
+    reference: Tensor, starts: Tensor, lists: Sequence[LivingList], keys: AllKeys, copies: int = 1
+) -> Gathered:
+    """The keys of n lists, for blocks of M queries.  At least one list has a key.
+
+    reference [n, M]; starts [n]: positions of the blocks' first queries in the row of all keys.
+    copies: of the mask, one after another; G for `block_gradients`.
+    """
     index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
-    if not index.shape[1]:
-        return torch.zeros_like(rows)
-    absent = index < 0 if min(len(each.keys) for each in lists) < index.shape[1] else None
+    lengths = [len(each.keys) for each in lists]
+    absent = index < 0 if min(lengths) < max(lengths) else None
     if absent is not None:
         # Fill short lists with the block's first key: its contents, NaN included, reach the block anyway.
         index = torch.where(absent, index[:, :1].clamp(min=0), index)
     key, value, bias, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
+    computed = torch.promote_types(key.dtype, torch.float32)
+    key, value = key.to(computed), value.to(computed)
+    empty = None
     if absent is not None:
         bias = bias.masked_fill(absent, -math.inf)
-    computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
-    mask = (bias.unsqueeze(1) - reference.unsqueeze(2)).to(computed)  # [n, M, C]
+        if not min(lengths):
+            empty = absent[:, 0]
+            key, value = (tensor.masked_fill(empty[:, None, None], 0.0) for tensor in (key, value))
+    mask = (bias.unsqueeze(1) - reference.unsqueeze(2)).to(computed)
     some = slice(max(each.partial for each in lists))
     first, last = (position[:, some] - starts[:, None] for position in (index, death))
     mask[..., some] = torch.minimum(mask[..., some], _bound(first, last, reference.shape[1], computed))
-
-    group = rows.shape[1]
-    key, value = (t.to(computed).unsqueeze(1).expand(-1, group, -1, -1) for t in (key, value))
-    output = _kernel(rows.to(computed), key, value, mask.unsqueeze(1), scale, sink)
-    return output if absent is None else output.masked_fill(absent[:, 0, None, None, None], 0.0)
+    mask = mask.unsqueeze(1).expand(-1, copies, -1, -1).flatten(1, 2)
+    return Gathered(index, key, value, mask.unsqueeze(1), empty)
 
 
 @staged("attention forward")
-def _kernel(rows: Tensor, key: Tensor, value: Tensor, mask: Tensor, scale: float, sink: Tensor | None) -> Tensor:
-    with torch.autocast("cpu", enabled=False):
-        if sink is None:
-            return scaled_dot_product_attention(rows, key, value, attn_mask=mask, scale=scale)
-        # The same kernel under the name that also returns the log-sum-exp, which is 0 for a row that sees no key.
-        output, log_sum = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            rows, key, value, attn_mask=mask, scale=scale
-        )
-        return output * share_of_keys(log_sum, sink.to(rows.dtype)[..., None])[..., None]
+def attend_blocks(rows: Tensor, keys: Gathered, scale: float) -> tuple[Tensor, Tensor]:
+    """Attention of rows [n, G, M, D] to the keys of their blocks -> [n, G, M, D], and the log-sum-exp of scores [n, G, M].
+
+    A row that sees no key gives 0 and 0.
+    """
+    group = rows.shape[1]
+    rows = rows.to(keys.key.dtype)
+    if keys.empty is not None:
+        rows = rows.masked_fill(keys.empty[:, None, None, None], 0.0)
+    key, value = (tensor.unsqueeze(1).expand(-1, group, -1, -1) for tensor in (keys.key, keys.value))
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+        rows, key, value, attn_mask=keys.mask, scale=scale
+    )
+
+
+class BlockGradients(NamedTuple):
+    """Gradients of rows [n, G, M, D], of the gathered keys and values [n, C, D] and of their biases [n, C]."""
+
+    rows: Tensor
+    key: Tensor
+    value: Tensor
+    bias: Tensor | None
+
+
+@staged("attention backward")
+def block_gradients(
+    rows: Tensor,  # [n, G, M, D]
+    output: Tensor,  # [n, G, M, D], of `attend_blocks`
+    log_sum: Tensor,  # [n, G, M]
+    output_gradient: Tensor,  # [n, G, M, D]
+    log_sum_gradient: Tensor | None = None,  # [n, G, M]
+    *,
+    keys: Gathered,
+    scale: float,
+    needs_bias: bool,
+) -> BlockGradients:
+    """The backward of `attend_blocks`.
+
+    The kernel's mask has no gradient.  So for the bias each row gets one more column of 1 / scale and each key one of 0: the
+    logits are the same, and the gradient of the 0 is the bias's.  The gradient of the scores is
+    dS_ij = P_ij (dO_i . v_j - dO_i . o_i + dL_i) with that of the log-sum-exp, dL: one more column of dO with dL_i, of v with
+    1, of o with 0.
+
+    The query heads of a group are folded into rows, which is faster than heads that share keys, and sums their gradients.
+    """
+    count, group, block, size = rows.shape
+    columns = COLUMNS if needs_bias or log_sum_gradient is not None else 0
+
+    def folded(tensor: Tensor) -> Tensor:
+        wide = tensor.new_empty(count, group, block, size + columns, dtype=keys.key.dtype)
+        wide[..., :size] = tensor
+        wide[..., size:] = 0.0
+        if keys.empty is not None:
+            wide.masked_fill_(keys.empty[:, None, None, None], 0.0)
+        return wide
+
+    query, out, gradient = folded(rows), folded(output), folded(output_gradient)
+    key, value = (pad(tensor, (0, columns)) if columns else tensor for tensor in (keys.key, keys.value))
+    if needs_bias:
+        query[..., size] = 1 / scale
+    if log_sum_gradient is not None:
+        gradient[..., size] = log_sum_gradient
+        value[..., size] = 1.0
+    query, out, gradient = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (query, out, gradient))
+    of_rows, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+        gradient, query, key.unsqueeze(1), value.unsqueeze(1), out, log_sum.flatten(1, 2).unsqueeze(1), 0.0, False,
+        attn_mask=keys.mask, scale=scale,
+    )  # fmt: skip
+    return BlockGradients(
+        of_rows.view(count, group, block, -1)[..., :size],
+        # Contiguous: adding rows of a view is three times slower.
+        of_key[:, 0, :, :size].contiguous(),
+        of_value[:, 0, :, :size].contiguous(),
+        of_key[:, 0, :, size] if needs_bias else None,
+    )
 
 
 def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:

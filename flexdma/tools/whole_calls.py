@@ -14,7 +14,9 @@ from flexdma.tools.shapes import Shape
 from flexdma.tools.timing import backward_of
 
 CAUSAL, EAGER, COMPILED = "SDPA causal", "flexdma (default, eager call)", "flexdma flex, compiled"
-COMPILED_GATHER = "flexdma gather, compiled"
+COMPILED_DEFAULT = "flexdma (default, compiled)"
+# A score_mod forbids the fused kernel, also one that changes nothing.
+PLAIN, COMPILED_PLAIN = "flexdma with a score_mod, eager call", "flexdma with a score_mod, compiled"
 
 Compile = Callable[..., Callable[..., Tensor]]
 compile_whole: Compile = partial(torch.compile, fullgraph=True, dynamic=False)
@@ -32,12 +34,19 @@ def whole_calls(
     # On CUDA the default is compiled flex too, and would only compile again.
     if not cuda:
         calls[EAGER] = partial(dynamic_mask_attention, *tensors, **options)
-    # Compiled gather without a gradient holds all N (w + block) scores at once, so long inference is not run that way.
+        calls[COMPILED_DEFAULT] = partial(compiled, *tensors, **options)
+    # Without a gradient compiled plain operations hold all N (w + block) scores at once, so inference is not run that way.
     if not cuda and shape.backward:
-        calls[COMPILED_GATHER] = partial(compiled, *tensors, **options, lowering="gather")
+        calls[PLAIN] = partial(dynamic_mask_attention, *tensors, **options, score_mod=unchanged)
+        calls[COMPILED_PLAIN] = partial(compiled, *tensors, **options, score_mod=unchanged)
     if cuda or not shape.backward:  # torch has no backward of FlexAttention on a CPU
         calls[COMPILED] = partial(compiled, *tensors, **options, lowering="flex")
     return calls
+
+
+def unchanged(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
+    """A score_mod that returns the score."""
+    return score
 
 
 def sdpa_causal(query: Tensor, key: Tensor, value: Tensor) -> dict[str, Callable[[], Tensor]]:

@@ -31,7 +31,7 @@ from flexdma.tools.records import Results
 from flexdma.tools.shapes import Shape, inputs
 from flexdma.tools.stages import BEFORE_ATTENTION, WHOLE, Ledger, profile
 from flexdma.tools.timing import Prepared, Turns, UnavailableError, interleaved, peak_bytes
-from flexdma.tools.whole_calls import COMPILED, COMPILED_GATHER
+from flexdma.tools.whole_calls import COMPILED, COMPILED_PLAIN
 from tests.tools.hand_moved_clock import HandMovedClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -178,7 +178,7 @@ def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled):
     calls: dict[str, Any] = contenders(shape, tensors, uncompiled)  # steps, whose first argument is the call
     want = dense_dynamic_mask_attention(*tensors, window_size=24)
     same = [name for name in calls if name in visited_over_ideal(shape, tensors[3]) and "causal" not in name]
-    assert len(same) == 4
+    assert len(same) == 5
     for name in [*same, ANY_LIFESPANS]:
         torch.testing.assert_close(calls[name].args[0](), want, atol=1e-5, rtol=1e-4)
 
@@ -188,7 +188,7 @@ def test_visited_over_ideal_counts_pairs():
     ratios = visited_over_ideal(shape, torch.zeros(1, 2, 256))
     assert ratios["SDPA causal"] == 1  # nothing is ever evicted
     assert ratios[DENSE] == pytest.approx(256 * 256 / (256 * 257 / 2))
-    assert ratios[COMPILED_GATHER] == pytest.approx(256 * (256 + 128) / (256 * 257 / 2))
+    assert ratios[COMPILED_PLAIN] == pytest.approx(256 * (256 + 128) / (256 * 257 / 2))
 
 
 def test_living_pairs_are_the_keys_that_a_block_sees():

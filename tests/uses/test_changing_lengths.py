@@ -4,7 +4,7 @@ import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
 from flexdma import DynamicMaskAttention, dynamic_mask_attention
-from flexdma.lowerings.gather import BLOCK_SIZE
+from flexdma.lowerings.plain import BLOCK_SIZE
 from tests.comparison import assert_same, gradients_of, inputs
 
 LENGTHS = (51, 60, 300, 9)
@@ -21,20 +21,20 @@ def attend(*tensors, **options):
     return dynamic_mask_attention(*tensors, **options)
 
 
-def test_training_by_gather():
+def test_training_at_more_lengths_than_torch_recompiles_for():
     compiled, counter = counted(attend)
-    for length in LENGTHS:
-        tensors = inputs(2, 4, 2, length, length, 16, dtype=torch.float32, seed=length)
-        assert_same(compiled, tensors, tolerance=2e-5, window_size=6)
-    assert counter.frame_count == 3  # the first length, others of one block, others
-
-
-def test_training_is_compiled_five_times_at_most():
-    """Also with lengths of whole blocks, for which slices of rows are contiguous, which torch guards."""
-    compiled, counter = counted(attend, "aot_eager")
     for length in LENGTHS + MORE:
         tensors = inputs(2, 4, 2, length, length, 16, dtype=torch.float32, seed=length)
         assert_same(compiled, tensors, tolerance=2e-5, window_size=6)
+    assert counter.frame_count == 2  # the first length, others
+
+
+def test_traced_training_is_compiled_five_times_at_most():
+    """Also with lengths of whole blocks, for which slices of rows are contiguous, which torch guards."""
+    compiled, counter = counted(attend, "aot_eager")
+    for length in (*LENGTHS, BLOCK_SIZE, 2 * BLOCK_SIZE, 1000):
+        tensors = inputs(2, 4, 2, length, length, 16, dtype=torch.float32, seed=length)
+        assert_same(compiled, tensors, tolerance=2e-5, window_size=6, score_mod=lambda s, b, h, i, j: s.tanh())
     assert counter.frame_count <= 5
 
 
@@ -47,7 +47,7 @@ def test_inference_at_more_lengths_than_torch_recompiles_for():
 
 
 def test_inference_that_the_fused_kernel_does_not_serve():
-    """Unequal head sizes and a score_mod are traced, as training is."""
+    """Unequal head sizes and a score_mod are traced."""
     compiled, _ = counted(attend, "aot_eager", dynamic=True)
     for length in (51, 300, 129):
         tensors = inputs(2, 4, 2, length, length, 16, 8, dtype=torch.float32)

@@ -9,7 +9,7 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 from flexdma import DynamicMaskAttention, dynamic_mask_attention
 from flexdma.integrations.transformers import convert_to_dma
-from flexdma.lowerings import gather
+from flexdma.lowerings import gather, plain
 from tests.comparison import inputs, with_gradients
 from tests.integrations.hf_models import causal_lm, distinct_tokens
 
@@ -70,8 +70,9 @@ def test_compiled():
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("kept", [2**40, 0])
 def test_scores_in_chunks(policy, kept, monkeypatch):
-    monkeypatch.setattr(gather, "CHUNK_ELEMENTS", 4000)
-    monkeypatch.setattr(gather, "KEPT_ELEMENTS", kept)
+    monkeypatch.setattr(gather, "is_fusible", lambda *call: False)
+    monkeypatch.setattr(plain, "CHUNK_ELEMENTS", 4000)
+    monkeypatch.setattr(plain, "KEPT_ELEMENTS", kept)
     tensors = inputs(2, 4, 2, 129, 129, 16)
     call = partial(dynamic_mask_attention, window_size=20, block_size=16)
     want, got = with_gradients(call, tensors), with_gradients(checkpointed(call, policy), tensors)

@@ -12,7 +12,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_map
 
 from flexdma import DynamicMaskAttention, dynamic_mask_attention
-from flexdma.lowerings import gather
+from flexdma.lowerings import plain
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
@@ -90,10 +90,10 @@ def test_vmap_over_masks():
 
 
 @PAIRS
-@pytest.mark.parametrize("chunk", [gather.CHUNK_ELEMENTS, 100])
+@pytest.mark.parametrize("chunk", [plain.CHUNK_ELEMENTS, 100])
 def test_gradients_per_sample(attend, specification, chunk, monkeypatch):
-    monkeypatch.setattr(gather, "CHUNK_ELEMENTS", chunk)
-    monkeypatch.setattr(gather, "KEPT_ELEMENTS", chunk)
+    monkeypatch.setattr(plain, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(plain, "KEPT_ELEMENTS", chunk)
     batches, every = samples(3), (0, 1, 2, 3)
     want = one_by_one(gradients(specification), batches)
     torch.testing.assert_close(vmap(grad(sum_of_squares(attend), argnums=every))(*batches), want)

@@ -6,13 +6,13 @@ from torch import Tensor
 from flexdma import causal_top_w
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.flex import default_block_size
-from flexdma.lowerings.fused import block_size_for
+from flexdma.lowerings.fused_cut import block_size_for
 from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, FLEX_TILE, NATURAL
 from flexdma.tools.cost_model.counts import visited_pairs
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
 from flexdma.tools.gate_families import gate_families
 from flexdma.tools.shapes import Shape
-from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_GATHER, EAGER
+from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_DEFAULT, COMPILED_PLAIN, EAGER, PLAIN
 
 
 @torch.no_grad()
@@ -22,14 +22,16 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     shown = (alive.death - alive.birth).sum().item() * shape.group
     block_size = default_block_size(gate.device.type)
     gathered = shape.query_heads * float(gathered_pairs(shape.length, shape.window)) / shown
-    fused_block = block_size_for(alive, shape.length, shape.window)
+    living = living_pairs(alive, block_size_for(alive, shape.length, shape.window)) * shape.group / shown
     everything = shape.query_heads * float(shown_pairs(shape.length, shape.length)) / shown
     return {
         CAUSAL: everything,
         FLEX_CAUSAL: everything,
-        # Inference gathers only the living keys of each block.
-        EAGER: gathered if shape.backward else living_pairs(alive, fused_block) * shape.group / shown,
-        COMPILED_GATHER: gathered,
+        # The fused kernel gathers only the living keys of each block.
+        EAGER: living,
+        COMPILED_DEFAULT: living,
+        PLAIN: gathered,
+        COMPILED_PLAIN: gathered,
         COMPILED: visited_pairs(alive, shape.group, block_size, shape.window) / shown,
         NATURAL: visited_pairs(alive, 1, (FLEX_TILE, FLEX_TILE)) * shape.group / shown,
         DENSE: shape.query_heads * shape.length**2 / shown,

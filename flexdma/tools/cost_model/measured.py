@@ -6,9 +6,9 @@ For one KV head with G query heads, N positions, capacity C = w + sinks + recent
     gather  = G gathered_pairs(N, C)    * rates.gather + N log2 N * rates.gather_selection
     flex    = G rho shown_pairs(N, C)   * rates.flex   + N log2 N * rates.flex_selection
 
-gathered_pairs counts all of a block's own keys, as training gathers them.  Inference gathers only those that are ever
-visible, for larger blocks.  Rates are measured, not derived.  A tile of flexdma takes longer than a tile of SDPA, because it
-loads gates and applies a mask, and on a CPU because Inductor's matrix products are slower.
+gathered_pairs counts all keys of blocks of 128 positions.  The fused kernel gathers only keys that are ever visible, for
+larger blocks, and its rates are fitted to the same formula.  Rates are measured, not derived.  A tile of flexdma takes longer
+than a tile of SDPA, because it loads gates and applies a mask, and on a CPU because Inductor's matrix products are slower.
 """
 
 from collections.abc import Callable

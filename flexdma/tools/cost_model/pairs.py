@@ -4,7 +4,7 @@ from typing import Any
 
 from sympy import Min
 
-from flexdma.lowerings.gather import BLOCK_SIZE
+from flexdma.lowerings.plain import BLOCK_SIZE
 from flexdma.tools.cost_model.symbols import N, w
 
 

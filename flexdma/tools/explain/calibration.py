@@ -21,7 +21,7 @@ from flexdma.tools.records import Results
 from flexdma.tools.shapes import Shape, inputs
 from flexdma.tools.stages import BEFORE_ATTENTION, profile
 from flexdma.tools.timing import Turns, interleaved
-from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_GATHER, EAGER, as_steps, fastest_causal, whole_calls
+from flexdma.tools.whole_calls import CAUSAL, COMPILED, EAGER, as_steps, fastest_causal, whole_calls
 
 # Long enough that attention takes most of the time, not kernel launches.
 SHAPES = {"cpu": (4096, 256, 8, 2, 64, torch.float32), "cuda": (16384, 1024, 16, 4, 128, torch.bfloat16)}
@@ -40,8 +40,8 @@ def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]
     rates = {}
     for phase, shape in zip(PHASES, (forward, both), strict=True):
         tensors = inputs(shape, device, dtype)
-        calls = whole_calls(shape, tensors)
-        calls.pop(COMPILED_GATHER, None)  # the cost model has no rate for it
+        with_rates = (CAUSAL, EAGER, COMPILED)
+        calls = {name: call for name, call in whole_calls(shape, tensors).items() if name.startswith(with_rates)}
         seconds = interleaved(as_steps(calls, shape, tensors), turns, memory=False).seconds
         rates[device, phase] = rates_from(
             shape, seconds, selection, visited_pairs_per_query(shape, tensors[3]), measured_on

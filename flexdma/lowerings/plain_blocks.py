@@ -7,9 +7,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexdma.lowerings.hidden import HIDDEN
-from flexdma.lowerings.sink_logits import share_of_keys
 from flexdma.mixed_precision import without_autocast
-from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 
 
@@ -22,13 +20,10 @@ class Blocks(NamedTuple):
     slots: Tensor  # [B, Hkv, R, C]: positions of the keys, the block's own M last
     death: Tensor  # [B, Hkv, R, C]
     positions: Tensor  # [1, 1, R, M]: of the queries
-    sink: Tensor | None  # [B, Hkv, R, M, G]
 
     def split(self, count: int) -> "list[Blocks]":
         """At most `count` blocks at a time."""
-        chunks = ceil_div(self.slots.shape[2], count)
-        columns = [[None] * chunks if each is None else each.split(count, 2) for each in self]
-        return [Blocks(*chunk) for chunk in zip(*columns, strict=True)]
+        return [Blocks(*chunk) for chunk in zip(*(each.split(count, 2) for each in self), strict=True)]
 
 
 def attend_blocks(
@@ -38,9 +33,14 @@ def attend_blocks(
     *,
     scale: float,
     score_mod: ScoreMod | None,
-) -> Tensor:
-    """Attention of each query block to its gathered keys -> [B, Hkv, R, G, M, Dv].  A row that sees no key gives 0."""
-    rows, bias, reference, slots, death, positions, sink = blocks
+    log_sum: bool,
+) -> list[Tensor]:
+    """A list of the attention of each query block to its gathered keys, [B, Hkv, R, G, M, Dv].
+
+    A row that sees no key gives 0.
+    log_sum: also return the log-sum-exp of each row's scores, [B, Hkv, R, G, M]; arbitrary for a row that sees no key.
+    """
+    rows, bias, reference, slots, death, positions = blocks
     group, block = rows.shape[3:5]
     computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
     # Keys other than the block's own are born before the block.
@@ -64,9 +64,8 @@ def attend_blocks(
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
             scores = scores.masked_fill(nothing, 0.0)
         output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
-        if sink is not None:
-            output = output * share_of_keys(scores.logsumexp(-1), sink.mT.to(computed))[..., None]
-    return torch.where(nothing, 0.0, output).to(rows.dtype)
+    output = torch.where(nothing, 0.0, output).to(rows.dtype)
+    return [output, scores.logsumexp(-1)] if log_sum else [output]
 
 
 def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:

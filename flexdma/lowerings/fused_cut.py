@@ -1,0 +1,123 @@
+"""A call cut into chunks: blocks of queries that one call of the fused kernel computes, with the keys that they see."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from flexdma.lifespans import Lifespans
+from flexdma.lowerings.fused_blocks import AllKeys, Gathered, gathered
+from flexdma.lowerings.living_keys import LivingList, living_lists
+
+# Queries per block.  From 192 rows on the kernel multiplies 64 at a time, from 768 on 256, and rereads keys less often.
+BLOCK_SIZE, LARGE_BLOCK = 256, 1024
+# A large block pays while its own births add less than this share to the keys that a query sees.
+FEW_BIRTHS = 1 / 4
+# Scores per kernel call and thread: enough work for every thread, with a mask that stays in cache.
+SCORES_PER_THREAD = 2**20
+
+
+def block_size_for(lifespans: Lifespans, queries: int, capacity: int) -> int:
+    """Queries per block: a large block where there are many queries and few keys are born in a block."""
+    if queries < 8 * LARGE_BLOCK:
+        return BLOCK_SIZE
+    births = (lifespans.death > lifespans.birth).float().mean().item() * LARGE_BLOCK
+    return LARGE_BLOCK if births <= FEW_BIRTHS * capacity else BLOCK_SIZE
+
+
+class Chunk(NamedTuple):
+    """n blocks of queries: consecutive blocks of one head, or all blocks of consecutive heads."""
+
+    where: tuple[slice, slice]  # in a tensor of `Strip.blocks`
+    keys: Gathered | None  # None where no query of the chunk sees a key
+
+
+class Strip(NamedTuple):
+    """R blocks of M queries of every head.  The last queries of a head may make a second strip of one shorter block."""
+
+    queries: slice  # of Q
+    block: int  # M
+    chunks: Iterator[Chunk]
+
+    def blocks(self, tensor: Tensor) -> Tensor:
+        """A view of [B Hkv, G, Q, ...] as [B Hkv, R, G, M, ...]."""
+        return tensor[:, :, self.queries].unflatten(2, (-1, self.block)).transpose(1, 2)
+
+
+class Cut:
+    """The strips of a call with queries [B, Hq, Q, D], keys [B, Hkv, K, D] and keys born at their own positions.
+
+    bias [B, Hkv, K], reference [B, Hkv, Q].
+    folded: masks for rows in which the query heads of a group are folded.
+    """
+
+    def __init__(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        bias: Tensor,
+        reference: Tensor,
+        lifespans: Lifespans,
+        capacity: int,
+        block_size: int | None,
+        *,
+        folded: bool = False,
+    ) -> None:
+        batch, heads, keys, size = key.shape
+        queries = query.shape[2]
+        self.heads, self.group = batch * heads, query.shape[1] // heads
+        self.queries, self.capacity, self.copies = queries, capacity, self.group if folded else 1
+        self.block = min(block_size or block_size_for(lifespans, queries, capacity), queries)
+        birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
+        self.lists = living_lists(birth, death, queries, capacity, self.block)
+        # From here on the keys of all heads are in one row, [B Hkv K].
+        head_starts = keys * torch.arange(self.heads)[:, None]
+        self.block_starts = head_starts + torch.arange(keys - queries, keys, self.block)  # [B Hkv, R]
+        self.reference = reference.flatten(0, 1)
+        # Biases of NaN become inf: minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives
+        # NaN in the softmax of queries that do.
+        self.every_key = AllKeys(
+            key.reshape(-1, size),
+            value.reshape(-1, size),
+            torch.where(bias.isnan(), torch.inf, bias).flatten(),
+            (death.flatten(0, 1) + head_starts).flatten(),
+        )
+
+    def by_head(self, tensor: Tensor) -> Tensor:
+        """[B, Hq, ...] -> [B Hkv, G, ...]."""
+        return tensor.reshape(self.heads, self.group, *tensor.shape[2:])
+
+    def strips(self) -> Iterator[Strip]:
+        """The strips of all queries."""
+        whole, rest = divmod(self.queries, self.block)
+        if whole:
+            yield self._strip(0, whole, self.block)
+        if rest:
+            yield self._strip(whole, whole + 1, rest)
+
+    def _strip(self, start: int, end: int, block: int) -> Strip:
+        """Blocks `start` .. `end` - 1 of all heads, each of `block` queries."""
+        first = start * self.block
+        queries = slice(first, first + (end - start) * block)
+        return Strip(queries, block, self._chunks(start, end, self.reference[:, queries].unflatten(1, (-1, block))))
+
+    def _chunks(self, start: int, end: int, reference: Tensor) -> Iterator[Chunk]:
+        scores = self.group * reference.shape[2] * (self.capacity + reference.shape[2])
+        most = max(1, torch.get_num_threads() * SCORES_PER_THREAD // scores)
+        heads = max(1, most // (end - start))  # at a time, if one chunk fits all their blocks
+        starts = self.block_starts[:, start:end]
+        for h in range(0, self.heads, heads):
+            lists = [head[start:end] for head in self.lists[h : h + heads]]
+            for r in range(0, end - start, most):
+                some = [each for head in lists for each in head[r : r + most]]
+                where = (slice(h, h + heads), slice(r, r + most))
+                yield Chunk(where, self._gathered(where, some, starts, reference))
+
+    def _gathered(
+        self, where: tuple[slice, slice], lists: list[LivingList], starts: Tensor, reference: Tensor
+    ) -> Gathered | None:
+        if not any(len(each.keys) for each in lists):
+            return None
+        return gathered(reference[where].flatten(0, 1), starts[where].flatten(), lists, self.every_key, self.copies)
