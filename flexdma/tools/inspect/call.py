@@ -21,9 +21,9 @@ def inspect_kernels(
 ) -> KernelReport:
     """Report the kernels that Inductor generates for `fn_or_module(*args, **kwargs)`, and for its backward if it has one.
 
-    target: None = the device of the tensors, CPU or GPU; the call is compiled and run there.  "sm_80", "sm_90", "sm_100":
-        compile for that GPU, on a machine that needs no GPU.  Nothing runs, and only shapes, dtypes and requires_grad of
-        tensors matter.  Another Python process does it, which must be able to import `fn_or_module`.
+    target: None = the device of the tensors, CPU or GPU; the call is compiled and run there.  "sm_80", "sm_90", "sm_100",
+        "gfx942": compile for that GPU, on a machine that needs no GPU.  Nothing runs, and only shapes, dtypes and
+        requires_grad of tensors matter.  Another Python process does it, which must be able to import `fn_or_module`.
     figures: the Triton kernels to compile to machine code for registers, spills and other figures: "attention" (seconds
         each), "all" (a minute for the fifty small kernels of a selection), or "none".
 
@@ -90,6 +90,10 @@ def _inductor(graph: torch.fx.GraphModule, inputs: list[Any]) -> Any:
 def _target_of_this_device() -> Target:
     """The Target of this GPU, for the occupancy."""
     real: Any = torch.cuda.get_device_properties()
+    if torch.version.hip is not None:
+        return TARGETS["gfx942"]._replace(
+            name=real.name, gfx=real.gcnArchName.split(":")[0], multiprocessors=real.multi_processor_count
+        )
     known = TARGETS.get(f"sm_{real.major}{real.minor}", TARGETS["sm_90"])
     return known._replace(
         name=real.name,

@@ -1,6 +1,6 @@
 """The other process of cross-compilation: `python -m flexdma.tools.inspect.child REQUEST ANSWER`, started by `remote.py`.
 
-It installs the stand-ins for a CUDA device, rebuilds the call with fake tensors on it, and writes the report as JSON.
+It installs the stand-ins for a GPU, rebuilds the call with fake tensors on it, and writes the report as JSON.
 """
 
 import json
@@ -42,7 +42,8 @@ def _inspect(request: IO[bytes]) -> str:
         fn_or_module, args, kwargs = _FakeUnpickler(request).load()
         with torch.set_grad_enabled(gradients):
             run_once(fn_or_module, args, kwargs)
-    device = f"{target.name} ({target_name}), compiled without one"
+    source = "; source generated as by a ROCm build" if target.gfx else ""
+    device = f"{target.name} ({target_name}), compiled without one{source}"
     return report_of(fn_or_module, seen, device, target, figures).to_json()
 
 

@@ -1,6 +1,7 @@
 """Compile a Triton kernel to machine code, by Inductor's and Triton's own compiler, and read its figures.
 
-Registers and stack come from cuobjdump, instructions from nvdisasm; Triton's package has both.
+NVIDIA's here, AMD's in `amdgcn.py`.  Registers and stack come from cuobjdump, instructions from nvdisasm; Triton's package
+has both.
 """
 
 import re
@@ -9,7 +10,8 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from flexdma.tools.inspect.kernel import Compiled
+from flexdma.tools.inspect.amdgcn import amd_figures
+from flexdma.tools.inspect.kernel import Compiled, CompiledForAMD
 from flexdma.tools.inspect.targets import Target, occupancy
 
 # Tensor-core instructions of the three generations: sm_80, sm_90, sm_100.
@@ -18,7 +20,7 @@ SPILL_STORE, SPILL_LOAD = re.compile(r"\bSTL\b"), re.compile(r"\bLDL\b")
 GLOBAL_REDUCTION = re.compile(r"\b(?:REDG?|ATOMG?|UREDGR)\b")
 
 
-def compiled_figures(tuner: Any, target: Target) -> Compiled:
+def compiled_figures(tuner: Any, target: Target) -> Compiled | CompiledForAMD:
     """Compile Inductor's kernel object in its chosen configuration, and read the machine code."""
     from torch._inductor import config
 
@@ -26,6 +28,8 @@ def compiled_figures(tuner: Any, target: Target) -> Compiled:
     # The static launcher keeps a file name in place of the machine code.
     with config.patch(use_static_cuda_launcher=False):
         kernel = tuner._precompile_config(configuration).kernel
+    if target.gfx:
+        return amd_figures(kernel, target)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
         file.flush()

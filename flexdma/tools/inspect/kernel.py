@@ -35,6 +35,30 @@ class Compiled:
 
 
 @dataclass
+class CompiledForAMD:
+    """Figures of AMD machine code, read from its assembly without running it."""
+
+    vector_registers: int  # per lane, with those for accumulation
+    accumulation_registers: int  # of these, only for matrix instructions
+    scalar_registers: int  # per wave
+    vector_spills: int  # vector registers kept in memory
+    scalar_spills: int  # scalar registers kept in lanes of vector registers, or in memory
+    stack_bytes: int  # per lane
+    shared_bytes: int  # per block (LDS)
+    matrix_instructions: int
+    global_reductions: int  # atomic instructions on global memory
+    occupancy: float  # resident waves over the maximum of a compute unit
+
+    def __str__(self) -> str:
+        return (
+            f"{self.vector_registers} vector registers ({self.accumulation_registers} for accumulation), "
+            f"{self.scalar_registers} scalar registers, {self.vector_spills} vector spills, {self.scalar_spills} scalar "
+            f"spills, {self.stack_bytes} B stack, {self.shared_bytes} B LDS, {self.matrix_instructions} matrix "
+            f"instructions, {self.global_reductions} atomic instructions, occupancy {self.occupancy:.0%}"
+        )
+
+
+@dataclass
 class Kernel:
     """A generated kernel, and its figures if it was compiled."""
 
@@ -47,7 +71,7 @@ class Kernel:
     warps: int | None = None
     stages: int | None = None
     block_sizes: dict[str, int] = field(default_factory=dict)  # chosen at launch
-    compiled: Compiled | None = None
+    compiled: Compiled | CompiledForAMD | None = None
 
     @property
     def is_attention(self) -> bool:
@@ -109,7 +133,8 @@ class Kernel:
         """The inverse of `to_dict`."""
         values = {entry.name: data[entry.name] for entry in fields(cls)}
         values["grid"] = None if values["grid"] is None else tuple(values["grid"])
-        values["compiled"] = None if values["compiled"] is None else Compiled(**values["compiled"])
+        if (figures := values["compiled"]) is not None:
+            values["compiled"] = (CompiledForAMD if "vector_registers" in figures else Compiled)(**figures)
         return cls(**values)
 
 

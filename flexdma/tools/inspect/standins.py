@@ -1,4 +1,4 @@
-"""Stand-ins for a CUDA device, so that Inductor generates and Triton compiles GPU kernels on a machine without a GPU.
+"""Stand-ins for a CUDA or ROCm device, so that Inductor generates and Triton compiles GPU kernels on a machine without a GPU.
 
 The code that generates kernels stays torch's and Triton's own.  Only queries of device properties, such as the number of
 multiprocessors, return values of `targets.TARGETS`.  The stand-ins replace functions of the whole process, so install them
@@ -13,10 +13,20 @@ import torch
 from flexdma.tools.inspect.device_guard import install_device_guard
 from flexdma.tools.inspect.targets import Target
 
+# The version of ROCm that torch finds itself built for.  Inductor reads only whether there is one.
+ROCM = "6.4.43482"
+
 
 def install(target: Target) -> None:
-    """Make torch and Triton in this process find one CUDA device of this kind.  Tensors on it must be fake."""
+    """Make torch and Triton in this process find one device of this kind.  Tensors on it must be fake.
+
+    Raises RuntimeError for other builds of torch than the tested ones, and where Triton cannot compile for the target.
+    """
     install_device_guard()
+    _check_compiler(target)
+    if target.gfx:
+        # Inductor then generates as in a ROCm build: its tile sizes, options and intrinsics for AMD.
+        torch.version.hip, torch.version.cuda = ROCM, None
     # Run the backward in this thread, because a thread per device would query the driver.
     torch._C._set_multithreading_enabled(False)
     _answer_for_the_device(target)
@@ -36,12 +46,12 @@ def _answer_for_the_device(target: Target) -> None:
         max_threads_per_multi_processor=target.threads_per_multiprocessor,
         max_threads_per_block=1024,
         regs_per_multiprocessor=target.registers_per_multiprocessor,
-        warp_size=32,
+        warp_size=target.warp_size,
         shared_memory_per_block=49152,
         shared_memory_per_block_optin=target.shared_memory_per_block,
         shared_memory_per_multiprocessor=target.shared_memory_per_multiprocessor,
         L2_cache_size=target.l2_bytes,
-        gcnArchName="",
+        gcnArchName=target.gfx,
         uuid="none",
     )
     capability = (properties.major, properties.minor)
@@ -76,15 +86,28 @@ def _answer_for_the_driver(target: Target) -> None:
     from torch._inductor.runtime import triton_helpers
     from triton.backends.compiler import GPUTarget
 
+    triton_target = ("hip", target.gfx, 64) if target.gfx else ("cuda", target.capability, 32)
     limits = {"max_shared_mem": target.shared_memory_per_block}
     driver = types.SimpleNamespace(
-        get_current_target=lambda: GPUTarget("cuda", target.capability, 32),
+        get_current_target=lambda: GPUTarget(*triton_target),
         get_current_device=lambda: 0,
         get_current_stream=lambda device=0: 0,
         utils=types.SimpleNamespace(get_device_properties=lambda device: limits),
     )
     triton.runtime.driver.set_active(driver)
     triton_helpers.set_driver_to_gpu = lambda: None
+
+
+def _check_compiler(target: Target) -> None:
+    import triton
+    from triton.backends import backends
+
+    needed = "amd" if target.gfx else "nvidia"
+    if needed not in backends:
+        raise RuntimeError(
+            f"target: expected a Triton with the backend {needed!r} to compile for {target.name}; Triton "
+            f"{triton.__version__} has {', '.join(map(repr, sorted(backends)))}"
+        )
 
 
 def _leave_out_what_needs_data() -> None:

@@ -1,7 +1,7 @@
 """Targets: the GPUs that kernels can be compiled for without having one, and their occupancy.
 
-The figures come from the CUDA programming guide (compute capabilities) and NVIDIA's data sheets.  Inductor chooses the same
-tile sizes from them as from the figures of a real device.
+The figures come from the CUDA programming guide (compute capabilities), NVIDIA's data sheets, and AMD's guide to the CDNA3
+instruction set.  Inductor chooses the same tile sizes from them as from the figures of a real device.
 """
 
 from typing import NamedTuple
@@ -20,12 +20,15 @@ class Target(NamedTuple):
     threads_per_multiprocessor: int = 2048
     blocks_per_multiprocessor: int = 32
     registers_per_multiprocessor: int = 65536
+    gfx: str = ""  # AMD's name of the architecture; "" = NVIDIA
+    warp_size: int = 32
 
 
 TARGETS = {
     "sm_80": Target("NVIDIA A100", 80, 108, 166912, 167936, 80 * 2**30, 40 * 2**20),
     "sm_90": Target("NVIDIA H100", 90, 132, 232448, 233472, 80 * 2**30, 50 * 2**20),
     "sm_100": Target("NVIDIA B200", 100, 148, 232448, 233472, 180 * 2**30, 126 * 2**20),
+    "gfx942": Target("AMD Instinct MI300X", 94, 304, 65536, 65536, 192 * 2**30, 4 * 2**20, gfx="gfx942", warp_size=64),
 }
 
 
@@ -48,3 +51,14 @@ def occupancy(target: Target, registers: int, shared_bytes: int, warps: int) -> 
     warp_slots = target.threads_per_multiprocessor // 32
     blocks = min(warps_by_registers // warps, blocks_by_shared, warp_slots // warps, target.blocks_per_multiprocessor)
     return blocks * warps / warp_slots
+
+
+def amd_occupancy(target: Target, vector_registers: int, shared_bytes: int, warps: int) -> float:
+    """The share of a compute unit's waves that can be resident at once, as LLVM computes it for CDNA3.
+
+    A compute unit has four SIMDs.  Each holds eight waves at most, and 512 vector registers per lane, accumulation registers
+    included, which waves get in units of 8.
+    """
+    waves_per_simd = min(8, 512 // (-(-max(1, vector_registers) // 8) * 8))
+    by_shared = target.shared_memory_per_multiprocessor // shared_bytes if shared_bytes else 32
+    return min(4 * waves_per_simd // warps, by_shared) * warps / 32
