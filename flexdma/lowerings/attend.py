@@ -7,6 +7,7 @@ bias) and lifespans.  Two properties of the lifespans save work where they hold:
     ranked      the best-biased key that a query sees stays visible to the end of its document, as in a selection by this bias
 """
 
+import operator
 from collections.abc import Mapping
 
 import torch
@@ -15,7 +16,8 @@ from torch import Tensor
 from flexdma import checks
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
-from flexdma.lowerings.flex import compiled_flex_attend, default_block_size, flex_attend
+from flexdma.lowerings.flash import is_flash, refusal
+from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_lifespan_attention
 from flexdma.signatures import ScoreMod
@@ -61,15 +63,18 @@ def attend(
     trains = needs_gradient(query, key, value, bias, sink_logits)
     # Tensors that score_mod captures may need gradients too, and while tracing this is not known.
     may_need_gradient = trains or (torch.is_grad_enabled() and score_mod is not None)
+    if is_flash(kernel_options):
+        head_dims = (operator.index(query.shape[-1]), operator.index(value.shape[-1]))
+        if why := refusal(query.device, query.dtype, head_dims, trains and sink_logits is not None):
+            raise ValueError(why)
     if query.device.type == "cpu":
         _refuse_on_cpu(trains, score_mod, sink_logits)
         query, key, value = (tensor.detach() for tensor in (query, key, value))
         bias = None if bias is None else bias.detach()
     compiled = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
-    default = default_block_size(query.device.type)
     return compiled(
         query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, capacity=capacity, scale=scale,
-        score_mod=score_mod, block_size=default if block_size is None else checks.block_sizes(block_size),
+        score_mod=score_mod, block_size=None if block_size is None else checks.block_sizes(block_size),
         kernel_options=kernel_options, needs_gradient=may_need_gradient, sink_logits=sink_logits,
     )  # fmt: skip
 

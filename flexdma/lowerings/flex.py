@@ -13,6 +13,8 @@ from torch import Tensor
 
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings import gate_gradient
+from flexdma.lowerings.default_options import block_size_of, device_options
+from flexdma.lowerings.flash import flash_block_size, is_flash
 from flexdma.lowerings.packed_keys import at_places
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
@@ -20,15 +22,8 @@ from flexdma.opaque import realize
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
 
-# (rows, keys) of a mask block.  CUDA: multiples of FlexAttention's Triton tiles.  CPU: measured (docs/benchmarks.md).
-BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
 # Compilations for the eager calls of one process: one per dtype, head layout, score_mod and, on a CPU, shape.
 RECOMPILE_LIMIT = 64
-
-
-def default_block_size(device_type: str) -> tuple[int, int]:
-    """(rows, keys) of a mask block for block_size=None."""
-    return BLOCK_SIZE.get(device_type, BLOCK_SIZE["cuda"])
 
 
 def flex_attend(
@@ -43,14 +38,14 @@ def flex_attend(
     capacity: int,
     scale: float,
     score_mod: ScoreMod | None,
-    block_size: tuple[int, int],
+    block_size: tuple[int, int] | None,
     kernel_options: Mapping[str, object] | None,
     needs_gradient: bool,
     sink_logits: Tensor | None,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    in_order, ranked: see `flexdma.lowerings.attend`.
+    in_order, ranked: see `flexdma.lowerings.attend`.  block_size: None = tuned on this device, or the default.
     Call it compiled: uncompiled FlexAttention materialises Q x K scores.
     """
     on_cpu = query.device.type == "cpu"
@@ -62,7 +57,12 @@ def flex_attend(
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     # Groups, blocks and periods are constants of a kernel and cannot be symbols: each value compiles once.
-    group, block_size = index(query_heads // heads), (index(block_size[0]), index(block_size[1]))
+    group = index(query_heads // heads)
+    call = (query.device, query.dtype, index(size), group, needs_gradient)
+    if block_size is None:
+        flash = is_flash(kernel_options)
+        block_size = flash_block_size(query.device, index(size), needs_gradient) if flash else block_size_of(*call)
+    block_size = (index(block_size[0]), index(block_size[1]))
     capacity = index(capacity)
     first_query = keys - queries
 
@@ -86,7 +86,9 @@ def flex_attend(
     high, low = split(bias)
     high, low = packed(high), None if low is None else realize(packed(low))
     sizes = (batch, heads, queries, keys)
-    route = gate_gradient.chosen_route(needs_gradient and high.requires_grad, score_mod is not None, sizes)
+    route = gate_gradient.chosen_route(
+        needs_gradient and high.requires_grad, score_mod is not None, sizes, atomics=not is_flash(kernel_options)
+    )
     added = realize(high if route == "atomics" else high.detach())
     if score_mod is not None:
         query_position = realize(torch.arange(first_query, keys, device=query.device))
@@ -111,12 +113,9 @@ def flex_attend(
     block_mask = block_index.block_mask((queries * group, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
         rows = realize(rows)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
-    else:
-        # For fewer than 128 rows Inductor would use its decoding kernel, which spills and, in float32, compiles for minutes.
-        kernel_options = {"FORCE_USE_FLEX_ATTENTION": True, **(kernel_options or {})}
     output, lse = gate_gradient.attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
-        return_lse=sink_logits is not None,
+        () if on_cpu else device_options(*call), return_lse=sink_logits is not None,
     )  # fmt: skip
     output = output.unflatten(2, (queries, group))  # [B, Hkv, Q, G, Dv]
     if sink_logits is not None and lse is not None:

@@ -12,8 +12,7 @@ Figures and the reasons for the default: docs/gate-gradient.md.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from math import gcd
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,6 +22,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from torch.nn.functional import pad
 
 from flexdma import checks
+from flexdma.lowerings.default_options import Options, autotunes, transposed_options, with_defaults
 from flexdma.opaque import realize
 from flexdma.packing.block_index import BlockIndex
 from flexdma.signatures import MaskMod, ScoreMod
@@ -33,8 +33,6 @@ _route = "atomics"
 
 # Size of a value head in the transposed pass: the smallest for a tensor core.
 COLUMNS = 16
-# (keys, rows) and warps of its tiles in 16-bit dtypes; for float32 Inductor chooses.
-TILE, WARPS = (128, 64), 8
 
 
 @contextlib.contextmanager
@@ -52,15 +50,17 @@ def gate_gradient_route(route: str) -> Iterator[None]:
         _route = before
 
 
-def chosen_route(needed: bool, has_score_mod: bool, sizes: Sequence[int] = ()) -> str:
+def chosen_route(needed: bool, has_score_mod: bool, sizes: Sequence[int] = (), *, atomics: bool = True) -> str:
     """The route of a call made now; "atomics", which is plain FlexAttention, where the gate needs no gradient.
 
     "transposed" replaces "column" where there is a score_mod, which would scale that gradient.  It replaces "atomics" where
-    one of `sizes` is symbolic: Inductor then fails on the gradient of a captured tensor (torch 2.11, 2.13).
+    one of `sizes` is symbolic: Inductor then fails on the gradient of a captured tensor (torch 2.11, 2.13), and where the
+    backend has no `atomics`.
     """
     if not needed:
         return "atomics"
-    atomics_cannot = torch.are_deterministic_algorithms_enabled() or not all(map(has_static_value, sizes))
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    atomics_cannot = not atomics or deterministic or not all(map(has_static_value, sizes))
     if (_route == "atomics" and atomics_cannot) or (_route == "column" and has_score_mod):
         return "transposed"
     return _route
@@ -76,6 +76,7 @@ def attend(
     block_mask: BlockMask,
     scale: float,
     kernel_options: Any,
+    defaults: Options = (),
     return_lse: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """`flex_attention` with a score_mod that adds `gate`; `route` computes the gradient of `gate`.
@@ -83,20 +84,26 @@ def attend(
     query: [B, H, rows, D]; key: [B, H, L, D]; value: [B, H, L, Dv]; gate: [B, H, L] float32.
     score_mod: captures `gate` itself with "atomics", else a copy without a gradient.
     block_mask: with its transposed half, unless the route is "atomics".
+    kernel_options, defaults: the caller's, and those for what is missing; see `default_options`.
     Returns the output and, with return_lse, the differentiable log-sum-exp of the scores [B, H, rows].
     """
+    options: Any = kernel_options
+    if query.device.type != "cpu":
+        # The defaults are for D, and "column" widens it.
+        defaults = () if route == "column" else defaults
+        options = with_defaults(kernel_options, defaults, block_mask.BLOCK_SIZE)
     if route == "column":
         query, key = _with_gate_column(query, key, gate, scale)
     if route != "transposed" and not return_lse:
         output = flex_attention(
-            query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=kernel_options
+            query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=options
         )
         return output, None
 
     if route == "transposed":
         value = _FromValue.apply(value, gate)
     output, aux = flex_attention(
-        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=kernel_options,
+        query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=options,
         return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     returned = [cast(Tensor, aux.lse)] if return_lse else []
@@ -104,7 +111,8 @@ def attend(
         return output, returned[0]
     lse = cast(Tensor, aux.lse).detach()
     lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # -inf: the row sees no key
-    rows, keys, transposed = query.detach(), key.detach(), transposed_block_mask(block_mask)
+    rows, keys, transposed_mask = query.detach(), key.detach(), transposed_block_mask(block_mask)
+    transposed: Any = transposed_options(kernel_options, block_mask.BLOCK_SIZE, keys.dtype, autotunes())
 
     def log_weight(score: Tensor, b: Tensor, h: Tensor, column: Tensor, row: Tensor) -> Tensor:
         return score_mod(score, b, h, row, column) - lse[b, h, row]
@@ -113,9 +121,8 @@ def attend(
         """sum_i P_ij numbers_i: [B, H, rows] -> [B, H, L]."""
         columns, unit = as_values(numbers, keys.dtype)
         mean, total = flex_attention(
-            keys, rows, columns, score_mod=log_weight, block_mask=transposed, scale=scale,
-            kernel_options=_transposed_options(kernel_options, block_mask.BLOCK_SIZE, keys.dtype),
-            return_aux=AuxRequest(lse=True),
+            keys, rows, columns, score_mod=log_weight, block_mask=transposed_mask, scale=scale,
+            kernel_options=transposed, return_aux=AuxRequest(lse=True),
         )  # fmt: skip
         return wide(mean[..., :2]).sum(-1) * cast(Tensor, total.lse).exp() * unit
 
@@ -149,19 +156,6 @@ def as_values(numbers: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor | flo
     if dtype.itemsize == 2:
         values = torch.where(column == 1, (numbers - high).to(dtype)[..., None], values)
     return values, unit
-
-
-def _transposed_options(options: Mapping[str, object] | None, block_size: tuple[int, int], dtype: torch.dtype) -> Any:
-    """The caller's kernel options with M and N of the tile swapped and without `fwd_` options; TILE if no tile is given."""
-    given = {name: option for name, option in (options or {}).items() if not name.startswith("fwd_")}
-    rows, columns = block_size
-    tile = {"BLOCK_M": given.pop("BLOCK_N", None), "BLOCK_N": given.pop("BLOCK_M", None)}
-    if not any(tile.values()) and dtype.itemsize == 2:
-        tile = {"BLOCK_M": gcd(TILE[0], columns), "BLOCK_N": gcd(TILE[1], rows)}
-        given.setdefault("num_warps", WARPS)
-    given |= {name: size for name, size in tile.items() if size is not None}
-    # Inductor's kernel for short queries has other tiles.
-    return given | {"FORCE_USE_FLEX_ATTENTION": True}
 
 
 def _with_gate_column(query: Tensor, key: Tensor, gate: Tensor, scale: float) -> tuple[Tensor, Tensor]:

@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from flexdma import ValueGate, causal_top_w, dynamic_mask_attention
 from flexdma.lifespans import by_rank
-from flexdma.lowerings import flex
+from flexdma.lowerings.default_options import default_block_size
 from flexdma.lowerings.packed_keys import at_places
 from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.opaque import realize
@@ -139,7 +139,7 @@ def _flex_stages(
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
     group = shape.group
-    block_size = flex.default_block_size(query.device.type)
+    block_size = default_block_size(query.device.type)
     sizes: dict[str, Any] = {
         "queries": shape.length,
         "group": group,

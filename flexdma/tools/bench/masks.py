@@ -3,7 +3,7 @@
 from torch import Tensor
 
 from flexdma import causal_top_w
-from flexdma.lowerings.flex import default_block_size
+from flexdma.lowerings.default_options import default_block_size
 from flexdma.lowerings.fused_cut import block_size_for
 from flexdma.lowerings.living_keys import living_lists
 from flexdma.packing.schedule import schedule

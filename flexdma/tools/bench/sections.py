@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 
 from flexdma import causal_top_w, dynamic_mask_attention
-from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.lowerings.default_options import BLOCK_SIZE
 from flexdma.tools.bench.contenders import contenders
 from flexdma.tools.bench.gradients import gate_gradient_routes
 from flexdma.tools.bench.launches import device_work

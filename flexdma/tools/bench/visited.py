@@ -5,7 +5,7 @@ from torch import Tensor
 
 from flexdma import causal_top_w
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.flex import default_block_size
+from flexdma.lowerings.default_options import default_block_size
 from flexdma.lowerings.fused_cut import block_size_for
 from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, FLEX_TILE, NATURAL
 from flexdma.tools.cost_model.counts import visited_pairs

@@ -5,7 +5,7 @@ import json
 from dataclasses import replace
 from typing import Any
 
-from flexdma.lowerings.flex import default_block_size
+from flexdma.lowerings.default_options import default_block_size
 from flexdma.tools import arguments as types
 from flexdma.tools.cost import DEVICES, Cost, backward, context_parallel, decode, estimate, forward, full_attention
 from flexdma.tools.refusal import refusing

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import causal_top_w
-from flexdma.lowerings.flex import BLOCK_SIZE
+from flexdma.lowerings.default_options import BLOCK_SIZE
 from flexdma.tools.cost_model import counts
 from flexdma.tools.cost_model.measured import Rates, sorted_keys
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flexdma import checks, lifespans
 from flexdma.lifespans import Selection
-from flexdma.lowerings.flex import default_block_size
+from flexdma.lowerings.default_options import default_block_size
 from flexdma.tools.cost_model import counts
 from flexdma.tools.cost_model.counts import BlockCounts, KeyCounts
 from flexdma.tools.cost_model.measured import RATES, Problem, Rates

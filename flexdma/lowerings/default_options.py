@@ -1,0 +1,146 @@
+"""FlexAttention's kernel options for a call: the caller's; else those tuned on this device; else those of this file.
+
+Inductor chooses what is missing: tile sizes, warps and stages, by its own heuristics, or by measuring in
+`mode="max-autotune"`, where this file leaves it the choice.  On sm_90 some of its choices spill registers; SPILL_FREE
+replaces them (docs/kernels.md has the figures).
+"""
+
+from collections.abc import Mapping
+from math import gcd
+from typing import Any
+
+import torch
+
+from flexdma.lowerings import tuned
+from flexdma.lowerings.flash import is_flash
+
+Options = tuple[tuple[str, int], ...]
+
+
+def _forward(rows: int, keys: int, *, warps: int, stages: int) -> Options:
+    tile = (("fwd_BLOCK_M", rows), ("fwd_BLOCK_N", keys))
+    return (*tile, ("fwd_num_warps", warps), ("fwd_num_stages", stages))
+
+
+def _backward(rows: int, keys: int, *, warps: int, stages: int) -> Options:
+    """The tile in which dK and dV are summed; the one of dQ has rows and keys exchanged."""
+    tile = (("bwd_BLOCK_M1", rows), ("bwd_BLOCK_N1", keys), ("bwd_BLOCK_M2", keys), ("bwd_BLOCK_N2", rows))
+    return (*tile, ("bwd_num_warps", warps), ("bwd_num_stages", stages))
+
+
+# Compute capability -> (bytes of a number, smallest and largest head size) -> options where Inductor's own spill.
+SPILL_FREE: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
+    (9, 0): {
+        (2, 64, 64): _forward(128, 128, warps=8, stages=3),
+        (2, 65, 128): _backward(32, 128, warps=8, stages=3),
+        (2, 129, 256): _backward(32, 32, warps=8, stages=2),
+        (4, 64, 64): _forward(64, 32, warps=8, stages=3) + _backward(16, 16, warps=4, stages=2),
+        (4, 128, 128): _forward(32, 64, warps=8, stages=2) + _backward(16, 16, warps=8, stages=2),
+        (4, 256, 256): _forward(16, 32, warps=8, stages=2) + _backward(16, 16, warps=4, stages=2),
+    },
+}
+# Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps.  For float32 Inductor chooses.
+TRANSPOSED_TILE, TRANSPOSED_WARPS = (128, 64), 8
+# (rows, keys) of a mask block.  CUDA: multiples of FlexAttention's Triton tiles.  CPU: measured (docs/benchmarks.md).
+BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
+
+
+def default_block_size(device_type: str) -> tuple[int, int]:
+    """(rows, keys) of a mask block for block_size=None, without tuning."""
+    return BLOCK_SIZE.get(device_type, BLOCK_SIZE["cuda"])
+
+
+# Dynamo calls the next two while tracing instead of tracing them, and their results are constants of the graph.
+@torch.compiler.assume_constant_result
+def block_size_of(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool) -> tuple[int, int]:
+    """(rows, keys) of a mask block for block_size=None."""
+    best = tuned.winner(tuned.key_of(device, dtype, head_dim, group, trains=trains))
+    return default_block_size(device.type) if best is None else best.block_size
+
+
+@torch.compiler.assume_constant_result
+def device_options(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool) -> Options:
+    """Tuned options, else those of SPILL_FREE, as pairs; none for a CPU, and none where Inductor measures."""
+    if device.type == "cpu" or autotunes():
+        return ()
+    best = tuned.winner(tuned.key_of(device, dtype, head_dim, group, trains=trains))
+    if best is not None:
+        return tuple(best.kernel_options.items())
+    if torch.version.hip is not None:
+        return ()
+    return spill_free(torch.cuda.get_device_capability(device), dtype, head_dim)
+
+
+def spill_free(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Options:
+    """The options of SPILL_FREE; none where Inductor's own choice does not spill, or is not known to."""
+    rules = SPILL_FREE.get(capability, {})
+    return tuple(
+        option
+        for (itemsize, smallest, largest), options in rules.items()
+        if itemsize == dtype.itemsize and smallest <= head_dim <= largest
+        for option in options
+    )
+
+
+@torch.compiler.assume_constant_result
+def autotunes() -> bool:
+    """Whether Inductor compiles this call with max_autotune, by the mode of torch.compile or by its configuration."""
+    from torch._dynamo.symbolic_convert import InstructionTranslator
+    from torch._inductor import config
+
+    if config.max_autotune:
+        return True
+    try:
+        backend: Any = InstructionTranslator.current_tx().output.compiler_fn
+    except AttributeError:  # not compiled by Dynamo
+        return False
+    while hasattr(backend, "_torchdynamo_orig_backend"):
+        backend = backend._torchdynamo_orig_backend
+    return bool(getattr(backend, "config", {}).get("max_autotune"))
+
+
+def with_defaults(
+    given: Mapping[str, object] | None, defaults: Options, block_size: tuple[int, int]
+) -> dict[str, object]:
+    """The caller's options, and the defaults for those that are missing, with tiles that divide a mask block.
+
+    A default `fwd_num_warps` yields to the caller's `num_warps` too.
+    """
+    options = dict(given or {})
+    if is_flash(options):
+        return options
+    # Inductor would use its decoding kernel for fewer than 128 rows, which spills and, in float32, compiles for minutes.
+    if "BACKEND" not in options:
+        options.setdefault("FORCE_USE_FLEX_ATTENTION", True)
+    for name, size in defaults:
+        bare = name.removeprefix("fwd_").removeprefix("bwd_")
+        if name not in options and bare not in options:
+            options[name] = _fitting(bare, size, block_size)
+    return options
+
+
+def transposed_options(
+    given: Mapping[str, object] | None, block_size: tuple[int, int], dtype: torch.dtype, autotuned: bool
+) -> dict[str, object]:
+    """Options of the transposed pass: the caller's with M and N of the tile swapped and without `fwd_` and `bwd_` ones.
+
+    TRANSPOSED_TILE if the caller gives no tile and Inductor does not measure.
+    """
+    options = {name: option for name, option in (given or {}).items() if not name.startswith(("fwd_", "bwd_"))}
+    if is_flash(options):
+        return options
+    rows, columns = block_size
+    tile = {"BLOCK_M": options.pop("BLOCK_N", None), "BLOCK_N": options.pop("BLOCK_M", None)}
+    if not any(tile.values()) and dtype.itemsize == 2 and not autotuned:
+        tile = {"BLOCK_M": gcd(TRANSPOSED_TILE[0], columns), "BLOCK_N": gcd(TRANSPOSED_TILE[1], rows)}
+        options.setdefault("num_warps", TRANSPOSED_WARPS)
+    options |= {name: size for name, size in tile.items() if size is not None}
+    return with_defaults(options, (), block_size)
+
+
+def _fitting(name: str, size: int, block_size: tuple[int, int]) -> int:
+    """The largest tile size that divides both this one and a mask block; other options unchanged."""
+    for prefix, length in zip(("BLOCK_M", "BLOCK_N"), block_size, strict=True):
+        if name.startswith(prefix):
+            return gcd(size, length)
+    return size
