@@ -20,6 +20,10 @@ COMMANDS = {
     "inspect": ("flexdma.tools.inspect.command", "show the kernels that the compiler generates"),
     "cost": ("flexdma.tools.cost.command", "predict the cost of a size on one or more devices, from their data sheets"),
     "bench": ("flexdma.tools.bench.command", "measure the operator against full attention and others"),
+    "tune": (
+        "flexdma.tools.tune.command",
+        "measure tiles and warps on this machine and keep the fastest for later calls",
+    ),
     "demo": ("flexdma.tools.demo.command", "train four small language models on real text and compare their attention"),
     "longrun": (
         "flexdma.tools.longrun.command",

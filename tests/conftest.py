@@ -9,6 +9,8 @@ _cache = Path(__file__).parent.parent / ".inductor-cache"
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(_cache if os.access(_cache.parent, os.W_OK) else tempfile.gettempdir())
 )
+# No test depends on sizes that `python -m flexdma tune` has kept on this machine.
+os.environ["FLEXDMA_TUNED"] = ""
 
 import pytest
 import torch

@@ -15,6 +15,7 @@ BAD = {
     "inspect": ["--heads", "3", "--kv-heads", "2"],
     "cost": ["--tokens", "0"],
     "bench": ["--from", "no-such-file"],
+    "tune": ["--rounds", "0"],
     "demo": ["--text", "no-such-file"],
     "longrun": ["--tokens", "0"],
     "view": ["--text", "no-such-file", "--checkpoint", "no-such-file"],
