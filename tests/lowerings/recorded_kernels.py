@@ -1,4 +1,4 @@
-"""A program: `python -m tests.lowerings.recorded_kernels` compiles the attention kernels for sm_90 and writes kernels.json.
+"""A program: `python -m tests.lowerings.recorded_kernels` compiles the attention kernels for GPUs and writes kernels.json.
 
 The figures come from the compiled files; nothing runs.  test_kernels.py compares them exactly, so that a change of
 registers, spills or atomics fails until the record is refreshed.
@@ -17,11 +17,15 @@ from flexdma.tools.inspect.kernel import Kernel
 from tests.comparison import by_transposed_attention
 
 RECORD = Path(__file__).parent / "kernels.json"
-# 8 query heads on 2 KV heads, 4096 tokens, D = 64, w = 512.
-SETTINGS = {
-    "training, bfloat16": {"gate_dtype": "float32", "route": "atomics"},
-    "training, bfloat16, float64 gates": {"gate_dtype": "float64", "route": "atomics"},
-    "training, bfloat16, the gate's gradient by transposed attention": {"gate_dtype": "float32", "route": "transposed"},
+# Training in bfloat16, 8 query heads on 2 KV heads, 4096 tokens, w = 512.
+SETTINGS: dict[str, dict[str, Any]] = {
+    "sm_90, D = 64, float64 gates": {"size": 64, "gate_dtype": torch.float64, "target": "sm_90"},
+    "sm_90, D = 128, the gate's gradient by transposed attention": {
+        "size": 128,
+        "route": "transposed",
+        "target": "sm_90",
+    },
+    "gfx942, D = 64": {"size": 64, "target": "gfx942"},
 }
 
 
@@ -33,12 +37,18 @@ def compiled(kernel: Kernel) -> dict[str, Any]:
 
 def figures(setting: str) -> dict:
     """Phase -> figures of its attention kernel, and the launches of the whole operator."""
-    chosen = SETTINGS[setting]
+    return figures_of(**SETTINGS[setting])
+
+
+def figures_of(
+    *, size: int, target: str, gate_dtype: torch.dtype = torch.float32, route: str = "atomics"
+) -> dict[str, dict[str, Any]]:
+    """See `figures`."""
     heads = (8, 2, 2)
-    query, key, value = (torch.empty(1, n, 4096, 64, dtype=torch.bfloat16, requires_grad=True) for n in heads)
-    gate = torch.empty(1, 2, 4096, dtype=getattr(torch, chosen["gate_dtype"]), requires_grad=True)
-    attend = by_transposed_attention if chosen["route"] == "transposed" else dynamic_mask_attention
-    report = inspect_kernels(attend, query, key, value, gate, window_size=512, target="sm_90")
+    query, key, value = (torch.empty(1, n, 4096, size, dtype=torch.bfloat16, requires_grad=True) for n in heads)
+    gate = torch.empty(1, 2, 4096, dtype=gate_dtype, requires_grad=True)
+    attend = by_transposed_attention if route == "transposed" else dynamic_mask_attention
+    report = inspect_kernels(attend, query, key, value, gate, window_size=512, target=target)
     return {
         # The second attention kernel of a backward computes the gate's gradient.
         "backward, gate" if kernel.phase == "backward" and "BLOCK_M" in kernel.tiles else kernel.phase: {
@@ -61,5 +71,5 @@ def figures(setting: str) -> dict:
 
 if __name__ == "__main__":
     versions = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}
-    record = {"versions": versions, "target": "sm_90", "settings": {name: figures(name) for name in SETTINGS}}
+    record = {"versions": versions, "settings": {name: figures(name) for name in SETTINGS}}
     RECORD.write_text(json.dumps(record, indent=2) + "\n")

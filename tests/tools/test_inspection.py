@@ -4,14 +4,18 @@ import argparse
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 import flexdma
 from flexdma.__main__ import CANNOT, main
-from flexdma.tools.inspect import Compiled, Kernel, KernelReport, command
-from flexdma.tools.inspect.targets import TARGETS, occupancy
+from flexdma.lowerings.default_options import SPILL_FREE
+from flexdma.tools.inspect import Compiled, CompiledForAMD, Kernel, KernelReport, command, grid
+from flexdma.tools.inspect.amdgcn import figures_of
+from flexdma.tools.inspect.targets import TARGETS, amd_occupancy, occupancy
+from flexdma.tools.tile_grid import Sizes
 
 TRITON = """\
 BLOCK_M : tl.constexpr = 128
@@ -109,6 +113,79 @@ def test_occupancy_counts_registers_shared_memory_and_warps():
     assert occupancy(target, registers=32, shared_bytes=0, warps=4) == 1.0
     assert occupancy(target, registers=255, shared_bytes=0, warps=4) == 8 / 64
     assert occupancy(target, registers=32, shared_bytes=117760, warps=4) == 4 / 64
+
+
+def test_occupancy_on_amd_counts_vector_registers_and_shared_memory():
+    """As LLVM computes it: 2 waves per SIMD with 256 vector registers, 1 with 361."""
+    target = TARGETS["gfx942"]
+    assert amd_occupancy(target, 64, 0, warps=4) == 1.0
+    assert amd_occupancy(target, 256, 24576, warps=8) == 2 / 8
+    assert amd_occupancy(target, 361, 16384, warps=4) == 1 / 8
+    assert amd_occupancy(target, 64, 40000, warps=4) == 4 / 32
+
+
+def test_figures_of_amd_code_come_from_its_metadata():
+    instructions = "\tv_mfma_f32_32x32x8_bf16 a[0:15]\n\tv_add_f32 v1\n\tbuffer_atomic_add_f32 v0\n"
+    metadata = "  - .agpr_count:     8\n    .private_segment_fixed_size: 24\n    .sgpr_count:     106\n"
+    metadata += "    .sgpr_spill_count: 3\n    .vgpr_count:     264\n    .vgpr_spill_count: 5\n"
+    figures = figures_of(instructions + metadata, 16384, 4, TARGETS["gfx942"])
+    assert figures == CompiledForAMD(264, 8, 106, 5, 3, 24, 16384, 1, 1, 1 / 8)
+    with pytest.raises(RuntimeError, match=r"expected \.vgpr_count in the metadata of Triton's assembly for gfx942"):
+        figures_of(instructions, 16384, 4, TARGETS["gfx942"])
+    kernel = Kernel("k", "forward", "Triton", TRITON, compiled=figures)
+    assert Kernel.from_dict(json.loads(json.dumps(kernel.to_dict()))) == kernel
+
+
+GRID = Path(__file__).parents[2] / "docs" / "results" / "kernel-grid-sm_90.json"
+
+
+def test_the_grid_is_compiled_once_and_two_kernels_at_a_time():
+    asked = []
+
+    def inspect(options):
+        asked.append(options)
+        figures = Compiled(len(asked), 0, 0, 0, 1024, 48, 0, 0.5)
+        return report_of(*(Kernel("k", phase, "Triton", TRITON, compiled=figures) for phase in grid.PHASES))
+
+    records = [record for new in grid.compiled_pairs("bfloat16", 64, [], inspect) for record in new]
+    assert len(asked) == 16 == len(records) / 2
+    assert asked[2]["fwd_num_warps"] == asked[2]["bwd_num_warps"] == 4
+    assert [
+        record.registers for record in records if record.sizes.options(record.phase).items() <= asked[2].items()
+    ] == [3, 3]
+    missing = records[1:]
+    assert [len(new) for new in grid.compiled_pairs("bfloat16", 64, missing, inspect)] == [2] + 15 * [0]
+    about = {"target": "sm_90"}
+    assert grid.from_json(grid.to_json(about, records)) == (about, sorted(records))
+    with pytest.raises(ValueError, match="columns: expected"):
+        grid.from_json("{}")
+
+
+def test_the_chosen_sizes_have_no_spills_and_inductors_have():
+    _, records = grid.from_json(GRID.read_text())
+    spills = {
+        (record.dtype, record.head_dim, tuple(record.sizes.options(record.phase).items())): record.spill_stores
+        + record.spill_loads
+        for record in records
+    }
+    for (itemsize, _, largest), options in SPILL_FREE[9, 0].items():
+        dtype = {2: "bfloat16", 4: "float32"}[itemsize]
+        for phase in {name[:4] for name, _ in options}:
+            chosen = tuple(option for option in options if option[0].startswith(phase))
+            assert spills[dtype, largest, chosen] == 0
+    assert spills["bfloat16", 64, tuple(Sizes(128, 128, 4, 3).options("forward").items())] == 90
+
+
+@pytest.mark.parametrize("phase", grid.PHASES)
+def test_the_guide_shows_the_recorded_grid(phase):
+    _, records = grid.from_json(GRID.read_text())
+    assert grid.table(records, phase) in (GRID.parents[1] / "kernels.md").read_text()
+
+
+def test_a_grid_needs_a_gpu_of_nvidia(capsys, tmp_path):
+    for target in ([], ["--target", "gfx942"]):
+        assert main(["inspect", *target, "--grid", str(tmp_path / "grid.json")]) == CANNOT
+        assert "--grid: expected --target with an NVIDIA GPU" in capsys.readouterr().err
 
 
 def test_an_unknown_target_lists_the_known_ones():

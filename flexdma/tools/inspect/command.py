@@ -2,17 +2,22 @@
 
 import argparse
 import json
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from flexdma.atomic_write import atomic_write
 from flexdma.attention import dynamic_mask_attention
 from flexdma.checks import LOWERINGS, SELECTIONS
 from flexdma.tools import arguments as types
+from flexdma.tools.inspect import grid
 from flexdma.tools.inspect.call import FIGURES, inspect_kernels
 from flexdma.tools.inspect.report import KernelReport
 from flexdma.tools.inspect.targets import TARGETS
-from flexdma.tools.refusal import refusing
+from flexdma.tools.machine import triton_version
+from flexdma.tools.refusal import RefusedError, check_installed, refusing
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32, "float64": torch.float64}
 # name -> (type or choices, default, help).  Every setting is an option and a key of --diff.
@@ -56,6 +61,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="compare with these settings changed, e.g. --diff window=256",
     )
     parser.add_argument("--save", type=types.output_folder, metavar="DIR", help="folder for sources and report.json")
+    text = "compile the grid of tiles, warps and stages for these settings, and add its figures to this JSON"
+    parser.add_argument("--grid", type=types.output_file, metavar="FILE", help=text)
     parser.add_argument("--source", action="store_true", help="also print the attention kernels, or their diff")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
@@ -64,6 +71,8 @@ def run(arguments: argparse.Namespace) -> int:
     """Print the report or the difference."""
     settings = {name: getattr(arguments, name) for name in SETTINGS}
     options = dict(arguments.kernel_option)
+    if arguments.grid:
+        return _grid(settings, arguments.grid)
     with refusing(ValueError, TypeError, ImportError, RuntimeError):
         report, other = _report(settings, options), None
         if arguments.diff is not None:
@@ -81,6 +90,33 @@ def run(arguments: argparse.Namespace) -> int:
     print(json.dumps(difference.changes(), indent=2) if arguments.json else difference)
     if arguments.source:
         print(difference.source())
+    return 0
+
+
+def _grid(settings: dict[str, Any], path: Path) -> int:
+    """Compile what the file does not have, save after each compilation, and print the tables."""
+    if settings["target"] is None or settings["target"] not in TARGETS or TARGETS[settings["target"]].gfx:
+        raise RefusedError(f"--grid: expected --target with an NVIDIA GPU, got {settings['target']}")
+    check_installed("rich", extra="bench")
+    from flexdma.tools.progress import progress_bars
+
+    settings = settings | {"training": "yes", "figures": "attention"}
+    dtype = settings["dtype"] or "bfloat16"
+    about = {"target": settings["target"], "torch": torch.__version__, "triton": triton_version()}
+    with refusing(ValueError, TypeError, ImportError, RuntimeError, OSError):
+        found, records = grid.from_json(path.read_text()) if path.exists() else (about, [])
+        if found != about:
+            raise ValueError(f"--grid: expected a file for {about}, {path} is for {found}")
+        total = len(list(grid.pairs(dtype, settings["head_dim"])))
+        with progress_bars(transient=True) as bars:
+            task = bars.add_task(f"{dtype}, D={settings['head_dim']}", total=total, note="")
+            for new in grid.compiled_pairs(
+                dtype, settings["head_dim"], records, lambda options: _report(settings, options)
+            ):
+                records += new
+                bars.update(task, advance=1)
+                atomic_write(path, partial(Path.write_text, data=grid.to_json(about, records)))
+    print("\n\n".join(f"{phase}:\n\n{grid.table(records, phase)}" for phase in grid.PHASES))
     return 0
 
 
