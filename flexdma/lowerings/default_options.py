@@ -36,7 +36,7 @@ SPILL_FREE: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
         (2, 129, 256): _backward(32, 32, warps=8, stages=2),
         (4, 64, 64): _forward(64, 32, warps=8, stages=3) + _backward(16, 16, warps=4, stages=2),
         (4, 128, 128): _forward(32, 64, warps=8, stages=2) + _backward(16, 16, warps=8, stages=2),
-        (4, 256, 256): _forward(16, 32, warps=8, stages=2) + _backward(16, 16, warps=4, stages=2),
+        (4, 256, 256): _forward(16, 32, warps=8, stages=2) + _backward(16, 16, warps=8, stages=2),
     },
 }
 # Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps.  For float32 Inductor chooses.
