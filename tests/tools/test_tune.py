@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from flexdma import dynamic_mask_attention, inspect_kernels
 from flexdma.__main__ import CANNOT, main
 from flexdma.lowerings import default_options, tuned
 from flexdma.lowerings.tuned import Key, Winner, as_json, from_json, key_of
@@ -143,8 +144,7 @@ def test_without_a_gpu_it_says_so_in_one_line(winners, capsys, monkeypatch):
     assert "--phase: expected inference with --device cpu" in capsys.readouterr().err
 
 
-def test_a_run_on_this_cpu_and_a_call_with_its_winner(winners, capsys, monkeypatch):
-    """Sizes are measured; then a winner decides the blocks of a compiled call, and an explicit block_size wins over it."""
+def test_a_run_on_this_cpu_decides_the_blocks_of_later_calls(winners, capsys, monkeypatch):
     monkeypatch.setattr("flexdma.tools.tune.measure.LARGEST_SHARE", float("inf"))  # whatever is measured wins
     small = ["--head-dim", "16", "--heads", "2", "--kv-heads", "1", "--length", "192", "--window", "16"]
     assert main(["tune", "--device", "cpu", *small, "--rounds", "1", "--candidates", "1"]) == 0
@@ -153,3 +153,7 @@ def test_a_run_on_this_cpu_and_a_call_with_its_winner(winners, capsys, monkeypat
     printed = capsys.readouterr().out
     assert main(["tune", "--list"]) == 0
     assert printed in capsys.readouterr().out
+    query, key, gate = torch.randn(1, 2, 64, 16), torch.randn(1, 1, 64, 16), torch.randn(1, 1, 64)
+    with torch.no_grad():
+        report = inspect_kernels(dynamic_mask_attention, query, key, key, gate, window_size=8, lowering="flex")
+    assert report.attention[0].tiles == {"qBlockSize": 128, "kvBlockSize": 64}
