@@ -1,6 +1,7 @@
 """flexdma: Dynamic Mask Attention as a compiler-lowered operator (arXiv 2508.02124).
 
 dynamic_mask_attention      attention to the keys that gates select
+dynamic_mask_attention_varlen   the same over sequences packed into one row, in flash-attention's layout
 lifespan_attention          attention over any lifespans; dynamic_mask_attention is built on it
 DynamicMaskAttention        the layer around the operator; ValueGate is its gate
 DynamicMaskState            the keys that later queries can see: decoding, chunked prefill, endless context
@@ -27,6 +28,7 @@ from flexdma.modules import DynamicMaskAttention
 from flexdma.operator import lifespan_attention
 from flexdma.packing import pack, packed_layout
 from flexdma.state import DynamicMaskState, load_states, save_states
+from flexdma.varlen import dynamic_mask_attention_varlen
 
 if TYPE_CHECKING:
     from flexdma.tools.doctor import doctor
@@ -44,6 +46,7 @@ __all__ = [
     "choose_lowering",
     "doctor",
     "dynamic_mask_attention",
+    "dynamic_mask_attention_varlen",
     "explain",
     "global_top_w",
     "inspect_kernels",

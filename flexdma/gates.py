@@ -20,6 +20,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from flexdma import checks
 from flexdma.mixed_precision import without_autocast
+from flexdma.sequences import Sequences, packed_sequences
 
 FORMS = ("exp", "linear")
 RECENCIES = (None, "slope", "forget")
@@ -95,6 +96,7 @@ class ValueGate(nn.Module):
         first_position: int | Tensor = 0,
         forgotten: Tensor | None = None,
         return_forgotten: bool = False,
+        cu_seqlens: Tensor | None = None,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The gates of these values.
 
@@ -103,10 +105,13 @@ class ValueGate(nn.Module):
         first_position: number of real tokens before the first value, one int or [B] int64 (recency="slope").
         forgotten: [B, Hkv] float64, the sum of -logsigmoid over all earlier positions (recency="forget").
         return_forgotten: return (gates, `forgotten` for the values that follow); raises unless recency="forget".
+        cu_seqlens: [S + 1] int32 or int64, 0 and the ends of S sequences packed into one row (B = 1).  Distances and sums
+            begin anew in each, and the returned `forgotten` is [S, Hkv].  Raises with first_position and forgotten.
         """
         if return_forgotten and self.recency != "forget":
             raise ValueError(f"return_forgotten: expected False unless recency='forget', got recency={self.recency!r}")
         value = self._unmasked(value, key_padding_mask)
+        sequences = None if cu_seqlens is None else _sequences(cu_seqlens, value, first_position, forgotten)
         if isinstance(first_position, Tensor):
             checks.tensor("first_position", first_position, (value.shape[0],), value)
             if first_position.dtype != torch.int64:
@@ -120,12 +125,16 @@ class ValueGate(nn.Module):
                 gate = gate.exp()
             if self.recency == "slope":
                 position = first_position + _real_tokens_before(value, key_padding_mask)
+                if sequences is not None:
+                    position = position - position[:, sequences.start]
                 gate = gate.double() + self.slope.double()[:, None] * position[:, None]
             elif self.recency == "forget":
-                total = self._forgotten(value, key_padding_mask, forgotten)
+                total = self._forgotten(value, key_padding_mask, forgotten, sequences)
                 gate = gate.double() + total
         if not return_forgotten:
             return gate
+        if sequences is not None:
+            return gate, _at_ends(total, sequences)
         # A copy: a view would keep all of `total` in memory, and torch.compile would guard its strides.
         return gate, total[..., -1].clone(memory_format=torch.contiguous_format)
 
@@ -137,10 +146,15 @@ class ValueGate(nn.Module):
         checks.padding_mask(mask, batch, keys, value)
         return value.masked_fill(~mask[:, None, :, None], 0.0)
 
-    def _forgotten(self, value: Tensor, mask: Tensor | None, before: Tensor | None) -> Tensor:
+    def _forgotten(
+        self, value: Tensor, mask: Tensor | None, before: Tensor | None, sequences: Sequences | None
+    ) -> Tensor:
         decay = -logsigmoid(self._project(self.forget_proj, value)).double()
         if mask is not None:
             decay = decay.masked_fill(~mask[:, None], 0.0)
+        if sequences is not None:
+            total = decay.cumsum(-1)
+            return total - (total - decay)[..., sequences.start]
         decay = decay.cumsum(-1)
         if before is None:
             return decay
@@ -173,3 +187,20 @@ def _real_tokens_before(value: Tensor, mask: Tensor | None) -> Tensor:
     if mask is None:
         return torch.arange(value.shape[2], device=value.device)[None]
     return mask.cumsum(-1) - mask.long()
+
+
+def _sequences(cu_seqlens: Tensor, value: Tensor, first_position: object, forgotten: object) -> Sequences:
+    """The sequences of values [1, Hkv, T, Dv].  Raises where an argument belongs to earlier tokens of one sequence."""
+    if value.shape[0] != 1:
+        raise ValueError(f"cu_seqlens: expected all sequences in one row, got {value.shape[0]} rows")
+    if isinstance(first_position, Tensor) or first_position != 0:
+        raise ValueError("first_position: expected 0 with cu_seqlens, as each sequence begins in this row, got another")
+    if forgotten is not None:
+        raise ValueError("forgotten: expected None with cu_seqlens, as each sequence begins in this row, got a tensor")
+    return packed_sequences(cu_seqlens, value.shape[2], value)
+
+
+def _at_ends(total: Tensor, sequences: Sequences) -> Tensor:
+    """[1, Hkv, T] sums within sequences -> [S, Hkv], those at the last token of each; 0 for an empty sequence."""
+    last = total[0][:, (sequences.cu_seqlens[1:] - 1).clamp(min=0)]
+    return last.masked_fill(sequences.cu_seqlens.diff() == 0, 0.0).T.contiguous()

@@ -1,7 +1,8 @@
 """Dynamic Mask Attention as a layer (arXiv 2508.02124): projections, gate, operator, output projection."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, overload
 
 import torch
@@ -14,6 +15,7 @@ from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod
 from flexdma.state import DynamicMaskState, check_state_matches, state_options
+from flexdma.varlen import dynamic_mask_attention_varlen
 
 
 class DynamicMaskAttention(nn.Module):
@@ -81,6 +83,7 @@ class DynamicMaskAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: Literal[False] = False,
@@ -94,6 +97,7 @@ class DynamicMaskAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: Literal[True],
@@ -107,6 +111,7 @@ class DynamicMaskAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: bool,
@@ -119,6 +124,7 @@ class DynamicMaskAttention(nn.Module):
         *,
         key_padding_mask: Tensor | None = None,
         document_ids: Tensor | None = None,
+        cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: bool = False,
@@ -128,12 +134,19 @@ class DynamicMaskAttention(nn.Module):
         position_embeddings: cos and sin of the rotary embedding (arXiv 2104.09864), each [N, D] or [B, N, D], the halves
             repeated; None for no rotation.
         key_padding_mask, document_ids [B, N], score_mod: as in `dynamic_mask_attention`.
+        cu_seqlens: [S + 1], 0 and the ends of S sequences packed into one row (B = 1), each attended to alone, as in
+            `dynamic_mask_attention_varlen`.  Raises with key_padding_mask, document_ids and state.
         state, return_state: as in `dynamic_mask_attention`; `empty_state` makes the first state.
 
         Returns [B, N, hidden_size], or (that, DynamicMaskState) with return_state.
         """
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
+        attend: Callable[..., Any] = dynamic_mask_attention
         before: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            _refuse_beside_sequences(key_padding_mask=key_padding_mask, document_ids=document_ids, state=state)
+            attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
+            before = {"cu_seqlens": cu_seqlens}
         if state is not None:
             self.policy.refuse_without_state()
             check_state_matches(state, key, value, self._gate_dtype, self.policy)
@@ -143,7 +156,7 @@ class DynamicMaskAttention(nn.Module):
         if returns_forgotten:
             gate, forgotten = gate
         policy = self.policy
-        result = dynamic_mask_attention(
+        result = attend(
             query, key, value, gate, window_size=policy.window_size, selection=policy.kind, sinks=policy.sinks,
             recent=policy.recent, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
             state=state, return_state=return_state, lowering=self.lowering, block_size=self.block_size,
@@ -205,6 +218,32 @@ class DynamicMaskAttention(nn.Module):
             cos, sin = (t.unsqueeze(-2).to(query.dtype) for t in position_embeddings)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+
+
+def _refuse_beside_sequences(**others: object) -> None:
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with cu_seqlens, got a {type(value).__name__}")
+
+
+def _attend_sequences(
+    *tensors: Tensor,
+    cu_seqlens: Tensor,
+    window_size: int | tuple[int, ...] | None,
+    return_state: bool,
+    key_padding_mask: None,
+    document_ids: None,
+    state: None,
+    **options: Any,
+) -> Tensor | tuple[Tensor, DynamicMaskState]:
+    """`dynamic_mask_attention` of query [1, Hq, T, D], key, value and gate [1, Hkv, T], each sequence alone."""
+    query, key, value, gate = (tensor[0].transpose(0, 1) for tensor in tensors)  # [T, H, ...]
+    result = dynamic_mask_attention_varlen(
+        query, key, value, gate, cu_seqlens, window_size=window_size, return_state=return_state, **options
+    )
+    if isinstance(result, tuple):
+        return result[0].transpose(0, 1)[None], result[1]
+    return result.transpose(0, 1)[None]
 
 
 def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:

@@ -1,0 +1,78 @@
+"""The states of sequences packed into one row, each after its last token.
+
+A query after the end of a sequence sees the keys that its last query saw ("Trainable Dynamic Mask Sparse Attention", arXiv
+2508.02124), which are the keys whose lifespans reach that end.  So only C keys of each sequence are gathered.
+"""
+
+from dataclasses import replace
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from flexdma.lifespans import Lifespans, Selection
+from flexdma.packing import along_keys
+from flexdma.sequences import Sequences
+from flexdma.state.carry import Keys, kept
+from flexdma.state.dynamic_mask_state import DynamicMaskState, state_options
+
+
+def states_after(
+    key: Tensor, value: Tensor, gate: Tensor, lifespans: Lifespans, sequences: Sequences, policy: Selection
+) -> DynamicMaskState:
+    """The state of batch size S after each sequence's last token.  O(T + S C log C) time.
+
+    key [1, Hkv, T, D], value [1, Hkv, T, Dv], gate [1, Hkv, T] float32 or float64; lifespans [1, Hkv, T] of `policy`, whose
+    documents are the sequences.
+    """
+    count, heads, capacity = sequences.cu_seqlens.shape[0] - 1, key.shape[1], cast(int, policy.capacity)
+    first = sequences.cu_seqlens[:-1, None, None]
+    token = _last_keys(lifespans, sequences, count, capacity)  # [1, Hkv, S C]
+    index = token.clamp(min=0)
+
+    def of_sequences(tensor: Tensor) -> Tensor:
+        """[1, Hkv, S C, ...] -> [S, Hkv, C, ...]."""
+        return tensor[0].unflatten(1, (count, capacity)).transpose(0, 1)
+
+    held = of_sequences(token >= 0)
+    position = torch.where(held, of_sequences(token) - first, -1)
+    gates = of_sequences(along_keys(gate, index)).masked_fill(~held, float("-inf"))
+    keys = Keys(
+        of_sequences(along_keys(key, index)), of_sequences(along_keys(value, index)), gates, position,
+        key_padding_mask=None, document_ids=None, new=capacity,
+    )  # fmt: skip
+    is_sink = held & (held.cumsum(-1) <= policy.sinks)
+    empty = DynamicMaskState.empty(
+        count, heads, key.shape[3], value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype, device=key.device,
+        **state_options(policy),
+    )  # fmt: skip
+    state = replace(
+        empty,
+        length=sequences.cu_seqlens.diff(),
+        real_length=sequences.cu_seqlens.diff(),
+        last_sink=torch.where(is_sink, position, -1).amax(-1),
+        last_loss=_last_losses(lifespans, sequences, count),
+    )
+    return kept(state, keys, held, is_sink)
+
+
+def _last_keys(lifespans: Lifespans, sequences: Sequences, count: int, capacity: int) -> Tensor:
+    """[1, H, S C] int64: for each sequence the tokens whose lifespans reach its end, in order; -1 for none."""
+    birth, death = lifespans
+    last = (death > birth) & (death == sequences.cu_seqlens[1:][sequences.number])
+    before = last.cumsum(-1) - last.long()
+    before = before - before.gather(-1, sequences.start.expand_as(before))
+    # One extra cell collects the other tokens.
+    cell = torch.where(last, sequences.number * capacity + before, count * capacity)
+    tokens = torch.arange(death.shape[-1], device=death.device).expand_as(cell)
+    cells = torch.full((*death.shape[:-1], count * capacity + 1), -1, device=death.device)
+    return cells.scatter(-1, cell, tokens)[..., :-1]
+
+
+def _last_losses(lifespans: Lifespans, sequences: Sequences, count: int) -> Tensor:
+    """[S, H] int64: in each sequence the latest position whose arrival evicted a visible key; -1 for none."""
+    birth, death = lifespans
+    ended = (death > birth) & (death < sequences.cu_seqlens[1:][sequences.number])
+    position = torch.where(ended, death - sequences.start, -1)
+    latest = torch.full((*death.shape[:-1], count), -1, device=death.device)
+    return latest.scatter_reduce(-1, sequences.number.expand_as(position), position, "amax")[0].T.contiguous()
