@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 
+from tests.integrations.hf_families import family_model, refusal
 from tests.integrations.hf_models import CACHE, assert_close, causal_lm, distinct_tokens, doge
 
 import transformers  # isort: skip  # after hf_models, which keeps it offline
@@ -48,61 +49,119 @@ GIVEN = {
 
 @pytest.mark.parametrize("given", GIVEN)
 def test_packed_sequences_are_documents(model, given):
+    """Without a cache, with the model's own and with a bounded one; later tokens continue the last document."""
+    ids, later = distinct_tokens(1, 24), torch.tensor([[1, 2]])
+    apart = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
+    batch, cache = collated(ids, **GIVEN[given]), DynamicMaskCache()
+    assert_close(model(**batch, use_cache=False).logits, apart)
+    assert_close(model(**batch).logits, apart)
+    assert_close(model(**batch, **{CACHE: cache}).logits, apart)
+    positions = torch.tensor([[11, 12]]) if "position_ids" in batch else None
+    got = model(later, position_ids=positions, **{CACHE: cache}).logits
+    assert_close(got, model(torch.cat([ids[:, -LENGTHS[-1] :], later], 1)).logits[:, -2:])
+
+
+@pytest.mark.parametrize("use_cache", [False, True])
+def test_rows_may_restart_at_different_places(model, use_cache):
+    """Also by position in the call, and in the model inside, which PEFT calls."""
+    ids = distinct_tokens(2, 12)
+    apart = [torch.cat([model(part).logits for part in ids[row : row + 1].split(sizes, 1)], 1)
+             for row, sizes in enumerate([[5, 7], [12]])]  # fmt: skip
+    positions = torch.stack([torch.cat([torch.arange(5), torch.arange(7)]), torch.arange(12)])
+    assert_close(model(ids, None, positions, use_cache=use_cache).logits, torch.cat(apart))
+    inside = model.model(ids, position_ids=positions, use_cache=use_cache).last_hidden_state
+    assert_close(model.lm_head(inside), torch.cat(apart))
+
+
+def test_positions_beside_a_mask_are_no_documents(model):
+    """Padding repeats positions.  Transformers detects no packing beside a mask."""
+    ids = distinct_tokens(2, 12)
+    mask = torch.ones_like(ids)
+    mask[0, :5] = 0
+    positions = (mask.cumsum(-1) - 1).clamp(min=0)
+    got = model(ids, attention_mask=mask, position_ids=positions).logits
+    assert_close(got[:1, 5:], model(ids[:1, 5:]).logits)
+
+
+# They pass to attention: keywords but no positions; positions but no keywords; both, but none to the mask.
+@pytest.mark.parametrize("family", ["BioGpt", "Falcon", "GptOss"])
+def test_families_that_detect_no_packing_themselves(family):
+    model = family_model(family)
+    assert refusal(model) is None
     ids = distinct_tokens(1, 24)
     apart = torch.cat([model(part).logits for part in ids.split(LENGTHS, 1)], 1)
-    batch = collated(ids, **GIVEN[given])
-    assert_close(model(**batch, use_cache=False).logits, apart)
-    if given != "positions":  # with a cache transformers does not read them
-        assert_close(model(**batch).logits, apart)
-        assert_close(model(**batch, **{CACHE: DynamicMaskCache()}).logits, apart)
-    else:
-        with pytest.raises(ValueError, match="position_ids: expected consecutive positions with a cache"):
-            model(**batch)
+    for use_cache in (False, True):
+        assert_close(model(**collated(ids), use_cache=use_cache).logits, apart)
 
 
-def test_the_last_document_goes_on(model):
-    ids = distinct_tokens(1, 24)
-    cache = DynamicMaskCache()
-    model(**collated(ids, return_flash_attn_kwargs=True), **{CACHE: cache})
-    later, last = torch.tensor([[1, 2]]), ids[:, -LENGTHS[-1] :]
-    got = model(later, position_ids=torch.tensor([[11, 12]]), **{CACHE: cache}).logits
-    assert_close(got, model(torch.cat([last, later], 1)).logits[:, -2:])
-
-
-def test_a_growing_cache_does_not_go_on(model):
+@pytest.mark.parametrize("given", ["positions", "numbers"])
+def test_a_growing_cache_does_not_go_on(model, given):
     """It keeps no documents, so later tokens would see all sequences."""
     cache = transformers.DynamicCache()
-    model(**collated(distinct_tokens(1, 24), return_seq_idx=True, return_position_ids=False), **{CACHE: cache})
+    model(**collated(distinct_tokens(1, 24), **GIVEN[given]), **{CACHE: cache})
     with pytest.raises(ValueError, match="cache: expected DynamicMaskCache to continue packed sequences"):
         model(torch.tensor([[1]]), **{CACHE: cache})
 
 
-def test_trainer_takes_what_the_collator_makes(tmp_path):
-    def trained(use_cache, **options):
-        model = convert_to_dma(causal_lm("Llama", use_cache=use_cache), 6)
+def padded(rows):
+    """A collator that pads instead of packing; each sequence's first token is no target, as when packed."""
+    longest = max(len(row["input_ids"]) for row in rows)
+    batch: dict[str, list] = {"input_ids": [], "attention_mask": [], "labels": []}
+    for row in rows:
+        ids, beyond = row["input_ids"], longest - len(row["input_ids"])
+        batch["input_ids"].append(ids + [0] * beyond)
+        batch["attention_mask"].append([1] * len(ids) + [0] * beyond)
+        batch["labels"].append([-100, *ids[1:], *[-100] * beyond])
+    return {name: torch.tensor(numbers) for name, numbers in batch.items()}
+
+
+@pytest.mark.parametrize("checkpoints", [False, True])
+def test_trainer_learns_from_packed_sequences_as_from_padded_ones(tmp_path, checkpoints):
+    def trained(collator):
+        torch.manual_seed(0)
+        model = convert_to_dma(causal_lm("Llama"), 6, recency="slope")
+        for layer in model.model.layers:
+            torch.nn.init.normal_(layer.self_attn.value_gate.A)
+        if checkpoints:  # by its name from 5.23 on, or before
+            enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+            enable()
         arguments = transformers.TrainingArguments(
             str(tmp_path), max_steps=1, per_device_train_batch_size=3, use_cpu=True, report_to=[], save_strategy="no",
-            disable_tqdm=True, dataloader_pin_memory=False,
+            disable_tqdm=True, dataloader_pin_memory=False, optim="sgd", learning_rate=1.0, max_grad_norm=0.0,
+            remove_unused_columns=False,
         )  # fmt: skip
         rows = [{"input_ids": row[0].tolist()} for row in distinct_tokens(1, 24).split(LENGTHS, 1)]
-        collator = transformers.DataCollatorWithFlattening(**options)
         transformers.Trainer(model, arguments, train_dataset=rows, data_collator=collator).train()
         return model.state_dict()
 
-    want, got = trained(use_cache=False), trained(use_cache=True, return_flash_attn_kwargs=True)
-    for name, tensor in got.items():
-        assert_close(tensor, want[name])
+    want = trained(padded)
+    for options in ({}, {"return_flash_attn_kwargs": True}):
+        got = trained(transformers.DataCollatorWithFlattening(**options))
+        for name, tensor in got.items():
+            assert_close(tensor, want[name])
+
+
+@pytest.mark.parametrize("given", ["positions", "flash"])
+@torch.no_grad()
+def test_documents_compile(model, given):
+    batch = collated(distinct_tokens(1, 24), **GIVEN[given])
+    compiled, want = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager"), model(**batch).logits
+    assert_close(compiled(**batch, use_cache=False).logits, want)
+    cache = transformers.DynamicCache()
+    assert_close(compiled(**batch, **{CACHE: cache}).logits, want)
+    if given == "flash":
+        with pytest.raises(ValueError, match="cache: expected DynamicMaskCache to continue packed sequences"):
+            model(torch.tensor([[1]]), **{CACHE: cache})
 
 
 @torch.no_grad()
-def test_documents_compile(model):
-    batch = collated(distinct_tokens(1, 24), return_flash_attn_kwargs=True)
+def test_a_compiled_model_goes_on_after_positions_that_do_not_restart(model):
+    """While compiling they cannot be read, and may be packed."""
+    ids, cache = distinct_tokens(1, 24), transformers.DynamicCache()
     compiled = torch.compile(copy.deepcopy(model), fullgraph=True, backend="aot_eager")
-    assert_close(compiled(**batch, use_cache=False).logits, model(**batch, use_cache=False).logits)
-    cache = transformers.DynamicCache()
-    assert_close(compiled(**batch, **{CACHE: cache}).logits, model(**batch, use_cache=False).logits)
-    with pytest.raises(ValueError, match="cache: expected DynamicMaskCache to continue packed sequences"):
-        model(torch.tensor([[1]]), **{CACHE: cache})
+    compiled(ids, position_ids=torch.arange(24)[None], **{CACHE: cache})
+    got = model(torch.tensor([[1]]), **{CACHE: cache}).logits
+    assert_close(got, model(torch.cat([ids, torch.tensor([[1]])], 1)).logits[:, -1:])
 
 
 @pytest.mark.parametrize(
@@ -125,6 +184,13 @@ def test_documents_compile(model):
 def test_documents_that_do_not_fit_are_refused(model, arguments, message):
     with pytest.raises((TypeError, ValueError), match=message):
         model(distinct_tokens(1, 8), **arguments, use_cache=False)
+
+
+def test_positions_that_restart_after_others_are_refused(model):
+    cache = DynamicMaskCache()
+    model(distinct_tokens(1, 8), **{CACHE: cache})
+    with pytest.raises(ValueError, match="position_ids: expected consecutive positions with a cache that is not empty"):
+        model(distinct_tokens(1, 4), position_ids=torch.tensor([[0, 1, 0, 1]]), **{CACHE: cache})
 
 
 def test_documents_of_many_rows_or_after_others_are_refused(model):

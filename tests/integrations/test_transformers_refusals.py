@@ -56,12 +56,6 @@ def test_a_mask_of_another_length(model):
         model(distinct_tokens(1, 8), attention_mask=torch.ones(1, 7))
 
 
-def test_packed_positions_that_a_cache_hides(model):
-    positions = torch.arange(4).repeat(2)[None]
-    with pytest.raises(ValueError, match="position_ids: expected consecutive positions with a cache"):
-        model(distinct_tokens(1, 8), position_ids=positions)
-
-
 def test_bidirectional_attention(model):
     with pytest.raises(ValueError, match="is_causal: expected True, got False"):
         model(distinct_tokens(1, 8), is_causal=False)

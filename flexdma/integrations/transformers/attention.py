@@ -14,13 +14,10 @@ from flexdma.integrations.transformers.documents import (
     refuse_other_documents,
 )
 from flexdma.integrations.transformers.masks import NAME, read_light_mask
-from flexdma.integrations.transformers.refusals import (
-    refuse_arguments,
-    refuse_cache,
-    refuse_traced_cache,
-    refuse_unmarked_packing,
-)
+from flexdma.integrations.transformers.packed_positions import position_documents
+from flexdma.integrations.transformers.refusals import refuse_arguments, refuse_cache, refuse_traced_cache
 from flexdma.score_mods import softcap_score_mod
+from flexdma.transforms import can_read
 
 
 def attend(
@@ -54,15 +51,16 @@ def attend(
         cache.get_seq_length(module.layer_idx) if isinstance(cache, DynamicMaskCache) else key.shape[2] - query.shape[2]
     )
     documents = packed_documents(arguments, key, past)
+    is_packed = documents is not None
+    if documents is not None and module.layer_idx == 0:
+        refuse_other_documents(arguments, documents)
+    if documents is None:
+        documents = position_documents(arguments, mask, past)
+        is_packed = documents is not None and can_read(documents)
     if documents is not None:
-        options["document_ids"] = documents
+        options["document_ids"] = documents.expand(key.shape[0], -1)
     if isinstance(cache, DynamicCache):
-        refuse_growing_cache_after_documents(cache.layers[module.layer_idx], past, documents)
-    if module.layer_idx == 0:
-        if documents is not None:
-            refuse_other_documents(arguments, documents)
-        else:
-            refuse_unmarked_packing(arguments.get("position_ids"), mask, cache)
+        refuse_growing_cache_after_documents(cache.layers[module.layer_idx], past, is_packed)
     if arguments.get("softcap") is not None:
         options = options | {"score_mod": softcap_score_mod(arguments["softcap"])}
     if arguments.get("s_aux") is not None:

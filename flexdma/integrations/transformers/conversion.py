@@ -18,6 +18,7 @@ from flexdma.integrations.transformers.eligibility import attention_calls
 from flexdma.integrations.transformers.falcon import reroute, rerouted
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
+from flexdma.integrations.transformers.packed_positions import find_packed_positions
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
@@ -86,10 +87,11 @@ def attach(layer: Any, gate: ValueGate, choice: dict[str, Any], lowering: str | 
 
 
 def finish(model: Model, choice: dict[str, Any]) -> Model:
-    """Set the attention implementation, config and cache of a model whose layers have gates."""
+    """Set the attention implementation, config, cache and hooks of a model whose layers have gates."""
     model.config._attn_implementation = NAME
     model.config.flexdma = choice
     bound_the_cache(model)
+    find_packed_positions(model)
     return model
 
 

@@ -1,7 +1,7 @@
 """Packed sequences given by flash-attention's arguments: cu_seq_lens_q and cu_seq_lens_k, or seq_idx.
 
-transformers' DataCollatorWithFlattening makes them, with or without position_ids that restart.  This code does not read
-max_length_q and max_length_k, which follow from cu_seq_lens.
+transformers' DataCollatorWithFlattening makes them, with or without position_ids that restart (`packed_positions.py`).  This
+code does not read max_length_q and max_length_k, which follow from cu_seq_lens.
 """
 
 from typing import Any
@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma import checks
-from flexdma.transforms import is_recorded
+from flexdma.sequences import ends_of_sequences, refuse_wrong_ends, sequence_numbers
+from flexdma.transforms import can_read
 
 
 def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tensor | None:
@@ -28,13 +28,12 @@ def packed_documents(arguments: dict[str, Any], key: Tensor, past: int) -> Tenso
         raise ValueError(f"{names[0]}: expected None with a cache that is not empty, got it after {past} tokens")
     batch, keys = key.shape[0], key.shape[2]
     if names == ["seq_idx"]:
-        return _integers("seq_idx", arguments["seq_idx"], (batch, keys), key).long()
+        return ends_of_sequences("seq_idx", arguments["seq_idx"], (batch, keys), key).long()
     if batch != 1:
         raise ValueError(f"{names[0]}: expected all sequences in one row, got {batch} rows")
-    ends = _integers("cu_seq_lens_q", arguments.get("cu_seq_lens_q"), ("N + 1",), key)
-    _integers("cu_seq_lens_k", arguments.get("cu_seq_lens_k"), tuple(ends.shape), key)
-    position = torch.arange(keys, device=key.device, dtype=ends.dtype)
-    return torch.bucketize(position, ends[1:].contiguous(), right=True).long()[None]
+    ends = ends_of_sequences("cu_seq_lens_q", arguments.get("cu_seq_lens_q"), ("N + 1",), key)
+    ends_of_sequences("cu_seq_lens_k", arguments.get("cu_seq_lens_k"), tuple(ends.shape), key)
+    return sequence_numbers(ends, keys)[None]
 
 
 def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None:
@@ -42,15 +41,14 @@ def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None
 
     It reads values, so only one layer of a model calls it.  It does nothing while compiling and for meta and fake tensors.
     """
-    if torch.compiler.is_compiling() or is_recorded(documents):
+    if not can_read(documents):
         return
     keys, inside = documents.shape[1], documents.diff(dim=-1) == 0
     ends, other = arguments.get("cu_seq_lens_q"), arguments.get("cu_seq_lens_k")
     if ends is not None and other is not None:
         if not torch.equal(ends, other):
             raise ValueError(f"cu_seq_lens_k: expected cu_seq_lens_q, {ends.tolist()}, got {other.tolist()}")
-        if ends[0] != 0 or ends[-1] != keys or (ends.diff() < 0).any():
-            raise ValueError(f"cu_seq_lens_q: expected growing numbers from 0 to {keys} tokens, got {ends.tolist()}")
+        refuse_wrong_ends("cu_seq_lens_q", ends, keys)
         numbers = arguments.get("seq_idx")
         if numbers is not None and not torch.equal(numbers.diff(dim=-1) == 0, inside):
             raise ValueError("seq_idx: expected the same documents as cu_seq_lens_q, got others")
@@ -59,21 +57,14 @@ def refuse_other_documents(arguments: dict[str, Any], documents: Tensor) -> None
         raise ValueError("position_ids: expected consecutive positions in each document, got a restart inside one")
 
 
-def refuse_growing_cache_after_documents(layer: Any, past: int, documents: Tensor | None) -> None:
+def refuse_growing_cache_after_documents(layer: Any, past: int, is_packed: bool) -> None:
     """Raise ValueError for a pass after packed sequences, because a DynamicCache keeps no document numbers.
 
     layer: of a DynamicCache.  The first pass sets its attribute `is_packed`.
     """
     if not past:
-        layer.is_packed = documents is not None
+        layer.is_packed = is_packed
     elif getattr(layer, "is_packed", False):
         raise ValueError(
             "cache: expected DynamicMaskCache to continue packed sequences, got DynamicCache, which keeps no documents"
         )
-
-
-def _integers(name: str, value: object, shape: tuple[object, ...], like: Tensor) -> Tensor:
-    tensor = checks.tensor(name, value, shape, like)
-    if tensor.dtype not in (torch.int32, torch.int64):
-        raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {tensor.dtype}")
-    return tensor

@@ -17,6 +17,7 @@ from flexdma.integrations.transformers.attention import attend
 from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
+from flexdma.integrations.transformers.packed_positions import find_packed_positions
 from flexdma.mixed_precision import without_autocast
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -91,6 +92,7 @@ def use_flexdma(model: Model, *, lowering: str | None = None) -> Model:
         layer.lowering = lowering
     model.config._attn_implementation = NAME
     bound_the_cache(model)
+    find_packed_positions(model)
     return model
 
 

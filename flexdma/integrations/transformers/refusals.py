@@ -9,7 +9,6 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flexdma.integrations.transformers.cache import DynamicMaskCache
 from flexdma.lowerings.choice import choose_lowering
-from flexdma.transforms import is_recorded
 
 # Argument of an attention layer -> reason for the refusal.  None and False are accepted.
 REFUSED = {
@@ -69,19 +68,6 @@ def refuse_traced_cache(cache: object, query: Tensor, lowering: str | None) -> N
     if (lowering or choose_lowering(query.device.type, query.dtype)) == "flex":
         raise ValueError(
             "use_cache: expected False, or a DynamicMaskCache, in a compiled forward pass; got a DynamicCache"
-        )
-
-
-def refuse_unmarked_packing(position_ids: Tensor | None, mask: Tensor | None, cache: object) -> None:
-    """Raise ValueError where positions restart without a mask: with a cache transformers does not detect packing."""
-    if position_ids is None or mask is not None or cache is None:
-        return
-    if torch.compiler.is_compiling() or is_recorded(position_ids):
-        return
-    if position_ids.dim() == 2 and position_ids.shape[1] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
-        raise ValueError(
-            "position_ids: expected consecutive positions with a cache, got positions that restart; packed sequences need "
-            "use_cache=False, or cu_seq_lens_q and cu_seq_lens_k"
         )
 
 
