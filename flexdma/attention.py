@@ -21,6 +21,7 @@ from flexdma.signatures import AttentionOptions, ScoreMod
 from flexdma.state import DynamicMaskState, check_state_matches, state_options
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode
+from flexdma.state.donation import check_donation
 from flexdma.transforms import refuse_jit_trace
 
 
@@ -82,6 +83,7 @@ def dynamic_mask_attention(
     document_ids: Tensor | None = None,
     state: DynamicMaskState | None = None,
     return_state: bool = False,
+    donate: bool = False,
     lowering: str | None = None,
     block_size: int | tuple[int, int] | None = None,
     kernel_options: Mapping[str, object] | None = None,
@@ -105,6 +107,9 @@ def dynamic_mask_attention(
         document.  A call with one token costs O(w) if lowering, block_size and kernel_options are None.
     return_state: return (output, state after these tokens).  Raises with selection="global", which chooses among later keys
         too, and with window_size=None, which does not bound the state.
+    donate: the caller does not use `state` again, nor states that share its tensors.  A call with one token then overwrites
+        its slots (key, value, gate, position) instead of copying them.  Raises without state and return_state, where a
+        gradient is needed, inside `torch.func`, and in torch.export.
     lowering: "flex", "gather", "dense", or None for that of `choose_lowering`.  All compute the same function.
     block_size: of the mask, one int or (rows, keys); None = the lowering's default.  "gather" has query blocks only.
     kernel_options: FlexAttention's, for lowering="flex".
@@ -126,6 +131,7 @@ def dynamic_mask_attention(
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
     policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    check_donation(donate, state, return_state, query, key, value, gate, sink_logits)
     checks.sinks_without_recent(sink_logits, selection, recent)
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
@@ -140,7 +146,7 @@ def dynamic_mask_attention(
     gate = gate.to(before.gate.dtype).expand(key.shape[:3])
     checks.selected_keys(gate, **masks)
     if state is not None and key.shape[2] == 1 and not any(option is not None for option in how.values()):
-        output, after = decode(query, key, value, gate, state, **scores, **masks)
+        output, after = decode(query, key, value, gate, state, **scores, **masks, donate=donate)
         return (output, after) if return_state else output
     if state is None:
         keys = first_keys(key, value, gate, **masks)

@@ -23,8 +23,8 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """A context that disables autocast; an empty one for devices without autocast, such as meta."""
-    if not _has_autocast(device.type):
+    """A context that disables autocast; an empty one where it is not enabled, or the device has none, such as meta."""
+    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
         return nullcontext()
     return torch.autocast(device.type, enabled=False)
 

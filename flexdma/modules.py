@@ -87,6 +87,7 @@ class DynamicMaskAttention(nn.Module):
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: Literal[False] = False,
+        donate: bool = False,
     ) -> Tensor: ...
 
     @overload
@@ -101,6 +102,7 @@ class DynamicMaskAttention(nn.Module):
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: Literal[True],
+        donate: bool = False,
     ) -> tuple[Tensor, DynamicMaskState]: ...
 
     @overload
@@ -115,6 +117,7 @@ class DynamicMaskAttention(nn.Module):
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: bool,
+        donate: bool = False,
     ) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
 
     def forward(
@@ -128,6 +131,7 @@ class DynamicMaskAttention(nn.Module):
         score_mod: ScoreMod | None = None,
         state: DynamicMaskState | None = None,
         return_state: bool = False,
+        donate: bool = False,
     ) -> Tensor | tuple[Tensor, DynamicMaskState]:
         """Causal self-attention over the N tokens and the earlier ones of `state`.
 
@@ -135,8 +139,8 @@ class DynamicMaskAttention(nn.Module):
             repeated; None for no rotation.
         key_padding_mask, document_ids [B, N], score_mod: as in `dynamic_mask_attention`.
         cu_seqlens: [S + 1], 0 and the ends of S sequences packed into one row (B = 1), each attended to alone, as in
-            `dynamic_mask_attention_varlen`.  Raises with key_padding_mask, document_ids and state.
-        state, return_state: as in `dynamic_mask_attention`; `empty_state` makes the first state.
+            `dynamic_mask_attention_varlen`.  Raises with key_padding_mask, document_ids, state and donate.
+        state, return_state, donate: as in `dynamic_mask_attention`; `empty_state` makes the first state.
 
         Returns [B, N, hidden_size], or (that, DynamicMaskState) with return_state.
         """
@@ -144,7 +148,9 @@ class DynamicMaskAttention(nn.Module):
         attend: Callable[..., Any] = dynamic_mask_attention
         before: dict[str, Any] = {}
         if cu_seqlens is not None:
-            _refuse_beside_sequences(key_padding_mask=key_padding_mask, document_ids=document_ids, state=state)
+            _refuse_beside_sequences(
+                key_padding_mask=key_padding_mask, document_ids=document_ids, state=state, donate=donate or None
+            )
             attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
             before = {"cu_seqlens": cu_seqlens}
         if state is not None:
@@ -159,7 +165,7 @@ class DynamicMaskAttention(nn.Module):
         result = attend(
             query, key, value, gate, window_size=policy.window_size, selection=policy.kind, sinks=policy.sinks,
             recent=policy.recent, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
-            state=state, return_state=return_state, lowering=self.lowering, block_size=self.block_size,
+            state=state, return_state=return_state, donate=donate, lowering=self.lowering, block_size=self.block_size,
             kernel_options=self.kernel_options,
         )  # fmt: skip
         if not isinstance(result, tuple):
@@ -234,6 +240,7 @@ def _attend_sequences(
     key_padding_mask: None,
     document_ids: None,
     state: None,
+    donate: bool,
     **options: Any,
 ) -> Tensor | tuple[Tensor, DynamicMaskState]:
     """`dynamic_mask_attention` of query [1, Hq, T, D], key, value and gate [1, Hkv, T], each sequence alone."""

@@ -35,3 +35,4 @@ class AttentionOptions(VarlenOptions, total=False):
 
     key_padding_mask: Tensor | None
     document_ids: Tensor | None
+    donate: bool

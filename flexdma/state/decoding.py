@@ -1,24 +1,15 @@
-"""Decoding: one new token against a state, in O(w) time and memory for any context length.
-
-The new key replaces the last of w keys in rank or is not kept ("Trainable Dynamic Mask Sparse Attention", arXiv
-2508.02124): it writes one slot, or two with sinks and recent tokens.  All operations are elementwise or reductions over
-slots of static shape, so they compile once.  Attention is plain attention over C slots.
-"""
+"""Decoding: one new token against a state, in O(w) time and memory for any context length."""
 
 from dataclasses import replace
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from flexdma.lifespans.ranking import last_in_rank, outranks
-from flexdma.lifespans.selection import is_above
-from flexdma.lowerings.hidden import HIDDEN
-from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
-from flexdma.mixed_precision import without_autocast
-from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.one_token import attended, in_document, inserted
+from flexdma.state.slot_writes import SLOTS, copied_into, decode_in_place
+from flexdma.transforms import is_exporting, is_transformed, needs_gradient
 
 
 def decode(
@@ -33,172 +24,35 @@ def decode(
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
     sink_logits: Tensor | None,
+    donate: bool,
 ) -> tuple[Tensor, DynamicMaskState]:
     """Attention of one new token, [B, Hq, 1, Dv], and the state after it.
 
     query: [B, Hq, 1, D]; key: [B, Hkv, 1, D]; value: [B, Hkv, 1, Dv]; gate: [B, Hkv, 1].
     key_padding_mask, document_ids: [B, 1].
+    donate: the slots of `state` are overwritten.
     """
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if score_mod is None and _reads_values(query, key, value, gate, state, sink_logits):
+        if not donate:
+            slots = {name: getattr(state, name).clone(memory_format=torch.contiguous_format) for name in SLOTS}
+            state = replace(state, **slots)
+        return decode_in_place(
+            query, key, value, gate, state, scale=scale, key_padding_mask=key_padding_mask, document_ids=document_ids,
+            sink_logits=sink_logits,
+        )  # fmt: skip
+    before = state
     if document_ids is not None:
         # A copy: the caller may overwrite the ids.
-        state = _in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
-    new = inserted(state, key, value, gate, key_padding_mask)
-    return _attend(query, state.length, new, scale, score_mod, sink_logits), new
+        before = in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
+    after = inserted(before, key, value, gate, key_padding_mask)
+    after = copied_into(state, after) if donate else after
+    return attended(query, state.length, after, scale, score_mod, sink_logits), after
 
 
-def _in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
-    """The state before a token of this document [B].  Where it is not the last token's document, the state loses its keys."""
-    ended = (document != state.document)[:, None]
-    lost = ended & (state.position >= 0).any(-1)
-    slots = ended[..., None]
-    return replace(
-        state,
-        key=state.key.masked_fill(slots[..., None], 0.0),
-        value=state.value.masked_fill(slots[..., None], 0.0),
-        gate=state.gate.masked_fill(slots, float("-inf")),
-        position=state.position.masked_fill(slots, -1),
-        document=document,
-        last_sink=state.last_sink.masked_fill(ended, -1),
-        last_loss=torch.where(lost, state.length[:, None], state.last_loss),
-    )
-
-
-class _Slots(NamedTuple):
-    """The contents of n slots: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate and position [B, Hkv, n]."""
-
-    key: Tensor
-    value: Tensor
-    gate: Tensor
-    position: Tensor
-
-
-# In the order of `_Slots`.
-EMPTY_SLOT = (0.0, 0.0, float("-inf"), -1)
-
-
-def inserted(
-    state: DynamicMaskState, key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None
-) -> DynamicMaskState:
-    """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time."""
-    now = state.length[:, None, None]  # [B, 1, 1]: position of the new token
-    real = gate != float("-inf")  # [B, Hkv, 1]
-    seen = torch.ones_like(state.length)
-    if key_padding_mask is not None:
-        real = real & key_padding_mask[:, None]
-        seen = key_padding_mask[:, 0].long()
-    # 0 * NaN is NaN: a NaN in a masked key would reach the output.
-    key, value = key.masked_fill(~real[..., None], 0.0), value.masked_fill(~real[..., None], 0.0)
-    gate = gate.masked_fill(~real, float("-inf"))
-    position = torch.where(real, now, -1)
-
-    held, new = _Slots(state.key, state.value, state.gate, state.position), _Slots(key, value, gate, position)
-    weakest = _weakest(state)
-    old = _Slots(*(along_keys(tensor, weakest) for tensor in held))
-    enters = real & ~outranks(old.gate, gate)
-    if state.selection == "threshold":
-        enters = enters & is_above(gate, state.policy.threshold)
-    slot, writes, arriving = weakest, enters, new
-    lost = enters & (old.position >= 0)
-    last_sink = state.last_sink[..., None]
-
-    if state.sinks + state.recent:
-        sinks = ((state.position >= 0) & (state.position <= last_sink)).sum(-1, keepdim=True)
-        last_sink = torch.where(real & (sinks < state.sinks), now, last_sink)
-        # Of the weakest and the new key, the one outside the top-w may stay as a sink or a recent key.
-        loser = _Slots(*(_choose(enters, a, b) for a, b in zip(old, new, strict=True)))
-        stays = _protected(loser.position, last_sink, now, state.recent)
-        loser = _Slots(*(_choose(stays, a, a.new_full((), b)) for a, b in zip(loser, EMPTY_SLOT, strict=True)))
-        others = state.position[..., state.widest :]
-        safe = _protected(others, last_sink, now, state.recent)
-        expired = (others >= 0) & ~safe  # at most one key, which is no longer recent
-        expires = expired.any(-1, keepdim=True)
-        lost = (lost & ~stays) | expires
-        free = state.widest + torch.where(expired, 0, torch.where(safe, 2, 1)).argmin(-1, keepdim=True)
-        slot, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
-        arriving = _Slots(*(torch.cat(pair, 2) for pair in zip(new, loser, strict=True)))
-
-    after = _Slots(*(_written(tensor, slot, writes, fresh) for tensor, fresh in zip(held, arriving, strict=True)))
-    return replace(
-        state,
-        key=after.key,
-        value=after.value,
-        gate=after.gate,
-        position=after.position,
-        length=state.length + 1,
-        real_length=state.real_length + seen,
-        last_padding=torch.where(seen > 0, state.last_padding, state.length),
-        last_sink=last_sink.squeeze(-1),
-        last_loss=torch.where(lost.squeeze(-1), state.length[:, None], state.last_loss),
-    )
-
-
-def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor) -> Tensor:
-    """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the slots `slot` [B, Hkv, n] where `writes` [B, Hkv, n]."""
-    index = slot if tensor.dim() == 3 else slot[..., None].expand_as(fresh)
-    return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
-
-
-def _weakest(state: DynamicMaskState) -> Tensor:
-    """[B, Hkv, 1]: the slot of the top-w to overwrite: an empty one, else that of the last key in rank."""
-    gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
-    beyond = None  # slots beyond a head's own window
-    if isinstance(state.window_size, tuple):
-        beyond = torch.arange(state.widest, device=gate.device) >= state.policy.windows(gate.device)
-    return last_in_rank(gate, position, beyond)
-
-
-def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) -> Tensor:
-    """Whether the keys at these positions are sinks or recent."""
-    return (position >= 0) & ((position <= last_sink) | (position > now - recent))
-
-
-def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """torch.where(condition, first, second) for condition [B, Hkv, n] and tensors [B, Hkv, n, ...]."""
-    return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
-
-
-def _attend(
-    query: Tensor,
-    now: Tensor,
-    state: DynamicMaskState,
-    scale: float,
-    score_mod: ScoreMod | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    """Attention of query [B, Hq, 1, D] at positions now [B] to the keys of the state."""
-    batch, query_heads, _one, _size = query.shape
-    heads = state.position.shape[1]
-    computed = torch.float64 if query.dtype == torch.float64 else torch.float32
-    visible = (state.position >= 0)[:, :, None]  # [B, Hkv, 1, C]
-    gate = state.gate[:, :, None]
-    reference = torch.where(gate.detach().isfinite(), gate.detach(), float("-inf")).amax(-1, keepdim=True)
-    difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
-    bias = torch.where(visible, difference.to(computed), HIDDEN)
-    nothing = ~visible.any(-1, keepdim=True)
-    with without_autocast(query.device):
-        rows = query.squeeze(2).unflatten(1, (heads, query_heads // heads)).to(computed) * scale
-        scores = rows @ state.key.to(computed).mT  # [B, Hkv, G, C]
-        if score_mod is not None:
-            head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
-            row = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
-            # Empty slots get position 0, so score_mod never sees -1.
-            position = state.position.clamp(min=0)[:, :, None]
-            scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
-        scores = scores + bias
-        if score_mod is not None:
-            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
-        weights = scores.masked_fill(nothing, 0.0).softmax(-1)
-        output = torch.where(nothing, 0.0, weights @ state.value.to(computed))
-        if sink_logits is not None:
-            sink = sink_scores(sink_logits, _best_gate(state)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
-            output = output * share_of_keys(scores.logsumexp(-1, keepdim=True), sink.to(computed))
-    return output.flatten(1, 2).unsqueeze(2).to(query.dtype)
-
-
-def _best_gate(state: DynamicMaskState) -> Tensor:
-    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 if it has none."""
-    level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
-    best = level.amax(-1, keepdim=True)
-    newest = torch.where(level == best, state.position, -1).argmax(-1, keepdim=True)
-    return torch.where(best == float("-inf"), 0.0, state.gate.gather(-1, newest))
+def _reads_values(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: DynamicMaskState, sink_logits: Tensor | None
+) -> bool:
+    """Whether code without derivatives may read values of this call's tensors, here or in an opaque operator."""
+    tensors = (query, key, value, gate, sink_logits, state.key, state.value, state.gate)
+    return query.device.type == "cpu" and not (needs_gradient(*tensors) or is_transformed() or is_exporting())

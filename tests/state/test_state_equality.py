@@ -14,14 +14,18 @@ from tests.comparison import inputs
 from tests.lifespans.gate_strategies import gates, selections
 
 
-def run(tensors, sizes, *, state=None, detached=False, key_padding_mask=None, document_ids=None, **options):
+def run(
+    tensors, sizes, *, state=None, detached=False, donate=False, key_padding_mask=None, document_ids=None, **options
+):
     """Outputs of consecutive chunks of these sizes, and the state after them."""
     outputs, start = [], 0
     for size in sizes:
         chunk = [t[:, :, start : start + size] for t in tensors]
         masks = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
         masks = {name: None if mask is None else mask[:, start : start + size] for name, mask in masks.items()}
-        output, state = dynamic_mask_attention(*chunk, state=state, return_state=True, **(masks | options))
+        output, state = dynamic_mask_attention(
+            *chunk, state=state, return_state=True, donate=donate and state is not None, **(masks | options)
+        )
         state = state.detach() if detached else state
         outputs.append(output)
         start += size
@@ -78,7 +82,9 @@ def test_any_split_is_one_pass(gate, data):
     split, state = run(tensors, data.draw(splits(length)), **options)
     torch.testing.assert_close(split, whole, equal_nan=True, rtol=1e-9, atol=1e-9)
     assert_same_states(state, run(tensors, [length], **options)[1])
-    assert_same_states(state, run(tensors, [1] * length, **options)[1])
+    tokens, state_by_tokens = run(tensors, [1] * length, donate=data.draw(st.booleans()), **options)
+    torch.testing.assert_close(tokens, whole, equal_nan=True, rtol=1e-9, atol=1e-9)
+    assert_same_states(state, state_by_tokens)
 
 
 @given(gates(max_length=20), st.data())

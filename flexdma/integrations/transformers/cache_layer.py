@@ -12,6 +12,11 @@ from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
 from flexdma.mixed_precision import autocast
 from flexdma.state import DynamicMaskState
+from flexdma.state.decoding import decode
+from flexdma.state.donation import can_donate
+
+# Keywords of `decode`.
+DECODING_OPTIONS = ("scale", "score_mod", "sink_logits", "key_padding_mask", "document_ids")
 
 
 class DynamicMaskLayer(CacheLayerMixin):
@@ -84,13 +89,27 @@ class DynamicMaskLayer(CacheLayerMixin):
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
         gates, forgotten = gated(gate, value, self.state, options["key_padding_mask"])
-        output, after = dynamic_mask_attention(query, key, value, gates, state=self.state, return_state=True, **options)
+        donate = self._owns_its_state(query, key, value, gates, options.get("sink_logits"))
+        if self.state is not None and _is_checked_token(self.state, query, key, value, gates, options):
+            new_query, new_key, new_value = autocast(query, key, value)
+            output, after = decode(
+                new_query, new_key, new_value, gates, self.state, donate=donate,
+                **{name: options.get(name) for name in DECODING_OPTIONS},
+            )  # fmt: skip
+        else:
+            output, after = dynamic_mask_attention(
+                query, key, value, gates, state=self.state, return_state=True, donate=donate, **options
+            )
         if self.record_past:
             self._past.append(RecordedPass(self.state, self.tokens, key, value, gates, gate, after.key.dtype, options))
         self.state = after if forgotten is None else replace(after, forgotten=forgotten)
         self.tokens += key.shape[2]
         self.is_initialized, self._pending = True, None
         return output
+
+    def _owns_its_state(self, *tensors: Tensor | None) -> bool:
+        """Whether no one needs the state before a pass of these tensors, so that the pass may overwrite it."""
+        return self.state is not None and not self.record_past and can_donate(self.state, *tensors)
 
     def activate_past_recording(self) -> None:
         """From now on record passes, so that `crop` is exact.  The records grow until `crop`, as in transformers' caches."""
@@ -149,6 +168,29 @@ class DynamicMaskLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Raises NotImplementedError: the cache is small, so there is little to offload."""
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
+
+
+def _is_checked_token(
+    state: DynamicMaskState, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, options: dict[str, Any]
+) -> bool:
+    """Whether this is one token with the sizes and options of the state, which the first pass of the layer checked.
+
+    The checks of `dynamic_mask_attention` take as long as decoding itself.
+    """
+    batch, heads, count, size = key.shape
+    slots, value_slots = state.key.shape, state.value.shape
+    return (
+        count == 1
+        and options.get("lowering") is None
+        and slots[:2] == (batch, heads)
+        and (slots[3], value_slots[3]) == (size, value.shape[3])
+        and (gates.shape, gates.dtype) == (key.shape[:3], state.gate.dtype)
+        and query.shape[0] == batch
+        and query.shape[3] == size
+        and query.shape[1] % heads == 0
+        and all(getattr(state, name) == options.get(name, 0) for name in ("window_size", "sinks", "recent"))
+        and state.selection == "causal"
+    )
 
 
 def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) -> None:

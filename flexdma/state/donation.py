@@ -1,0 +1,41 @@
+"""Donated states: the caller gives up a state, and decoding overwrites its slots instead of copying them."""
+
+from torch import Tensor
+
+from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.transforms import is_exporting, is_transformed, needs_gradient
+
+
+def check_donation(donate: bool, state: DynamicMaskState | None, return_state: bool, *tensors: Tensor | None) -> None:
+    """Raise TypeError where `donate` is no bool, and ValueError where it is True and the state cannot be overwritten.
+
+    tensors: the other tensors of the call.
+    """
+    if not isinstance(donate, bool):
+        raise TypeError(f"donate: expected a bool, got {donate!r}")
+    if not donate:
+        return
+    if state is None or not return_state:
+        raise ValueError("donate: expected False unless a state is given and returned, got True")
+    if (why := _obstacle(state, tensors)) is not None:
+        raise ValueError(f"donate: expected False {why}, got True")
+
+
+def can_donate(state: DynamicMaskState, *tensors: Tensor | None) -> bool:
+    """Whether a call with these tensors may overwrite the slots of the state."""
+    return _obstacle(state, tensors) is None
+
+
+def _obstacle(state: DynamicMaskState, tensors: tuple[Tensor | None, ...]) -> str | None:
+    if is_exporting():
+        return "in torch.export, as a program returns new tensors"
+    if is_transformed():
+        return "inside torch.func and forward-mode AD, which may need the old state"
+    if state.key.requires_grad or state.value.requires_grad or state.gate.requires_grad or needs_gradient(*tensors):
+        return (
+            "with tensors that need a gradient, as a backward needs the old state; detach them or use torch.no_grad()"
+        )
+    for name in ("key", "value", "gate", "position"):
+        if not getattr(state, name).is_contiguous():
+            return f"for a state whose {name} is not contiguous"
+    return None
