@@ -9,7 +9,8 @@ is decoding with one new token and chunked prefill with many.  Both equal one pa
 ties, sinks, recent keys, padding and documents.  SparseK (arXiv 2406.16747) and later trained evictions bound a cache in the
 same way.
 
-A state is a value: nothing changes it in place, so callers can keep it, branch from it and differentiate through it.
+A state is a value: nothing changes it in place unless it is donated, so callers can keep it, branch from it and differentiate
+through it.
 """
 
 from collections.abc import Callable, Sequence

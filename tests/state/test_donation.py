@@ -48,14 +48,16 @@ def test_decoding_writes_into_the_slots_of_the_donated_state(options, compiled):
 def test_a_state_that_is_not_donated_keeps_its_values():
     """Not even where a later state, which may share tensors with it, is donated."""
     tensors = inputs(1, 4, 2, 12, 12, 4)
-    options: dict[str, Any] = {"window_size": 3, "sinks": 1, "return_state": True}
-    masks = {"document_ids": torch.tensor([[7]]), "key_padding_mask": torch.tensor([[False]])}
-    _, first = dynamic_mask_attention(*(t[:, :, :6] for t in tensors), **options)
+    options: dict[str, Any] = {"window_size": 3, "sinks": 1}
+    masks: dict[str, Any] = {"document_ids": torch.tensor([[7]]), "key_padding_mask": torch.tensor([[False]])}
+    _, first = dynamic_mask_attention(*(t[:, :, :6] for t in tensors), return_state=True, **options)
     kept = first.checkpoint()
-    _, state = dynamic_mask_attention(*token(tensors, 6), state=first, **options)
+    _, state = dynamic_mask_attention(*token(tensors, 6), state=first, return_state=True, **options)
     for at in range(7, 12):
-        here: dict[str, Any] = masks if at == 9 else {}
-        _, state = dynamic_mask_attention(*token(tensors, at), state=state, donate=True, **options, **here)
+        here = masks if at == 9 else {}
+        _, state = dynamic_mask_attention(
+            *token(tensors, at), state=state, return_state=True, donate=True, **(options | here)
+        )
     for name, tensor in first.tensors().items():
         assert torch.equal(tensor, kept.tensors()[name]), name
 

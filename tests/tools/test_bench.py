@@ -361,7 +361,7 @@ def test_tables_replace_what_stands_between_their_marks(tmp_path, capsys):
     assert "<svg" in picture.read_text()
 
 
-@pytest.mark.parametrize("suite", ["cpu", "gpu"])
+@pytest.mark.parametrize("suite", ["cpu", "decode", "gpu"])
 def test_the_page_of_the_docs_shows_the_results_beside_it(suite):
     page = (RESULTS.parent.parent / "benchmarks.md").read_text()
     source = RESULTS.with_name(f"bench-{suite}.json")

@@ -67,6 +67,8 @@ def _measured(arguments: argparse.Namespace) -> Results:
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise RefusedError(f"--suite {arguments.suite}: expected a CUDA device, found none")
     check_installed("rich", extra="bench")
+    if suite.decoding:
+        check_installed("transformers", extra="transformers")
     from flexdma.tools.progress import progress_bars
 
     if arguments.plot and not (suite.lengths or suite.windows):

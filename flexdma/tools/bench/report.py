@@ -11,10 +11,8 @@ def markdown(results: Results) -> str:
     if "machine" not in about:
         return "\n".join(reached) + "\n"
     where = ", ".join(f"{name} {value}" for name, value in about["machine"].items() if value is not None)
-    lines = [
-        f"Measured with {where}; {about['dtype']}, B=1, {about['heads']}, medians of up to {about['rounds']} "
-        "interleaved runs.",
-    ]
+    sizes = f"{about.get('batch', 'B=1')}, {about['heads']}"
+    lines = [f"Measured with {where}; {about['dtype']}, {sizes}, medians of up to {about['rounds']} interleaved runs."]
     lines += (["", *reached] if reached else []) + all_tables(results)
     failed = [f"- {case}: {why}" for case, why in results.whole_cases("failed")]
     skipped = [f"- {case}" for case, _ in results.whole_cases("skipped")]

@@ -10,6 +10,15 @@ import torch
 from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.lowerings.default_options import BLOCK_SIZE
 from flexdma.tools.bench.contenders import contenders
+from flexdma.tools.bench.decoding import (
+    LAYER_TOKENS,
+    MODEL_TOKENS,
+    Decoder,
+    layer_calls,
+    model_calls,
+    prefill_calls,
+    timed_tokens,
+)
 from flexdma.tools.bench.gradients import gate_gradient_routes
 from flexdma.tools.bench.launches import device_work
 from flexdma.tools.bench.masks import build_masks
@@ -60,13 +69,23 @@ class Planned(NamedTuple):
 
 def begun(suite: Suite, name: str, rounds: int, setting: Setting) -> Results:
     """The results of a suite before its first case."""
-    shape = suite.calls[0]
     about = {
         "machine": machine(setting.device), "suite": name, "device": setting.device,
-        "dtype": str(setting.dtype).removeprefix("torch."), "rounds": rounds,
-        "heads": f"Hq={shape.query_heads} Hkv={shape.heads} D={shape.size}, iid gates",
+        "dtype": str(setting.dtype).removeprefix("torch."), "rounds": rounds, **_sizes(suite),
     }  # fmt: skip
     return Results(about, {str(shape): shape for shape in suite.shapes()})
+
+
+def _sizes(suite: Suite) -> dict[str, str]:
+    """The sizes of a suite that all its cases share, for the first line of the report."""
+    if suite.calls:
+        shape = suite.calls[0]
+        return {"heads": f"Hq={shape.query_heads} Hkv={shape.heads} D={shape.size}, iid gates"}
+    one = suite.decoding[0][1]
+    return {
+        "batch": "a Llama of SmolLM2-135M's shape with random weights", "heads": f"{one.layers} layers, "
+        f"Hq={one.query_heads} Hkv={one.heads} D={one.size}, w={one.window} and {one.sinks} sinks, equal gates",
+    }  # fmt: skip
 
 
 def planned(suite: Suite, device: str) -> Iterator[Planned]:
@@ -80,6 +99,10 @@ def planned(suite: Suite, device: str) -> Iterator[Planned]:
     yield from _each("others", suite.others, measure_calls)
     yield from _each("launches", suite.launches, measure_launches)
     yield from _each("windows", suite.windows, measure_size, False)
+    for section, decoder in suite.decoding:
+        yield from _each(section, (decoder,), measure_decoding, section)
+    if not suite.calls:
+        return
     length, window = suite.packing
     tiles = {"blocks of": (128, 128)} | {
         f"the {device.upper()} kernel's tiles,": (rows // suite.calls[0].group, keys)
@@ -153,6 +176,17 @@ def measure_launches(shape: Shape, setting: Setting, turns: Turns) -> Rows:
         with torch.no_grad():
             work = device_work(calls[name])
         yield from ((name, metric, value) for metric, value in work.items())
+
+
+def measure_decoding(decoder: Decoder, section: str, setting: Setting, turns: Turns) -> Rows:
+    """Seconds of one token against each context, or of the prefill, with full caches and with states."""
+    make, tokens = {
+        "decode layers": (layer_calls, LAYER_TOKENS),
+        "decode models": (model_calls, MODEL_TOKENS),
+        "prefill": (prefill_calls, 1),
+    }[section]
+    torch.manual_seed(0)
+    yield from timed_tokens(make(decoder, setting.dtype), tokens, turns)
 
 
 def measure_packing(length: int, window: int, tile: tuple[int, int], setting: Setting, turns: Turns) -> Rows:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from flexdma.tools.bench.decoding import Decoder
 from flexdma.tools.shapes import Shape
 
 SECTIONS = ("calls", "gate_gradient", "lengths", "others", "launches", "windows")
@@ -15,13 +16,14 @@ class Suite:
     device: str
     dtype: str
     budget: float  # seconds
-    calls: tuple[Shape, ...]  # whole calls by all contenders
+    calls: tuple[Shape, ...] = ()  # whole calls by all contenders
     gate_gradient: tuple[Shape, ...] = ()  # its share of the backward, by route
     lengths: tuple[Shape, ...] = ()  # time, and the share of the selection, against N
     stages: tuple[tuple[str, Shape], ...] = ()  # (lowering, shape): time by stage
     others: tuple[Shape, ...] = ()  # more whole calls, less important, with the slow contenders
     launches: tuple[Shape, ...] = ()  # kernel launches, with and without CUDA graphs
     windows: tuple[Shape, ...] = ()  # time against w
+    decoding: tuple[tuple[str, Decoder], ...] = ()  # (section, decoder): one token against contexts, and prefill
     packing: tuple[int, int] = (32768, 1024)  # N, w of visited blocks over the families
 
     def shapes(self) -> Iterator[Shape]:
@@ -35,6 +37,7 @@ def _gpu(length: int, window: int, backward: bool, **beside: bool) -> Shape:
     return Shape(length, window, backward, 16, 4, 128, **beside)
 
 
+CONTEXTS = (256, 512, 1024, 4096, 16384, 65536)
 FORWARD, TRAINING = _gpu(32768, 1024, False, flex=True), _gpu(131072, 1024, True)
 SUITES = {
     "cpu": Suite(
@@ -67,6 +70,20 @@ SUITES = {
         others=(_gpu(32768, 1024, False, every=True), _gpu(8192, 1024, True, every=True)),
         launches=(_gpu(32768, 1024, False),),
         windows=tuple(_gpu(32768, w, False) for w in (256, 1024, 4096)),
+    ),
+    "decode": Suite(
+        device="cpu",
+        dtype="float32",
+        budget=480,
+        decoding=(
+            *(("decode models", Decoder(batch, CONTEXTS)) for batch in (1, 8)),
+            *(("decode layers", Decoder(batch, CONTEXTS)) for batch in (1, 8)),
+            ("prefill", Decoder(1, (256, 1024, 4096))),
+            ("decode layers", Decoder(1, CONTEXTS, compiled=True)),
+            ("decode models", Decoder(1, CONTEXTS[:-1], compiled=True)),
+            ("decode layers", Decoder(8, CONTEXTS, compiled=True)),
+            ("decode models", Decoder(8, CONTEXTS[:-1], compiled=True)),
+        ),
     ),
     "quick": Suite(
         device="cpu",

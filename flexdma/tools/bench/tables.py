@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from flexdma.tools.bench.contenders import FLEX_CAUSAL, TO_EVERYTHING
+from flexdma.tools.bench.decoding_tables import HEADS, decoding_rows
 from flexdma.tools.bench.gradients import gradient_shares
 from flexdma.tools.bench.sections import FLEXDMA, SELECTION, VISITED
 from flexdma.tools.records import Case, Results
@@ -147,6 +148,10 @@ def _memory(cases: Cases) -> list[str]:
     return ["Peak memory of building masks and metadata:", "", *table(*rows)]
 
 
+def _decoding(section: str, cases: Cases) -> list[str]:
+    return [HEADS[section], "", *table(*decoding_rows(cases))]
+
+
 def _shown(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
 
@@ -175,4 +180,5 @@ TABLES: dict[str, Callable[[Cases], list[str]]] = {
     "windows": partial(_sizes, "w", "window", "length"),
     "packing": _packing,
     "memory": _memory,
+    **{section: partial(_decoding, section) for section in HEADS},
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from flexdma.tools.bench.decoding_tables import DECODING_TARGETS
 from flexdma.tools.bench.gradients import DEFAULT, gradient_shares
 from flexdma.tools.bench.suites import FORWARD, TRAINING
 from flexdma.tools.bench.tables import share_of_selecting, table, useful_rate_over_flex
@@ -54,6 +55,7 @@ def _judged(found: str, enough: bool) -> str:
 
 
 TARGETS: dict[str, dict[str, Callable[[Results], str]]] = {
+    "decode": DECODING_TARGETS,
     "gpu": {
         f"{FORWARD}: 5 times faster than the fastest causal SDPA (ideal 16)": lambda r: _faster(FORWARD, 5, r),
         f"{TRAINING}: 20 times (ideal 64)": lambda r: _faster(TRAINING, 20, r),

@@ -1,0 +1,287 @@
+"""Decoding: the time of one token against a context, by a full key/value cache with SDPA and by a state of w keys.
+
+Contexts are filled with random keys, without a forward pass.  The gates of a converted model are equal at its start, so every
+token replaces a key, which is the state's slowest case.
+"""
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flexdma import DynamicMaskState, ValueGate, dynamic_mask_attention
+from flexdma.tools.bench.dense_mask import GIB, free_bytes
+from flexdma.tools.timing import Turns, UnavailableError, interleaved
+
+GROWING, STATIC, OURS = "full, DynamicCache", "full, StaticCache", "flexdma"
+# Tokens of one timed run.  The growing cache starts each run of a layer at N keys; a model's grows on by a few keys.
+LAYER_TOKENS, MODEL_TOKENS = 8, 2
+SPARE = 256  # slots of a StaticCache beyond N
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A decoder of SmolLM2-135M's shape with random weights, its window and sinks, and contexts to measure."""
+
+    batch: int
+    contexts: tuple[int, ...]
+    compiled: bool = False
+    window: int = 252
+    sinks: int = 4
+    layers: int = 30
+    hidden: int = 576
+    intermediate: int = 1536
+    vocabulary: int = 49152
+    query_heads: int = 9
+    heads: int = 3
+    size: int = 64
+
+    def __str__(self) -> str:
+        return f"B={self.batch}, {'compiled' if self.compiled else 'eager'}"
+
+    def keys(self, count: int, dtype: torch.dtype) -> Tensor:
+        """Random keys or values [B, Hkv, count, D]."""
+        return torch.randn(self.batch, self.heads, count, self.size, dtype=dtype)
+
+    def state(self, context: int, dtype: torch.dtype) -> DynamicMaskState:
+        """The state after `context` random keys with equal gates."""
+        key, gate = self.keys(context, dtype), torch.ones(self.batch, self.heads, context)
+        options: dict[str, Any] = {"window_size": self.window, "sinks": self.sinks}
+        return dynamic_mask_attention(key[:, :, -1:], key, key, gate, return_state=True, **options)[1]
+
+    def check_fits(self, context: int, layers: int, dtype: torch.dtype) -> None:
+        """Raise UnavailableError where a full cache of so many layers, and a copy of one, do not fit in memory."""
+        needed = 2 * (layers + 2) * self.batch * self.heads * context * self.size * dtype.itemsize
+        if needed > 0.6 * free_bytes("cpu"):
+            raise UnavailableError(f"skipped: a full cache of N={context} needs {needed / GIB:.0f} GiB")
+
+
+def contender(context: int, name: str) -> str:
+    """The name in the records of a contender at one context."""
+    return f"N={context}: {name}"
+
+
+def timed_tokens(calls: dict[str, Callable[[], object]], tokens: int, turns: Turns) -> Iterator[tuple[str, str, Any]]:
+    """Rows of the contenders, in seconds per token."""
+    with torch.no_grad():
+        measured = interleaved(calls, turns, memory=False)
+    for name, metric, value in measured.rows():
+        yield name, metric, value / tokens if metric == "seconds" else value
+
+
+# One layer: the cache's update and attention
+
+
+def layer_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Contender -> a run of LAYER_TOKENS tokens of one layer."""
+    calls: dict[str, Callable[[], object]] = {}
+    compiler: Callable = torch.compile if decoder.compiled else lambda function: function
+    grow, overwrite, step = compiler(_grow), compiler(_overwrite), compiler(_step)
+    gate = ValueGate(decoder.heads, decoder.size)
+    query = torch.randn(decoder.batch, decoder.query_heads, 1, decoder.size, dtype=dtype)
+    key = decoder.keys(1, dtype)
+    for context in decoder.contexts:
+        for name, run in {
+            GROWING: _growing(decoder, context, grow, query, key),
+            STATIC: _static(decoder, context, overwrite, query, key),
+            OURS: _ours(decoder, context, step, gate, query, key),
+        }.items():
+            calls[contender(context, name)] = _made_at_first_call(run)
+    return calls
+
+
+def _made_at_first_call(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+    """A call whose tensors are made by its first run, which is not counted, so that a failure is the contender's."""
+    made: list[Callable[[], object]] = []
+
+    def run() -> object:
+        if not made:
+            made.append(make())
+        return made[0]()
+
+    return run
+
+
+def _full_attention(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
+    """One query, with the query heads of a KV head as its rows, as in transformers."""
+    rows = query.reshape(*key.shape[:2], -1, query.shape[3])
+    return scaled_dot_product_attention(rows, key, value, attn_mask=mask)
+
+
+def _grow(query: Tensor, new: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    key, value = torch.cat([key, new], 2), torch.cat([value, new], 2)
+    return _full_attention(query, key, value), key, value
+
+
+def _overwrite(query: Tensor, new: Tensor, key: Tensor, value: Tensor, mask: Tensor, position: Tensor) -> Tensor:
+    key.index_copy_(2, position, new)
+    value.index_copy_(2, position, new)
+    return _full_attention(query, key, value, mask)
+
+
+def _step(
+    query: Tensor, new: Tensor, gate: Callable[[Tensor], Tensor], state: DynamicMaskState
+) -> tuple[Tensor, DynamicMaskState]:
+    return dynamic_mask_attention(
+        query, new, new, gate(new), window_size=state.window_size, sinks=state.sinks, state=state, return_state=True,
+        donate=True,
+    )  # fmt: skip
+
+
+def _growing(decoder: Decoder, context: int, grow: Callable, query: Tensor, new: Tensor) -> Callable:
+    def make() -> Callable[[], object]:
+        decoder.check_fits(context, 2, query.dtype)
+        base = decoder.keys(context, query.dtype), decoder.keys(context, query.dtype)
+
+        def run() -> None:
+            key, value = base
+            for _ in range(LAYER_TOKENS):
+                _, key, value = grow(query, new, key, value)
+
+        return run
+
+    return make
+
+
+def _static(decoder: Decoder, context: int, overwrite: Callable, query: Tensor, new: Tensor) -> Callable:
+    def make() -> Callable[[], object]:
+        decoder.check_fits(context, 2, query.dtype)
+        key, value = (decoder.keys(context + LAYER_TOKENS, query.dtype) for _ in range(2))
+        positions = torch.arange(context, context + LAYER_TOKENS)
+        # A model makes the mask once for all layers.
+        masks = (torch.arange(context + LAYER_TOKENS) <= positions[:, None])[:, None, None, None]
+
+        def run() -> None:
+            for token in range(LAYER_TOKENS):
+                overwrite(query, new, key, value, masks[token], positions[token : token + 1])
+
+        return run
+
+    return make
+
+
+def _ours(decoder: Decoder, context: int, step: Callable, gate: ValueGate, query: Tensor, new: Tensor) -> Callable:
+    def make() -> Callable[[], object]:
+        state = [decoder.state(context, query.dtype)]
+
+        def run() -> None:
+            for _ in range(LAYER_TOKENS):
+                _, state[0] = step(query, new, gate, state[0])
+
+        return run
+
+    return make
+
+
+# A whole model of transformers
+
+
+def models(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A Llama with random weights, and the same converted, with the same weights in memory."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from flexdma.integrations.transformers import convert_to_dma
+
+    longest = max(decoder.contexts) + SPARE
+    config = LlamaConfig(
+        vocab_size=decoder.vocabulary, hidden_size=decoder.hidden, intermediate_size=decoder.intermediate,
+        num_hidden_layers=decoder.layers, num_attention_heads=decoder.query_heads, num_key_value_heads=decoder.heads,
+        head_dim=decoder.size, tie_word_embeddings=True, max_position_embeddings=longest, attn_implementation="sdpa",
+        eos_token_id=None, bos_token_id=None, pad_token_id=None,
+    )  # fmt: skip
+    full = LlamaForCausalLM(config).to(dtype).eval()
+    converted = convert_to_dma(copy.deepcopy(full), decoder.window, sinks=decoder.sinks)
+    own = dict(full.named_parameters())
+    for name, parameter in converted.named_parameters():
+        if name in own:
+            parameter.data = own[name].data
+    return full, converted
+
+
+def model_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Contender -> a run of MODEL_TOKENS tokens of a whole model."""
+    full, converted = models(decoder, dtype)
+    ids = torch.zeros(decoder.batch, 1, dtype=torch.int64)
+    # Each cache has its own compiled function, as in a program that uses one.
+    functions = {name: _callable(model, decoder.compiled) for name, model in
+                 ((GROWING, full), (STATIC, full), (OURS, converted))}  # fmt: skip
+    calls: dict[str, Callable[[], object]] = {}
+    for context in decoder.contexts:
+        for name, function in functions.items():
+            calls[contender(context, name)] = _made_at_first_call(_tokens(decoder, context, name, function, full, ids))
+    return calls
+
+
+def _callable(model: Any, compiled: bool) -> Callable:
+    def forward(ids: Tensor, cache: Any) -> Tensor:
+        return model(ids, **{cache_argument(): cache}).logits
+
+    return torch.compile(forward) if compiled else forward
+
+
+def cache_argument() -> str:
+    """The name of a model's cache argument in the installed transformers."""
+    import transformers
+    from torch.torch_version import TorchVersion
+
+    return "cache" if TorchVersion(transformers.__version__) >= "5.24" else "past_key_values"
+
+
+def _tokens(
+    decoder: Decoder, context: int, name: str, function: Callable, model: Any, ids: Tensor
+) -> Callable[[], Callable[[], object]]:
+    def make() -> Callable[[], object]:
+        cache = filled_cache(decoder, context, name, model)
+
+        def run() -> None:
+            for _ in range(MODEL_TOKENS):
+                function(ids, cache)
+
+        return run
+
+    return make
+
+
+def filled_cache(decoder: Decoder, context: int, name: str, model: Any) -> Any:
+    """A cache of this kind after `context` tokens."""
+    from transformers import DynamicCache, StaticCache
+
+    from flexdma.integrations.transformers import DynamicMaskCache
+    from flexdma.integrations.transformers.cache_layer import DynamicMaskLayer
+
+    dtype = model.dtype
+    if name == OURS:
+        ours, state = DynamicMaskCache(), decoder.state(context, dtype)
+        for _ in range(decoder.layers):
+            layer = DynamicMaskLayer()
+            layer.state, layer.tokens, layer.is_initialized = state.checkpoint(), context, True
+            ours.layers.append(layer)
+        return ours
+    decoder.check_fits(context, decoder.layers, dtype)
+    cache: Any = DynamicCache() if name == GROWING else StaticCache(config=model.config, max_cache_len=context + SPARE)
+    for index in range(decoder.layers):
+        cache.update(decoder.keys(context, dtype), decoder.keys(context, dtype), index)
+    return cache
+
+
+def prefill_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
+    """Contender -> one forward pass over N tokens with an empty cache, of which the last token's logits are computed."""
+    from transformers import DynamicCache
+
+    from flexdma.integrations.transformers import DynamicMaskCache
+
+    full, converted = models(decoder, dtype)
+    calls: dict[str, Callable[[], object]] = {}
+    for context in decoder.contexts:
+        ids = torch.randint(decoder.vocabulary, (decoder.batch, context))
+        for name, model, kind in ((GROWING, full, DynamicCache), (OURS, converted, DynamicMaskCache)):
+            calls[contender(context, name)] = _prefill(model, kind, ids)
+    return calls
+
+
+def _prefill(model: Any, kind: Callable[[], Any], ids: Tensor) -> Callable[[], object]:
+    return lambda: model(ids, logits_to_keep=1, **{cache_argument(): kind()}).logits
