@@ -41,12 +41,13 @@ def decode(
             query, key, value, gate, state, scale=scale, key_padding_mask=key_padding_mask, document_ids=document_ids,
             sink_logits=sink_logits,
         )  # fmt: skip
-    before = state
-    if document_ids is not None:
+    if document_ids is None:
+        after = inserted(state, key, value, gate, key_padding_mask, in_place=donate)
+    else:
         # A copy: the caller may overwrite the ids.
         before = in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
-    after = inserted(before, key, value, gate, key_padding_mask)
-    after = copied_into(state, after) if donate else after
+        after = inserted(before, key, value, gate, key_padding_mask)
+        after = copied_into(state, after) if donate else after
     return attended(query, state.length, after, scale, score_mod, sink_logits), after
 
 

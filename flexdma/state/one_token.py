@@ -52,9 +52,18 @@ EMPTY_SLOT = (0.0, 0.0, float("-inf"), -1)
 
 
 def inserted(
-    state: DynamicMaskState, key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None
+    state: DynamicMaskState,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor,
+    key_padding_mask: Tensor | None,
+    *,
+    in_place: bool = False,
 ) -> DynamicMaskState:
-    """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time."""
+    """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time.
+
+    in_place: the slots of the result are those of `state`, overwritten.
+    """
     now = state.length[:, None, None]  # [B, 1, 1]: position of the new token
     real = gate != float("-inf")  # [B, Hkv, 1]
     seen = torch.ones_like(state.length)
@@ -92,7 +101,9 @@ def inserted(
         slot, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
         arriving = _Slots(*(torch.cat(pair, 2) for pair in zip(new, loser, strict=True)))
 
-    after = _Slots(*(_written(tensor, slot, writes, fresh) for tensor, fresh in zip(held, arriving, strict=True)))
+    after = _Slots(
+        *(_written(tensor, slot, writes, fresh, in_place) for tensor, fresh in zip(held, arriving, strict=True))
+    )
     return replace(
         state,
         key=after.key,
@@ -107,10 +118,15 @@ def inserted(
     )
 
 
-def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor) -> Tensor:
+def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor, in_place: bool) -> Tensor:
     """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the slots `slot` [B, Hkv, n] where `writes` [B, Hkv, n]."""
     index = slot if tensor.dim() == 3 else slot[..., None].expand_as(fresh)
-    return tensor.scatter(2, index, _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype))
+    values = _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype)
+    if not in_place:
+        return tensor.scatter(2, index, values)
+    # Inductor computes index_put_ in place, but scatter_ on a copy of all slots.
+    batch, head = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
+    return tensor.index_put_((batch[:, None, None], head[:, None], slot), values)
 
 
 def _weakest(state: DynamicMaskState) -> Tensor:

@@ -127,11 +127,13 @@ def _step(
     continues = ids is None or torch.equal(ids, state.document)
     real = key_padding_mask is None or bool(key_padding_mask.all())
     after = _replaced(state, key, value, gate) if continues and real else None
-    if after is not None:
-        after = after if ids is None else replace(after, document=ids)
-    else:
-        after = state if ids is None else in_document(state, ids)
-        after = copied_into(state, inserted(after, key, value, gate, key_padding_mask))
+    if after is None and continues:
+        after = inserted(state, key, value, gate, key_padding_mask, in_place=True)
+    elif after is None and ids is not None:
+        after = copied_into(state, inserted(in_document(state, ids), key, value, gate, key_padding_mask))
+    assert after is not None
+    if ids is not None:
+        after = replace(after, document=ids)
     output = None if sink_logits is not None else _attended(query, after, scale)
     if output is None:
         output = attended(query, now, after, scale, None, sink_logits)
