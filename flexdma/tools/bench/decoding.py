@@ -263,8 +263,9 @@ def filled_cache(decoder: Decoder, context: int, name: str, model: Any) -> Any:
         return ours
     decoder.check_fits(context, decoder.layers, dtype)
     cache: Any = DynamicCache() if name == GROWING else StaticCache(config=model.config, max_cache_len=context + SPARE)
-    for index in range(decoder.layers):
-        cache.update(decoder.keys(context, dtype), decoder.keys(context, dtype), index)
+    key, value = decoder.keys(context, dtype), decoder.keys(context, dtype)
+    for index in range(decoder.layers):  # copies: drawing numbers for each layer would take longer than the measurement
+        cache.update(key.clone(), value.clone(), index)
     return cache
 
 
