@@ -15,6 +15,7 @@ from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod
 from flexdma.state import DynamicMaskState, check_state_matches, state_options
+from flexdma.state.donation import check_donation
 from flexdma.varlen import dynamic_mask_attention_varlen
 
 
@@ -148,9 +149,8 @@ class DynamicMaskAttention(nn.Module):
         attend: Callable[..., Any] = dynamic_mask_attention
         before: dict[str, Any] = {}
         if cu_seqlens is not None:
-            _refuse_beside_sequences(
-                key_padding_mask=key_padding_mask, document_ids=document_ids, state=state, donate=donate or None
-            )
+            _refuse_beside_sequences(key_padding_mask=key_padding_mask, document_ids=document_ids, state=state)
+            check_donation(donate, state, return_state)
             attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
             before = {"cu_seqlens": cu_seqlens}
         if state is not None:

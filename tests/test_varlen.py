@@ -339,6 +339,8 @@ def test_a_layer_names_what_does_not_go_with_sequences():
     for name, other in (("document_ids", torch.zeros(1, 8, dtype=torch.int64)), ("state", layer.empty_state(1))):
         with pytest.raises(ValueError, match=f"{name}: expected None with cu_seqlens, got a {type(other).__name__}"):
             layer(hidden, cu_seqlens=ends([3, 5]), **{name: other})
+    with pytest.raises(ValueError, match="donate: expected False unless a state is given and returned, got True"):
+        layer(hidden, cu_seqlens=ends([3, 5]), return_state=True, donate=True)
     with pytest.raises(ValueError, match="cu_seqlens: expected all sequences in one row, got 2 rows"):
         layer(hidden.expand(2, -1, -1), cu_seqlens=ends([3, 5]))
     gate, value = ValueGate(2, 8, recency="forget"), torch.randn(1, 2, 8, 8)

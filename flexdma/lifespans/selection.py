@@ -12,6 +12,7 @@ from flexdma.lifespans.interval import Lifespans
 from flexdma.lifespans.ranking import by_rank, death_by_rank
 from flexdma.opaque import opaque_on_cpu
 from flexdma.stages import staged
+from flexdma.transforms import can_read
 
 # "global" chooses among later keys too, so a prefix has no state.
 STATEFUL_SELECTIONS = ("causal", "threshold")
@@ -151,7 +152,8 @@ def _is_one_document(document_ids: Tensor) -> bool:
 
     A compiled model gets document ids wherever it cannot read whether positions restart.
     """
-    return document_ids.device.type == "cpu" and torch.equal(document_ids[:, 1:], document_ids[:, :-1])
+    readable = document_ids.device.type == "cpu" and can_read(document_ids)
+    return readable and torch.equal(document_ids[:, 1:], document_ids[:, :-1])
 
 
 def _on_device(windows: Sequence[int], device: torch.device) -> Tensor:
