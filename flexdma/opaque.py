@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from flexdma.transforms import is_transformed
+from flexdma.transforms import is_exporting, is_transformed
 
 Tensors = TypeVar("Tensors", bound=Callable[..., list[Tensor]])
 
@@ -35,6 +35,8 @@ def _realize_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Ten
 def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[Tensors], Tensors]:
     """Decorator: on a CPU the function is one opaque operator `flexdma::name`; on other devices it is traced and fused.
 
+    torch.export traces it on every device.
+
     The device of the first argument, a tensor, decides.  `shapes` takes the same arguments and returns empty outputs.
     Outputs are made contiguous and have no gradient.  All tensors, in and out, are [B, ...] of the same B.
     """
@@ -51,7 +53,8 @@ def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[T
 
         def dispatch(first: Tensor, *rest: Any) -> list[Tensor]:
             # torch.func.vmap has a rule for the whole operator, but not for all in-place operations inside it.
-            opaque = first.device.type == "cpu" or is_transformed()
+            # A program of torch.export runs where there is no Python.
+            opaque = (first.device.type == "cpu" and not is_exporting()) or is_transformed()
             return operator(first, *rest) if opaque else function(first, *rest)
 
         dispatch.__doc__, dispatch.__name__ = function.__doc__, function.__name__

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flexdma.rounding import levels
+
 # Three counters of 21 bits fit in an int64.
 DIGITS, FIELD = 4, 21
 MASK = 2**FIELD - 1
@@ -22,7 +24,7 @@ def kth_smallest(values: Tensor, left: Tensor, right: Tensor, k: Tensor) -> Tens
 
         values = [2 0 3 1], left = 0, right = 4, k = 2      the third smallest of all four: 2
     """
-    by_digit = values.shape[-1] <= MASK
+    by_digit = levels(values.shape[-1] + 1) <= FIELD
     return (kth_smallest_by_digit if by_digit else kth_smallest_by_bit)(values, left, right, k)
 
 
@@ -34,12 +36,8 @@ def kth_smallest_by_bit(values: Tensor, left: Tensor, right: Tensor, k: Tensor) 
     length = values.shape[-1]
     positions = torch.arange(length, device=values.device)
     result = torch.zeros_like(k)
-    bit = 1
-    # A comparison, not bit_length(): a symbolic length is then guarded per power of two, not per length.
-    while bit < length:
-        bit *= 2
-    while bit > 1:
-        bit //= 2
+    for level in reversed(range(levels(length))):
+        bit = 1 << level
         is_zero = (values & bit) == 0
         zeros_before = pad(is_zero.cumsum(-1), (1, 0))  # [..., N + 1]
         total = zeros_before[..., -1:]
@@ -65,11 +63,7 @@ def kth_smallest_by_digit(values: Tensor, left: Tensor, right: Tensor, k: Tensor
     positions = torch.arange(length, device=values.device)
     result = torch.zeros_like(k)
     ones = sum(1 << (FIELD * d) for d in range(DIGITS - 1))
-    shift = 0
-    while 1 << shift < length:
-        shift += 2
-    while shift > 0:
-        shift -= 2
+    for shift in reversed(range(0, levels(length), 2)):
         digit = (values.long() >> shift) & (DIGITS - 1)
         # Field d counts the elements whose digit is at most d.  The last digit needs no field: it counts all elements.
         steps = torch.where(digit == DIGITS - 1, 0, ones << (digit * FIELD)) & (2**63 - 1)

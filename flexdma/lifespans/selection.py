@@ -5,7 +5,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from flexdma import checks
 from flexdma.lifespans.interval import Lifespans
@@ -165,9 +164,9 @@ def document_bounds(document_ids: Tensor) -> tuple[Tensor, Tensor]:
     """[B, K] -> start and end, each [B, 1, K]: the first position of each key's document, and one past its last."""
     length = document_ids.shape[-1]
     positions = torch.arange(length, device=document_ids.device)
-    changed = document_ids[:, 1:] != document_ids[:, :-1]
-    first = torch.where(pad(changed, (1, 0), value=True), positions, 0)
-    last = torch.where(pad(changed, (0, 1), value=True), positions + 1, length)
+    # roll, because torch.export guards sizes of length - 1.
+    first = torch.where((document_ids != document_ids.roll(1, -1)) & (positions > 0), positions, 0)
+    last = torch.where(document_ids != document_ids.roll(-1, -1), positions + 1, length)
     start = first.cummax(-1).values
     end = last.flip(-1).cummin(-1).values.flip(-1)
     return start[:, None], end[:, None]

@@ -11,6 +11,10 @@ from flexdma.lifespans.interval import Lifespans
 from flexdma.lifespans.order_statistics import scattered
 from flexdma.lifespans.ranking import by_rank
 from flexdma.opaque import opaque_on_cpu
+from flexdma.rounding import levels
+
+# The rank of a key that is not seen; a constant, because torch.export fixes a length that fills a tensor.
+NO_RANK = 2**31 - 1
 
 
 def seen_by_queries(lifespans: Lifespans, queries: int) -> Lifespans:
@@ -56,17 +60,13 @@ def best_visible(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> li
     seen = (size > 0) & bias.isfinite()
     ranked = by_rank(torch.where(seen, bias, float("-inf")))
     rank = scattered(torch.arange(keys, dtype=torch.int32, device=bias.device).expand_as(ranked), ranked)
-    rank = torch.where(seen, rank, keys)
-    best = torch.full((*bias.shape[:-1], queries), keys, dtype=torch.int32, device=bias.device)
-    length = 1
-    # A comparison, not bit_length(): a symbolic length is then guarded per power of two.
-    while length < queries:
-        length *= 2
-    while length > 0:
+    rank = torch.where(seen, rank, NO_RANK)
+    best = torch.full((*bias.shape[:-1], queries), NO_RANK, dtype=torch.int32, device=bias.device)
+    for level in reversed(range(levels(queries) + 1)):
+        length = 1 << level
         # Before this line best[i] belongs to queries i .. i + 2 length - 1, after it to i .. i + length - 1.
-        best = torch.minimum(best, pad(best, (length, 0), value=keys)[..., :queries])
-        here = torch.where((size >= length) & (size < 2 * length), rank, keys)
+        best = torch.minimum(best, pad(best, (length, 0), value=NO_RANK)[..., :queries])
+        here = torch.where((size >= length) & (size < 2 * length), rank, NO_RANK)
         for start in (born.clamp(max=queries - 1), (dies - length).clamp(min=0)):
             best = best.scatter_reduce(-1, start, here, "amin")
-        length //= 2
-    return [torch.where(best < keys, ranked.gather(-1, best.clamp(max=keys - 1).long()), -1)]
+    return [torch.where(best < NO_RANK, ranked.gather(-1, best.clamp(max=keys - 1).long()), -1)]

@@ -42,21 +42,24 @@ def gather_attend(
     in_order, ranked: see `flexdma.lowerings.attend`.
     block_size: of queries; None = `plain.BLOCK_SIZE`, or `fused_cut.block_size_for` where fused.
     """
-    capacity = min(capacity, key.shape[2])
     fusible = score_mod is None and is_fusible(query, value, scale)
-    if fusible and not needs_gradient(query, key, value, bias, sink_logits):
+    trains = needs_gradient(query, key, value, bias, sink_logits)
+    if is_exporting():
+        attend: Callable[..., Any] = partial(plain_attend, log_sum=sink_logits is not None, masked=fusible and not trains)
+        if not has_static_value(capacity):
+            raise ValueError(
+                "capacity: expected an int for 'gather' with a symbolic length in torch.export (for selection='threshold' "
+                "its window_size), got None; or lowering='dense'"
+            )
+    elif fusible and not trains:
+        capacity = min(capacity, key.shape[2])
         # One operator for tracers and fake tensors: inside it births can be read.
         whole = _operator if torch.compiler.is_compiling() or is_recorded(query) else _without_gradient
         return whole(query, key, value, bias, *lifespans, in_order, ranked, capacity, scale, block_size, sink_logits)
-    if is_exporting() and not (has_static_value(query.shape[2]) and has_static_value(key.shape[2])):
-        raise ValueError(
-            "lowering: 'gather' exports symbolic lengths only on a CPU, without gradients, a score_mod and unequal head "
-            "sizes; expected torch.no_grad() around torch.export.export, lowering='dense', or static lengths"
-        )
-    sizes: dict[str, Any] = {"capacity": capacity, "scale": scale, "block_size": block_size}
-    attend = (
-        partial(fused_attend, **sizes) if fusible else partial(plain_attend, **sizes, log_sum=sink_logits is not None)
-    )
+    else:
+        capacity = min(capacity, key.shape[2])
+        attend = fused_attend if fusible else partial(plain_attend, log_sum=sink_logits is not None)
+    attend = partial(attend, capacity=capacity, scale=scale, block_size=block_size)
     return attend_any_births(
         partial(_with_sinks, attend, sink_logits), query, key, value, bias, lifespans, in_order=in_order, ranked=ranked,
         exact=sink_logits is not None, score_mod=score_mod, reads_device=can_read(query),

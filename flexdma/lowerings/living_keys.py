@@ -5,6 +5,7 @@ born takes the slot of the (n - capacity)-th key that dies.  The keys alive befo
 slot.  One sort, at most ceil(log2 K) rounds of pointer jumping, one cummax; no Q x K tensor exists.
 """
 
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -12,16 +13,23 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexdma.opaque import opaque_on_cpu
-from flexdma.rounding import ceil_div
+from flexdma.rounding import ceil_div, levels
 from flexdma.stages import staged
+from flexdma.transforms import is_exporting
 
 # Blocks times heads that `living_lists` computes at once: few enough that its integers stay in cache.
 BLOCKS_AT_ONCE = 32
 
 
+def number_of_blocks(queries: int, block: int) -> int:
+    """Blocks that hold these queries.  Under torch.export at least two, because programs guard sizes of 1."""
+    blocks = ceil_div(queries, block)
+    return torch.sym_max(2, blocks) if is_exporting() else blocks
+
+
 def _empty_living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block: int) -> list[Tensor]:
     batch, heads, _keys = birth.shape
-    shape = (batch, heads, ceil_div(queries, block), capacity + block)
+    shape = (batch, heads, number_of_blocks(queries, block), capacity + block)
     return [birth.new_empty(shape, dtype=torch.int64), birth.new_empty(shape)]
 
 
@@ -36,7 +44,7 @@ def living_keys(birth: Tensor, death: Tensor, queries: int, capacity: int, block
     first_query = birth.shape[-1] - queries
     slot = _slots(birth, death, capacity)
     before = _entered(slot, capacity, first_query)
-    keys, _ = _by_block(slot, before, first_query, ceil_div(queries, block), block)
+    keys, _ = _by_block(slot[..., first_query:], before, first_query, number_of_blocks(queries, block), block)
     index = keys.clamp(min=0).long()
     death = death.gather(-1, index.flatten(2)).view_as(index)
     return [index, torch.where(keys < 0, 0, death)]
@@ -60,7 +68,9 @@ def living_lists(birth: Tensor, death: Tensor, queries: int, capacity: int, bloc
     lists: list[list[LivingList]] = [[] for _ in range(heads)]
     step = block * max(1, BLOCKS_AT_ONCE // max(1, heads))
     for start in range(length - queries, length, step):
-        keys, before = _by_block(slot, before, start, ceil_div(min(step, length - start), block), block)
+        keys, before = _by_block(
+            slot[..., start : start + step], before, start, ceil_div(min(step, length - start), block), block
+        )
         index = keys.clamp(min=0).long()
         last = death.gather(-1, index.flatten(2)).view_as(index)
         starts = start + block * torch.arange(keys.shape[2], dtype=torch.int32, device=keys.device)[:, None]
@@ -88,14 +98,12 @@ def _slots(birth: Tensor, death: Tensor, capacity: int) -> Tensor:
     # The n-th key born takes over the slot of the (n - capacity)-th to die.  The first `capacity` keys are their own roots.
     predecessor = key_of_death.gather(-1, (by_birth - capacity).clamp(min=0))
     root = torch.where(lives & (by_birth >= capacity), predecessor, positions)
-    hops = 1
-    while hops < length:
+    for _ in range(levels(length)):
         further = root.gather(-1, root)
         # Most chains are short.  On a CPU the comparison needs no synchronisation.
-        if root.device.type == "cpu" and torch.equal(further, root):
+        if root.device.type == "cpu" and not is_exporting() and torch.equal(further, root):
             break
         root = further
-        hops *= 2
     return torch.where(lives, by_birth.gather(-1, root), capacity)
 
 
@@ -109,17 +117,18 @@ def _entered(slot: Tensor, capacity: int, position: int) -> Tensor:
 def _by_block(slot: Tensor, before: Tensor, start: int, blocks: int, block: int) -> tuple[Tensor, Tensor]:
     """The keys of `blocks` blocks of queries from position `start` on, and the last key of each slot after them.
 
-    before: `_entered` at `start`.
+    slot: of the keys from `start` to the end of these blocks, or to the last key.  before: `_entered` at `start`.
     Returns [B, H, blocks, capacity + block] and [B, H, capacity], int32, -1 for none.
     """
-    capacity, length = before.shape[-1], slot.shape[-1]
-    own = torch.arange(start, start + blocks * block, dtype=torch.int32, device=slot.device)
-    born = own[: length - start].expand(*slot.shape[:-1], -1)
-    slot = slot[..., start : start + blocks * block]
+    capacity, end = before.shape[-1], start + slot.shape[-1]
+    integers = partial(torch.arange, dtype=torch.int32, device=slot.device)
+    born = integers(start, end).expand(*slot.shape[:-1], -1)
+    # A sum of two, not one range that is reshaped, which torch.export would guard.
+    own = (start + block * integers(blocks))[:, None] + integers(block)
     # Row r collects the keys that entered during block r - 1.  One extra cell collects the keys that are never visible.
     row = (born - start).div(block, rounding_mode="floor").long() + 1
     cell = torch.where(slot < capacity, row * capacity + slot, (blocks + 1) * capacity)
     last = pad(before, (0, blocks * capacity + 1), value=-1).scatter_reduce(-1, cell, born, "amax")
-    last = last[..., :-1].unflatten(-1, (blocks + 1, capacity)).cummax(-2).values
-    own = torch.where(own < length, own, -1).view(blocks, block).expand(*slot.shape[:-1], -1, -1)
+    last = last[..., :-1].unfold(-1, capacity, capacity).cummax(-2).values
+    own = torch.where(own < end, own, -1).expand(*slot.shape[:-1], -1, -1)
     return torch.cat([last[..., :-1, :], own], -1), last[..., -1, :]

@@ -14,13 +14,13 @@ from torch.nn.functional import pad
 from torch.utils.checkpoint import checkpoint
 
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.living_keys import living_keys
+from flexdma.lowerings.living_keys import living_keys, number_of_blocks
+from flexdma.lowerings.masked_blocks import attend_masked_blocks
 from flexdma.lowerings.plain_blocks import Blocks, attend_blocks
 from flexdma.packing import along_keys
-from flexdma.rounding import ceil_div
 from flexdma.signatures import ScoreMod
 from flexdma.stages import staged
-from flexdma.transforms import is_transformed
+from flexdma.transforms import is_exporting, is_transformed
 
 # Queries per block: the best of 32 .. 256 on a CPU, measured (docs/benchmarks.md).
 BLOCK_SIZE = 128
@@ -44,18 +44,20 @@ def plain_attend(
     scale: float,
     block_size: int | None,
     log_sum: bool,
+    masked: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """Attention to keys born at their own positions -> [B, Hq, Q, Dv], and the log-sum-exp of scores, [B, Hq, Q].
 
     bias [B, Hkv, K], reference [B, Hkv, Q] without a gradient.  log_sum: False returns None instead of the log-sum-exp.
     A row that sees no key gives 0, and an arbitrary log-sum-exp.
+    masked: whether to run PyTorch's CPU kernel with a mask; without a score_mod and a gradient.
     """
     batch, query_heads, queries, _size = query.shape
     heads, keys = key.shape[1:3]
     group = query_heads // heads
     first_query = keys - queries
     block = block_size or BLOCK_SIZE
-    blocks = ceil_div(queries, block)
+    blocks = number_of_blocks(queries, block)
 
     slots, death = living_keys(lifespans.birth, lifespans.death, queries, capacity, block)
     slots = slots.expand(batch, heads, -1, -1)  # [B, Hkv, R, C]: positions of the keys
@@ -78,10 +80,15 @@ def plain_attend(
     def joined(tensor: Tensor) -> Tensor:
         """[B, Hkv, R, G, M, ...] -> [B, Hq, Q, ...]."""
         # Join heads first, then drop the rows beyond the last query: in this order symbolic lengths need no guard.
-        return tensor.transpose(2, 3).flatten(1, 2).flatten(2, 3)[:, :, :queries]
+        tensor = tensor.transpose(2, 3).flatten(1, 2).flatten(2, 3)
+        if is_exporting():  # which guards the strides of a view
+            return tensor.index_select(2, torch.arange(queries, device=tensor.device))
+        return tensor[:, :, :queries]
 
     elements = batch * query_heads * blocks * block * slots.shape[-1]
-    if torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:
+    if masked:
+        output = attend_masked_blocks(_take(key, slots), _take(value, slots), every, scale=scale, log_sum=log_sum)
+    elif torch.compiler.is_compiling() or elements <= CHUNK_ELEMENTS:
         output = attend_blocks(
             _take(key, slots), _take(value, slots), every, scale=scale, score_mod=score_mod, log_sum=log_sum
         )

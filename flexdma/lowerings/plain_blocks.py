@@ -1,5 +1,6 @@
 """Plain attention of blocks of queries, each to the keys gathered for it."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch.nn.functional import pad
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.mixed_precision import without_autocast
 from flexdma.signatures import ScoreMod
+from flexdma.transforms import is_exporting
 
 
 class Blocks(NamedTuple):
@@ -56,16 +58,37 @@ def attend_blocks(
 
     with without_autocast(rows.device):
         flat = rows.flatten(3, 4).to(computed) * scale
-        scores = (flat @ keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
+        scores = _product(flat, keys.to(computed).mT).unflatten(3, (group, block))  # [B, Hkv, R, G, M, C]
         if score_mod is None:
             scores = scores + added
         else:
             scores = _modified(scores, positions, slots, score_mod).expand_as(scores) + added
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
             scores = scores.masked_fill(nothing, 0.0)
-        output = (scores.softmax(-1).flatten(3, 4) @ values.to(computed)).unflatten(3, (group, block))
+        output = _product(scores.softmax(-1).flatten(3, 4), values.to(computed)).unflatten(3, (group, block))
     output = torch.where(nothing, 0.0, output).to(rows.dtype)
     return [output, scores.logsumexp(-1)] if log_sum else [output]
+
+
+def joined(tensor: Tensor) -> Tensor:
+    """[B, Hkv, R, ...] -> [B Hkv R, ...] for torch.export, which cannot prove that `flatten` may join a symbolic R."""
+    # Through one row: these two steps need no proof.
+    row = tensor.clone(memory_format=torch.contiguous_format).flatten()
+    return row.view(math.prod(tensor.shape[:3]), math.prod(tensor.shape[3:])).unflatten(1, tensor.shape[3:])
+
+
+def parted(tensor: Tensor, leading: torch.Size) -> Tensor:
+    """The inverse of `joined`, for leading = [B, Hkv, R]."""
+    batch, *others = (*leading, *tensor.shape[1:])
+    row = tensor.clone(memory_format=torch.contiguous_format).flatten()
+    return row.view(batch, math.prod(others)).unflatten(1, others)
+
+
+def _product(first: Tensor, second: Tensor) -> Tensor:
+    """The matrix product of tensors, both [B, Hkv, R, ...]."""
+    if not is_exporting():
+        return first @ second
+    return parted(joined(first) @ joined(second), first.shape[:3])
 
 
 def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: ScoreMod) -> Tensor:

@@ -67,7 +67,7 @@ def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> lis
     lives = death > birth
     # A document (or a run without keys) begins where no earlier key is alive.
     latest = torch.where(lives, death, 0).cummax(-1).values
-    document = (pad(latest[..., :-1], (1, 0)) <= positions).cumsum(-1)
+    document = (pad(latest, (1, 0))[..., :-1] <= positions).cumsum(-1)
 
     # One cummax for all documents: an int64 of the document's number and 32 bits that sort like the float32 gate.
     seen = torch.where(gate.isfinite() & lives, gate, float("-inf"))
@@ -75,7 +75,7 @@ def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> lis
     largest, best = place.cummax(-1)
     if twice:
         # The same again for the low parts of gates whose float32 values are equal.
-        run = (pad(largest[..., :-1], (1, 0)) != largest).cumsum(-1)
+        run = (pad(largest, (1, 0))[..., :-1] != largest).cumsum(-1)
         rest = torch.where((place == largest) & seen.isfinite(), seen - seen.float().double(), float("-inf"))
         best = (_ordered(rest) + run * 2**32).cummax(-1).indices
     return [torch.where(seen.gather(-1, best) == float("-inf"), -1, best)]

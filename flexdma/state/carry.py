@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans, by_rank
 from flexdma.lifespans.ranking import NEVER
-from flexdma.lifespans.selection import is_above
+from flexdma.lifespans.selection import document_bounds, is_above
 from flexdma.opaque import realize
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
@@ -109,9 +109,7 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> 
     if keys.document_ids is not None:
         # A copy: the caller may overwrite the ids, and torch.compile would guard the strides of a view.
         document = keys.document_ids[:, -1].clone(memory_format=torch.contiguous_format)
-        changed = keys.document_ids[:, 1:] != keys.document_ids[:, :-1]
-        start = pad(torch.where(changed, torch.arange(1, total, device=real.device), 0), (1, 0)).amax(-1)
-        real = real & (torch.arange(total, device=real.device) >= start[:, None, None])
+        real = real & (document_bounds(keys.document_ids)[0][..., -1:] <= torch.arange(total, device=real.device))
     is_sink = real & (real.cumsum(-1) <= state.sinks)
     last_sink = torch.where(is_sink, keys.position, -1).amax(-1)
     real_length, last_padding = state.real_length + keys.new, state.last_padding
@@ -139,14 +137,15 @@ def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -
     total = real.shape[-1]
     eligible = real & is_above(keys.gate, state.policy.threshold) if state.selection == "threshold" else real
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
-    best = by_rank(gate)[..., : state.widest]
-    number = torch.arange(best.shape[-1], device=real.device)
-    chosen = eligible.gather(-1, best) & (number < state.policy.windows(real.device))
-    slots = _first(torch.where(chosen, best, -1), state.widest)  # -1 for none
+    places = torch.arange(total, device=real.device).expand(real.shape)
+    rank = torch.empty_like(places).scatter(-1, by_rank(gate), places)
+    in_top = eligible & (rank < state.policy.windows(real.device))
+    # A cell beyond the slots collects the keys outside the top-w.
+    slots = torch.full((*real.shape[:2], state.widest + 1), -1, device=real.device)  # -1 for none
+    slots = slots.scatter(-1, torch.where(in_top, rank, state.widest), places)[..., : state.widest]
     if state.sinks + state.recent:
-        in_top = torch.zeros_like(real).scatter(-1, best, chosen)
         recent = keys.position >= state.length[:, None, None] - state.recent
-        others = torch.where(real & ~in_top & (is_sink | recent), torch.arange(total, device=real.device), -1)
+        others = torch.where(real & ~in_top & (is_sink | recent), places, -1)
         others = others.sort(dim=-1, descending=True).values
         slots = torch.cat([slots, _first(others, state.sinks + state.recent)], -1)
     held, slot = slots >= 0, slots.clamp(min=0)
@@ -168,8 +167,7 @@ def _last_padding(state: "DynamicMaskState", key_padding_mask: Tensor) -> Tensor
 
 def _first(numbers: Tensor, count: int) -> Tensor:
     """The first `count` of [..., n], padded with -1 where n < count."""
-    numbers = numbers[..., :count]
-    return pad(numbers, (0, count - numbers.shape[-1]), value=-1)
+    return pad(numbers, (0, count), value=-1)[..., :count]
 
 
 def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new: int) -> Tensor:
