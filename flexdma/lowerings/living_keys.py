@@ -126,7 +126,10 @@ def _by_block(slot: Tensor, before: Tensor, start: int, blocks: int, block: int)
     # A sum of two, not one range that is reshaped, which torch.export would guard.
     own = (start + block * integers(blocks))[:, None] + integers(block)
     # Row r collects the keys that entered during block r - 1.  One extra cell collects the keys that are never visible.
-    row = (born - start).div(block, rounding_mode="floor").long() + 1
+    # Counted, not born - start, in a compiled program: for index // block Inductor splits the loop over all keys into whole
+    # blocks and drops the keys beyond the last whole one (torch 2.13).
+    number = (slot >= 0).cumsum(-1) - 1 if is_exporting() else born - start
+    row = number.div(block, rounding_mode="floor").long() + 1
     cell = torch.where(slot < capacity, row * capacity + slot, (blocks + 1) * capacity)
     last = pad(before, (0, blocks * capacity + 1), value=-1).scatter_reduce(-1, cell, born, "amax")
     last = last[..., :-1].unfold(-1, capacity, capacity).cummax(-2).values
