@@ -45,7 +45,9 @@ def gather_attend(
     fusible = score_mod is None and is_fusible(query, value, scale)
     trains = needs_gradient(query, key, value, bias, sink_logits)
     if is_exporting():
-        attend: Callable[..., Any] = partial(plain_attend, log_sum=sink_logits is not None, masked=fusible and not trains)
+        attend: Callable[..., Any] = partial(
+            plain_attend, log_sum=sink_logits is not None, masked=fusible and not trains
+        )
         if not has_static_value(capacity):
             raise ValueError(
                 "capacity: expected an int for 'gather' with a symbolic length in torch.export (for selection='threshold' "
