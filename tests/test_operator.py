@@ -12,6 +12,9 @@ from flexdma.lowerings import fused_cut, plain
 from flexdma.lowerings import gather as gather_module
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod, softcap_score_mod
+from flexdma.tools.shapes import Shape
+from flexdma.tools.shapes import inputs as inputs_of
+from flexdma.tools.timing import backward_of, peak_bytes
 from tests.comparison import assert_same, gather, inputs, with_gradients
 from tests.lifespans.gate_strategies import gates, selections
 
@@ -155,6 +158,24 @@ def test_gradients_by_finite_differences(value_size):
 
     assert torch.autograd.gradcheck(attend, tensors, check_batched_grad=True)
     assert torch.autograd.gradgradcheck(attend, tensors)
+
+
+def test_training_needs_little_memory_beside_inputs_and_results():
+    shape = Shape(8192, 512, backward=True)
+    tensors = inputs_of(shape, "cpu", torch.float32)
+    query, key, value, gate = (t.nbytes for t in tensors)
+    results = 3 * query + key + value + gate  # output, its gradient, and the gradients of the inputs
+
+    def train():
+        backward_of(gather(*tensors, window_size=shape.window), tensors)
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        train()
+        assert peak_bytes(train) - results <= 1.5 * (key + value)
+    finally:
+        torch.set_num_threads(threads)
 
 
 @pytest.mark.parametrize("needed", [(0,), (1, 2), (3,)])

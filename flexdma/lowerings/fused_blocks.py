@@ -35,18 +35,15 @@ class Gathered(NamedTuple):
     position: Tensor  # [n, C], in the row of all keys
     key: Tensor  # [n, C, D]
     value: Tensor  # [n, C, D]
-    mask: Tensor  # [n, 1, M, C] or [n, 1, G M, C]: bias - reference where the query sees the key, else -inf
+    mask: Tensor  # [n, 1, M, C]: bias - reference where the query sees the key, else -inf
     empty: Tensor | None  # [n]: whether the list has no key; None = each has
 
 
 @staged("key/value gather")
-def gathered(
-    reference: Tensor, starts: Tensor, lists: Sequence[LivingList], keys: AllKeys, copies: int = 1
-) -> Gathered:
+def gathered(reference: Tensor, starts: Tensor, lists: Sequence[LivingList], keys: AllKeys) -> Gathered:
     """The keys of n lists, for blocks of M queries.  At least one list has a key.
 
     reference [n, M]; starts [n]: positions of the blocks' first queries in the row of all keys.
-    copies: of the mask, one after another; G for `block_gradients`.
     """
     index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
     lengths = [len(each.keys) for each in lists]
@@ -67,7 +64,6 @@ def gathered(
     some = slice(max(each.partial for each in lists))
     first, last = (position[:, some] - starts[:, None] for position in (index, death))
     mask[..., some] = torch.minimum(mask[..., some], _bound(first, last, reference.shape[1], computed))
-    mask = mask.unsqueeze(1).expand(-1, copies, -1, -1).flatten(1, 2)
     return Gathered(index, key, value, mask.unsqueeze(1), empty)
 
 
@@ -114,38 +110,36 @@ def block_gradients(
     logits are the same, and the gradient of the 0 is the bias's.  The gradient of the scores is
     dS_ij = P_ij (dO_i . v_j - dO_i . o_i + dL_i) with that of the log-sum-exp, dL: one more column of dO with dL_i, of v with
     1, of o with 0.
-
-    The query heads of a group are folded into rows, which is faster than heads that share keys, and sums their gradients.
     """
-    count, group, block, size = rows.shape
+    group, size = rows.shape[1], rows.shape[3]
     columns = COLUMNS if needs_bias or log_sum_gradient is not None else 0
 
-    def folded(tensor: Tensor) -> Tensor:
-        wide = tensor.new_empty(count, group, block, size + columns, dtype=keys.key.dtype)
+    def widened(tensor: Tensor) -> Tensor:
+        wide = tensor.new_empty(*tensor.shape[:-1], size + columns, dtype=keys.key.dtype)
         wide[..., :size] = tensor
         wide[..., size:] = 0.0
         if keys.empty is not None:
             wide.masked_fill_(keys.empty[:, None, None, None], 0.0)
         return wide
 
-    query, out, gradient = folded(rows), folded(output), folded(output_gradient)
-    key, value = (pad(tensor, (0, columns)) if columns else tensor for tensor in (keys.key, keys.value))
+    query, out, gradient = widened(rows), widened(output), widened(output_gradient)
+    key, value = (pad(tensor, (0, columns)) for tensor in (keys.key, keys.value))
     if needs_bias:
         query[..., size] = 1 / scale
     if log_sum_gradient is not None:
         gradient[..., size] = log_sum_gradient
         value[..., size] = 1.0
-    query, out, gradient = (tensor.flatten(1, 2).unsqueeze(1) for tensor in (query, out, gradient))
+    key, value = (tensor.unsqueeze(1).expand(-1, group, -1, -1) for tensor in (key, value))
     of_rows, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, key.unsqueeze(1), value.unsqueeze(1), out, log_sum.flatten(1, 2).unsqueeze(1), 0.0, False,
-        attn_mask=keys.mask, scale=scale,
-    )  # fmt: skip
+        gradient, query, key, value, out, log_sum, 0.0, False, attn_mask=keys.mask, scale=scale
+    )
+    of_key, of_value = of_key.sum(1), of_value.sum(1)
+    # Contiguous: adding rows of a view is three times slower.
     return BlockGradients(
-        of_rows.view(count, group, block, -1)[..., :size],
-        # Contiguous: adding rows of a view is three times slower.
-        of_key[:, 0, :, :size].contiguous(),
-        of_value[:, 0, :, :size].contiguous(),
-        of_key[:, 0, :, size] if needs_bias else None,
+        of_rows[..., :size],
+        of_key[..., :size].contiguous(),
+        of_value[..., :size].contiguous(),
+        of_key[..., size] if needs_bias else None,
     )
 
 

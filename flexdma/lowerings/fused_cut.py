@@ -49,7 +49,6 @@ class Cut:
     """The strips of a call with queries [B, Hq, Q, D], keys [B, Hkv, K, D] and keys born at their own positions.
 
     bias [B, Hkv, K], reference [B, Hkv, Q].
-    folded: masks for rows in which the query heads of a group are folded.
     """
 
     def __init__(
@@ -62,13 +61,11 @@ class Cut:
         lifespans: Lifespans,
         capacity: int,
         block_size: int | None,
-        *,
-        folded: bool = False,
     ) -> None:
         batch, heads, keys, size = key.shape
         queries = query.shape[2]
         self.heads, self.group = batch * heads, query.shape[1] // heads
-        self.queries, self.capacity, self.copies = queries, capacity, self.group if folded else 1
+        self.queries, self.capacity = queries, capacity
         self.block = min(block_size or block_size_for(lifespans, queries, capacity), queries)
         birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
         self.lists = living_lists(birth, death, queries, capacity, self.block)
@@ -120,4 +117,4 @@ class Cut:
     ) -> Gathered | None:
         if not any(len(each.keys) for each in lists):
             return None
-        return gathered(reference[where].flatten(0, 1), starts[where].flatten(), lists, self.every_key, self.copies)
+        return gathered(reference[where].flatten(0, 1), starts[where].flatten(), lists, self.every_key)

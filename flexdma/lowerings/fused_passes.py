@@ -75,7 +75,7 @@ def gradients(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; zeros for a bias that needs none."""
-    cut = Cut(query, key, value, bias, reference, Lifespans(birth, death), capacity, block_size, folded=True)
+    cut = Cut(query, key, value, bias, reference, Lifespans(birth, death), capacity, block_size)
     of_query, of_key, of_value, of_bias = _empty_gradients(query, key, value, bias)
     by_head = [cut.by_head(tensor) for tensor in (of_query, query, output, log_sum, output_gradient)]
     if log_sum_gradient is not None:
