@@ -31,7 +31,7 @@ from flexdma.tools.records import Results
 from flexdma.tools.shapes import Shape, inputs
 from flexdma.tools.stages import BEFORE_ATTENTION, WHOLE, Ledger, profile
 from flexdma.tools.timing import Prepared, Turns, UnavailableError, interleaved, peak_bytes
-from flexdma.tools.whole_calls import COMPILED, COMPILED_PLAIN
+from flexdma.tools.whole_calls import COMPILED, COMPILED_DEFAULT, COMPILED_PLAIN, EAGER
 from tests.tools.hand_moved_clock import HandMovedClock
 
 pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -396,6 +396,30 @@ def test_the_table_of_targets_is_filled_by_the_gpu_suite():
     ):
         assert row in text
     assert "| **missed**: 3.0 |" in report.markdown(gpu_results(forward=0.002))
+
+
+def test_the_table_of_targets_is_filled_by_the_cpu_suite():
+    forward, _, _, training = SUITES["cpu"].calls
+    results = results_of(
+        "cpu",
+        calls={
+            str(forward): {"SDPA causal": 2.0, EAGER: 0.4, COMPILED_DEFAULT: 0.5, COMPILED: 0.8},
+            str(training): {"SDPA causal": 2.0, EAGER: 0.5, COMPILED_DEFAULT: 0.5},
+        },
+        lengths={str(SUITES["cpu"].lengths[0]): {"flexdma": 0.01, "selection": 0.0004}},
+    )
+    mib, numbers = 2**20, training.length * training.size * 4
+    results.add("calls", str(training), [(EAGER, "peak_bytes", numbers * (3 * 8 + 2 * 2 + 2 / 64 + 1.25 * 2 * 2))])
+    text = report.markdown(results)
+    assert numbers == 2 * mib
+    for row in (
+        f"| {forward}: 4.5 times faster than causal SDPA | 5.0 ({EAGER}), 4.0 ({COMPILED_DEFAULT}), 2.5 ({COMPILED}) |",
+        f"| {training}: 5.0 times faster than causal SDPA | **missed**: 4.0 ({EAGER}), 4.0 ({COMPILED_DEFAULT}) |",
+        f"| the compiled call, over the eager one: at least 1 | **missed**: 0.80 at {forward}, 1.00 at {training} |",
+        f"at most 1.5 times key and value | 1.2 at {training} |",
+        "| ranking + lifespans, of the forward, N = 4k to 1M: at most 5 % | 4.0% at N=4096 |",
+    ):
+        assert row in text
 
 
 def test_the_gpu_suite_begins_with_its_targets():
