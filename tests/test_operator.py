@@ -1,5 +1,6 @@
 """The operator by the gather lowering, which runs everywhere, compared with the dense specification in float64."""
 
+from functools import partial
 from typing import Any
 
 import pytest
@@ -317,3 +318,16 @@ def test_blocks_are_large_where_few_keys_are_born():
     rising = torch.arange(65536.0).view(1, 1, -1)
     assert fused_cut.block_size_for(flexdma.causal_top_w(rising, 1024), 65536, 1024) == fused_cut.BLOCK_SIZE
     assert fused_cut.block_size_for(flexdma.causal_top_w(gate, 1024), 1000, 1024) == fused_cut.BLOCK_SIZE
+
+
+def test_gradients_of_gates_that_outweigh_all_others():
+    """Softmaxes are 1 for one key; the gradients of scores are differences of equal numbers, multiplied by large gates."""
+    tensors = inputs(1, 4, 2, 60, 60, 16, dtype=torch.float32)
+
+    def by_exponents(attend, *tensors):
+        return attend(*tensors[:3], (4 * tensors[3] + 6).exp(), window_size=8)
+
+    got = with_gradients(partial(by_exponents, gather), tensors)
+    want = with_gradients(partial(by_exponents, dense_dynamic_mask_attention), [t.double() for t in tensors])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.double(), b, atol=1e-5, rtol=1e-5)

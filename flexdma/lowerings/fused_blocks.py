@@ -40,8 +40,10 @@ class Gathered(NamedTuple):
 
 
 @staged("key/value gather")
-def gathered(reference: Tensor, starts: Tensor, lists: Sequence[LivingList], keys: AllKeys) -> Gathered:
-    """The keys of n lists, for blocks of M queries.  At least one list has a key.
+def gathered(
+    reference: Tensor, starts: Tensor, lists: Sequence[LivingList], keys: AllKeys, computed: torch.dtype
+) -> Gathered:
+    """The keys of n lists, for blocks of M queries, in the dtype `computed`.  At least one list has a key.
 
     reference [n, M]; starts [n]: positions of the blocks' first queries in the row of all keys.
     """
@@ -52,7 +54,6 @@ def gathered(reference: Tensor, starts: Tensor, lists: Sequence[LivingList], key
         # Fill short lists with the block's first key: its contents, NaN included, reach the block anyway.
         index = torch.where(absent, index[:, :1].clamp(min=0), index)
     key, value, bias, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
-    computed = torch.promote_types(key.dtype, torch.float32)
     key, value = key.to(computed), value.to(computed)
     empty = None
     if absent is not None:
@@ -131,7 +132,7 @@ def block_gradients(
         value[..., size] = 1.0
     key, value = (tensor.unsqueeze(1).expand(-1, group, -1, -1) for tensor in (key, value))
     of_rows, of_key, of_value = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        gradient, query, key, value, out, log_sum, 0.0, False, attn_mask=keys.mask, scale=scale
+        gradient, query, key, value, out, log_sum.to(key.dtype), 0.0, False, attn_mask=keys.mask, scale=scale
     )
     of_key, of_value = of_key.sum(1), of_value.sum(1)
     # Contiguous: adding rows of a view is three times slower.

@@ -48,7 +48,7 @@ class Strip(NamedTuple):
 class Cut:
     """The strips of a call with queries [B, Hq, Q, D], keys [B, Hkv, K, D] and keys born at their own positions.
 
-    bias [B, Hkv, K], reference [B, Hkv, Q].
+    bias [B, Hkv, K], reference [B, Hkv, Q].  computed: the dtype of scores.
     """
 
     def __init__(
@@ -61,11 +61,12 @@ class Cut:
         lifespans: Lifespans,
         capacity: int,
         block_size: int | None,
+        computed: torch.dtype,
     ) -> None:
         batch, heads, keys, size = key.shape
         queries = query.shape[2]
         self.heads, self.group = batch * heads, query.shape[1] // heads
-        self.queries, self.capacity = queries, capacity
+        self.queries, self.capacity, self.computed = queries, capacity, computed
         self.block = min(block_size or block_size_for(lifespans, queries, capacity), queries)
         birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
         self.lists = living_lists(birth, death, queries, capacity, self.block)
@@ -117,4 +118,4 @@ class Cut:
     ) -> Gathered | None:
         if not any(len(each.keys) for each in lists):
             return None
-        return gathered(reference[where].flatten(0, 1), starts[where].flatten(), lists, self.every_key)
+        return gathered(reference[where].flatten(0, 1), starts[where].flatten(), lists, self.every_key, self.computed)

@@ -15,6 +15,9 @@ from flexdma.lowerings.fused_blocks import attend_blocks, block_gradients
 from flexdma.lowerings.fused_cut import Cut
 from flexdma.mixed_precision import without_autocast
 
+# A difference of biases from which on the backward computes in float64.
+SATURATED = 1024.0
+
 
 def attend(
     query: Tensor,
@@ -28,8 +31,9 @@ def attend(
     scale: float,
     block_size: int | None,
 ) -> tuple[Tensor, Tensor]:
-    cut = Cut(query, key, value, bias, reference, Lifespans(birth, death), capacity, block_size)
+    lifespans = Lifespans(birth, death)
     output, log_sum = empty_output(query)
+    cut = Cut(query, key, value, bias, reference, lifespans, capacity, block_size, log_sum.dtype)
     by_head = [cut.by_head(tensor) for tensor in (query, output, log_sum)]
     with without_autocast(query.device):
         for strip in cut.strips():
@@ -75,7 +79,9 @@ def gradients(
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; zeros for a bias that needs none."""
-    cut = Cut(query, key, value, bias, reference, Lifespans(birth, death), capacity, block_size)
+    lifespans = Lifespans(birth, death)
+    computed = torch.float64 if saturates(bias, reference, lifespans) else log_sum.dtype
+    cut = Cut(query, key, value, bias, reference, lifespans, capacity, block_size, computed)
     of_query, of_key, of_value, of_bias = _empty_gradients(query, key, value, bias)
     by_head = [cut.by_head(tensor) for tensor in (of_query, query, output, log_sum, output_gradient)]
     if log_sum_gradient is not None:
@@ -92,10 +98,10 @@ def gradients(
                 of = block_gradients(*some, keys=keys, scale=scale, needs_bias=needs_bias)
                 _fill([to_rows], where, [of.rows])
                 index = keys.position.flatten()
-                to_key.index_add_(0, index, of.key.flatten(0, 1))
-                to_value.index_add_(0, index, of.value.flatten(0, 1))
+                to_key.index_add_(0, index, of.key.flatten(0, 1).to(to_key.dtype))
+                to_value.index_add_(0, index, of.value.flatten(0, 1).to(to_value.dtype))
                 if of.bias is not None:
-                    to_bias.index_add_(0, index, of.bias.flatten())
+                    to_bias.index_add_(0, index, of.bias.flatten().to(to_bias.dtype))
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_bias.to(bias.dtype)
 
 
@@ -105,6 +111,18 @@ def _empty_gradients(*inputs: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     computed = torch.promote_types(query.dtype, torch.float32)
     of_key, of_value, of_bias = (tensor.new_zeros(tensor.shape, dtype=computed) for tensor in keys)
     return torch.empty_like(query, memory_format=torch.contiguous_format), of_key, of_value, of_bias
+
+
+def saturates(bias: Tensor, reference: Tensor, lifespans: Lifespans) -> bool:
+    """Whether the bias of a visible key is so far below the best one at its birth that softmaxes are 1 for one key.
+
+    The gradient of a score is P_ij (dO_i . v_j - D_i), whose terms are equal where P_ij = 1.  The kernel computes them in
+    two ways, which differ by a rounding.  A gate that is an exponential multiplies the difference by its size.
+    """
+    queries = reference.shape[-1]
+    below = reference - bias[..., bias.shape[-1] - queries :]
+    seen = (lifespans.death > lifespans.birth)[..., bias.shape[-1] - queries :] & below.isfinite()
+    return bool((torch.where(seen, below, 0.0) > SATURATED).any())
 
 
 def empty_like_inputs(*arguments: Any) -> tuple[Tensor, ...]:

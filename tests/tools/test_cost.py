@@ -104,7 +104,8 @@ def test_decoding_costs_its_state():
     got = cost.decode().at(**SIZES, slots=36, gate_element=4)
     held = (state.key, state.value, state.gate, state.position)
     assert got["peak"] == sum(tensor.nbytes for tensor in held)
-    query, key = torch.randn(2, 8, 1, 64).bfloat16(), torch.randn(2, 2, 1, 64).bfloat16()
+    # A gradient, because FlopCounterMode counts traced products and not those of the CPU's attention kernel.
+    query, key = torch.randn(2, 8, 1, 64).bfloat16().requires_grad_(), torch.randn(2, 2, 1, 64).bfloat16()
     options: dict[str, Any] = {"window_size": 30, "recent": 6, "state": state, "return_state": True}
     with FlopCounterMode(display=False) as counter:
         flexdma.dynamic_mask_attention(query, key, key, torch.randn(2, 2, 1), **options)

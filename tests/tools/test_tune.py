@@ -144,6 +144,7 @@ def test_without_a_gpu_it_says_so_in_one_line(winners, capsys, monkeypatch):
     assert "--phase: expected inference with --device cpu" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_on_this_cpu_decides_the_blocks_of_later_calls(winners, capsys, monkeypatch):
     monkeypatch.setattr("flexdma.tools.tune.measure.LARGEST_SHARE", float("inf"))  # whatever is measured wins
     small = ["--head-dim", "16", "--heads", "2", "--kv-heads", "1", "--length", "192", "--window", "16"]

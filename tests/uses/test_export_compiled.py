@@ -17,6 +17,7 @@ SOURCE = Path(__file__).parent.parent.parent / "docs" / "examples" / "decode.cpp
 # Code that compiles fast.  The default is code that runs fast.
 FAST_TO_COMPILE = {"cpp.simdlen": 1, "aot_inductor.debug_compile": True, "aot_inductor.compile_wrapper_opt_level": "O0"}
 pytestmark = [
+    pytest.mark.slow,
     pytest.mark.skipif(shutil.which("g++") is None, reason="needs a C++ compiler"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated:FutureWarning"),
 ]
