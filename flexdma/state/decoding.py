@@ -9,7 +9,7 @@ from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.one_token import attended, in_document, inserted
 from flexdma.state.slot_writes import SLOTS, copied_into, decode_in_place
-from flexdma.transforms import is_exporting, is_transformed, needs_gradient
+from flexdma.transforms import can_read, needs_gradient
 
 
 def decode(
@@ -54,6 +54,6 @@ def decode(
 def _reads_values(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, state: DynamicMaskState, sink_logits: Tensor | None
 ) -> bool:
-    """Whether code without derivatives may read values of this call's tensors, here or in an opaque operator."""
+    """Whether code without derivatives may read values of this call's tensors without waiting for a device."""
     tensors = (query, key, value, gate, sink_logits, state.key, state.value, state.gate)
-    return query.device.type == "cpu" and not (needs_gradient(*tensors) or is_transformed() or is_exporting())
+    return query.device.type == "cpu" and can_read(query) and not needs_gradient(*tensors)

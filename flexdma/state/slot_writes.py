@@ -4,12 +4,11 @@ The code reads values.  Once the window is full, a token does nothing where its 
 replaces one slot per head.  Every other case (an empty slot, NaN, a sink that leaves the window, recent tokens, padding, the
 first token of a document) is computed by the operations of `one_token.py`, and then copied into the slots.
 
-Inside `torch.compile` it is one opaque operator that mutates the slots, so a model compiles quickly and copies no slots.
+Inside `torch.compile` values cannot be read, and the operations of `one_token.py` are fused to fewer than this file calls.
 """
 
 import math
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,11 +18,9 @@ from flexdma.lifespans.ranking import NEVER
 from flexdma.mixed_precision import without_autocast
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.one_token import attended, beyond_window, in_document, inserted
-from flexdma.transforms import is_recorded
 
-# The tensors with one entry per slot, and those that count tokens.
+# The tensors with one entry per slot.
 SLOTS = ("key", "value", "gate", "position")
-COUNTS = ("length", "real_length", "last_padding", "document", "last_sink", "last_loss")
 
 
 def decode_in_place(
@@ -42,86 +39,6 @@ def decode_in_place(
 
     Arguments as of `decode`.  The other tensors of the state do not change.
     """
-    arguments = (query, key, value, gate)
-    options = (scale, key_padding_mask, document_ids, sink_logits)
-    if not (torch.compiler.is_compiling() or is_recorded(query)):
-        return _step(*arguments, state, *options)
-    output, *counts = torch.ops.flexdma.decode_in_place(
-        *arguments,
-        *(getattr(state, name) for name in SLOTS),
-        *(getattr(state, name) for name in COUNTS),
-        list(state.window_size) if isinstance(state.window_size, tuple) else [state.window_size],
-        state.sinks,
-        state.recent,
-        state.selection,
-        *options,
-    )
-    return output, replace(state, **dict(zip(COUNTS, counts, strict=True)))
-
-
-def _operator_body(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    held_key: Tensor,
-    held_value: Tensor,
-    held_gate: Tensor,
-    held_position: Tensor,
-    length: Tensor,
-    real_length: Tensor,
-    last_padding: Tensor,
-    document: Tensor,
-    last_sink: Tensor,
-    last_loss: Tensor,
-    windows: list[int],
-    sinks: int,
-    recent: int,
-    selection: str,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    document_ids: Tensor | None,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    slots = (held_key, held_value, held_gate, held_position)
-    counts = (length, real_length, last_padding, document, last_sink, last_loss)
-    forgotten = last_sink  # any tensor: a step does not read it
-    window = windows[0] if len(windows) == 1 else tuple(windows)
-    state = DynamicMaskState(*slots, *counts, forgotten, window, sinks, recent, selection)
-    output, after = _step(query, key, value, gate, state, scale, key_padding_mask, document_ids, sink_logits)
-    # Outputs of an operator share no memory with its inputs.
-    length, real_length, last_padding, document, last_sink, last_loss = (
-        getattr(after, name).clone() if getattr(after, name) is getattr(state, name) else getattr(after, name)
-        for name in COUNTS
-    )
-    return output, length, real_length, last_padding, document, last_sink, last_loss
-
-
-# Defined without `torch.library.custom_op`, whose checks in Python take longer than the step.
-_library = torch.library.Library("flexdma", "FRAGMENT")
-_library.define(
-    "decode_in_place" + torch.library.infer_schema(_operator_body, mutates_args={f"held_{name}" for name in SLOTS})
-)
-_library.impl("decode_in_place", _operator_body, "CPU")
-
-
-@torch.library.register_fake("flexdma::decode_in_place", lib=_library)
-def _shapes(query: Tensor, _key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, ...]:
-    output, counts = query.new_empty(query.shape[:3] + value.shape[3:]), others[5:11]
-    return output, *(torch.empty_like(count) for count in counts)
-
-
-def _step(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    state: DynamicMaskState,
-    scale: float,
-    key_padding_mask: Tensor | None,
-    document_ids: Tensor | None,
-    sink_logits: Tensor | None,
-) -> tuple[Tensor, DynamicMaskState]:
     now = state.length
     ids = None if document_ids is None else document_ids[:, 0].to(torch.int64, copy=True)
     continues = ids is None or torch.equal(ids, state.document)
