@@ -34,13 +34,13 @@ class Rates:
         return {"gather": self.gather, "flex": self.flex}[lowering]
 
 
-EPYC = "AMD EPYC, 2 threads, torch 2.13.0+cpu, float32, D=64"
+XEON = "Intel(R) Xeon(R) Processor, 2 threads, torch 2.13.0+cpu, float32, D=64"
 # (device, phase): geometric means over the two shapes of each phase of docs/benchmarks.md, whose contenders took turns.
 # They reproduce its rows within 15 %.  `python -m flexdma explain --fit docs/results/bench-cpu.json` prints them.
 # CUDA has not been measured; `python -m flexdma explain --calibrate` measures it on a machine with a GPU.
 RATES = {
-    ("cpu", "inference"): Rates(EPYC, causal=1.88, gather=2.44, gather_selection=24.8, flex=4.33, flex_selection=28.2),
-    ("cpu", "training"): Rates(EPYC, causal=7.49, gather=12.5, gather_selection=24.8, flex=None, flex_selection=28.2),
+    ("cpu", "inference"): Rates(XEON, causal=0.953, gather=1.42, gather_selection=24.8, flex=4.82, flex_selection=31.0),
+    ("cpu", "training"): Rates(XEON, causal=3.46, gather=5.60, gather_selection=24.8, flex=None, flex_selection=31.0),
 }
 
 
