@@ -17,12 +17,13 @@ from flexdma.lowerings.flash import is_flash
 Options = tuple[tuple[str, int], ...]
 
 
-def _forward(rows: int, keys: int, *, warps: int, stages: int) -> Options:
+def forward_options(rows: int, keys: int, *, warps: int, stages: int) -> Options:
+    """The tile, warps and stages of the forward."""
     tile = (("fwd_BLOCK_M", rows), ("fwd_BLOCK_N", keys))
     return (*tile, ("fwd_num_warps", warps), ("fwd_num_stages", stages))
 
 
-def _backward(rows: int, keys: int, *, warps: int, stages: int) -> Options:
+def backward_options(rows: int, keys: int, *, warps: int, stages: int) -> Options:
     """The tile in which dK and dV are summed; the one of dQ has rows and keys exchanged."""
     tile = (("bwd_BLOCK_M1", rows), ("bwd_BLOCK_N1", keys), ("bwd_BLOCK_M2", keys), ("bwd_BLOCK_N2", rows))
     return (*tile, ("bwd_num_warps", warps), ("bwd_num_stages", stages))
@@ -31,12 +32,12 @@ def _backward(rows: int, keys: int, *, warps: int, stages: int) -> Options:
 # Compute capability -> (bytes of a number, smallest and largest head size) -> options where Inductor's own spill.
 SPILL_FREE: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
     (9, 0): {
-        (2, 64, 64): _forward(128, 128, warps=8, stages=3),
-        (2, 65, 128): _backward(32, 128, warps=8, stages=3),
-        (2, 129, 256): _backward(32, 32, warps=8, stages=2),
-        (4, 64, 64): _forward(64, 32, warps=8, stages=3) + _backward(16, 16, warps=4, stages=2),
-        (4, 128, 128): _forward(32, 64, warps=8, stages=2) + _backward(16, 16, warps=8, stages=2),
-        (4, 256, 256): _forward(16, 32, warps=8, stages=2) + _backward(16, 16, warps=8, stages=2),
+        (2, 64, 64): forward_options(128, 128, warps=8, stages=3),
+        (2, 65, 128): backward_options(32, 128, warps=8, stages=3),
+        (2, 129, 256): backward_options(32, 32, warps=8, stages=2),
+        (4, 64, 64): forward_options(64, 32, warps=8, stages=3) + backward_options(16, 16, warps=4, stages=2),
+        (4, 128, 128): forward_options(32, 64, warps=8, stages=2) + backward_options(16, 16, warps=8, stages=2),
+        (4, 256, 256): forward_options(16, 32, warps=8, stages=2) + backward_options(16, 16, warps=8, stages=2),
     },
 }
 # Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps.  For float32 Inductor chooses.

@@ -1,7 +1,6 @@
 """A few blocks of queries, each with its own list of keys, in one call of PyTorch's CPU flash kernel, forward and backward.
 
-This file gathers the keys of the lists and computes the kernel's float mask by arithmetic, which PyTorch vectorises (it does
-not vectorise broadcast comparisons and `where`).
+This file gathers the keys of the lists; `float_mask.py` computes the kernel's mask.
 """
 
 import math
@@ -13,6 +12,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from torch.nn.utils.rnn import pad_sequence
 
+from flexdma.lowerings.float_mask import seen_bound
 from flexdma.lowerings.living_keys import LivingList
 from flexdma.stages import staged
 
@@ -64,7 +64,7 @@ def gathered(
     mask = (bias.unsqueeze(1) - reference.unsqueeze(2)).to(computed)
     some = slice(max(each.partial for each in lists))
     first, last = (position[:, some] - starts[:, None] for position in (index, death))
-    mask[..., some] = torch.minimum(mask[..., some], _bound(first, last, reference.shape[1], computed))
+    mask[..., some] = torch.minimum(mask[..., some], seen_bound(first, last, reference.shape[1], computed))
     return Gathered(index, key, value, mask.unsqueeze(1), empty)
 
 
@@ -142,17 +142,3 @@ def block_gradients(
         of_value[..., :size].contiguous(),
         of_key[..., size] if needs_bias else None,
     )
-
-
-def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """[n, C], [n, C], relative to the block's first query -> [n, block, C]: inf where the query sees the key, else -inf.
-
-    birth = [-1 0 1], death = [1 3 2]        query 0:  inf  inf -inf
-                                             query 1: -inf  inf  inf
-                                             query 2: -inf  inf -inf
-    """
-    # Clamped, so that floats represent them exactly.
-    birth, death = (position.clamp(-1, block + 1).to(dtype).unsqueeze(1) for position in (birth, death))
-    # Query i is at i + 0.5, so it never equals a bound: seen <=> |query - centre| < radius.
-    query = (torch.arange(block, dtype=dtype) + 0.5)[:, None]
-    return (query - (birth + death) / 2).abs_().sub_((death - birth) / 2).mul_(-math.inf)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
+from flexdma.lowerings.float_mask import without_nan
 from flexdma.lowerings.fused_blocks import AllKeys, Gathered, gathered
 from flexdma.lowerings.living_keys import LivingList, living_lists
 
@@ -74,12 +75,10 @@ class Cut:
         head_starts = keys * torch.arange(self.heads)[:, None]
         self.block_starts = head_starts + torch.arange(keys - queries, keys, self.block)  # [B Hkv, R]
         self.reference = reference.flatten(0, 1)
-        # Biases of NaN become inf: minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives
-        # NaN in the softmax of queries that do.
         self.every_key = AllKeys(
             key.reshape(-1, size),
             value.reshape(-1, size),
-            torch.where(bias.isnan(), torch.inf, bias).flatten(),
+            without_nan(bias).flatten(),
             (death.flatten(0, 1) + head_starts).flatten(),
         )
 

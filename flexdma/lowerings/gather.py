@@ -44,23 +44,22 @@ def gather_attend(
     """
     fusible = score_mod is None and is_fusible(query, value, scale)
     trains = needs_gradient(query, key, value, bias, sink_logits)
-    if is_exporting():
-        attend: Callable[..., Any] = partial(
-            plain_attend, log_sum=sink_logits is not None, masked=fusible and not trains
+    exporting = is_exporting()
+    if not exporting:
+        capacity = min(capacity, key.shape[2])
+    elif not has_static_value(capacity):
+        raise ValueError(
+            "capacity: expected an int for 'gather' with a symbolic length in torch.export (for selection='threshold' "
+            "its window_size), got None; or lowering='dense'"
         )
-        if not has_static_value(capacity):
-            raise ValueError(
-                "capacity: expected an int for 'gather' with a symbolic length in torch.export (for selection='threshold' "
-                "its window_size), got None; or lowering='dense'"
-            )
-    elif fusible and not trains:
-        capacity = min(capacity, key.shape[2])
-        # One operator for tracers and fake tensors: inside it births can be read.
-        whole = _operator if torch.compiler.is_compiling() or is_recorded(query) else _without_gradient
-        return whole(query, key, value, bias, *lifespans, in_order, ranked, capacity, scale, block_size, sink_logits)
-    else:
-        capacity = min(capacity, key.shape[2])
-        attend = fused_attend if fusible else partial(plain_attend, log_sum=sink_logits is not None)
+    if fusible and not trains and not exporting and (torch.compiler.is_compiling() or is_recorded(query)):
+        # Inside the operator births can be read.
+        return _operator(
+            query, key, value, bias, *lifespans, in_order, ranked, capacity, scale, block_size, sink_logits
+        )
+    attend: Callable[..., Any] = fused_attend
+    if exporting or not fusible:
+        attend = partial(plain_attend, log_sum=sink_logits is not None, masked=fusible and not trains)
     attend = partial(attend, capacity=capacity, scale=scale, block_size=block_size)
     return attend_any_births(
         partial(_with_sinks, attend, sink_logits), query, key, value, bias, lifespans, in_order=in_order, ranked=ranked,
@@ -68,7 +67,7 @@ def gather_attend(
     )  # fmt: skip
 
 
-def _without_gradient(
+def _operator_body(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -82,14 +81,14 @@ def _without_gradient(
     block_size: int | None,
     sink_logits: Tensor | None,
 ) -> Tensor:
-    attend = partial(fused_attend, capacity=capacity, scale=scale, block_size=block_size)
-    return attend_any_births(
-        partial(_with_sinks, attend, sink_logits), query, key, value, bias, Lifespans(birth, death), in_order=in_order,
-        ranked=ranked, exact=sink_logits is not None, score_mod=None, reads_device=True,
+    """`gather_attend` where it is fusible and needs no gradient."""
+    return gather_attend(
+        query, key, value, bias, Lifespans(birth, death), in_order=in_order, ranked=ranked, capacity=capacity,
+        scale=scale, score_mod=None, block_size=block_size, sink_logits=sink_logits,
     )  # fmt: skip
 
 
-_operator = torch.library.custom_op("flexdma::attend_living_keys", _without_gradient, mutates_args=())
+_operator = torch.library.custom_op("flexdma::attend_living_keys", _operator_body, mutates_args=())
 _operator.register_fake(lambda query, *others: torch.empty_like(query, memory_format=torch.contiguous_format))
 
 

@@ -5,11 +5,10 @@ have the same number of keys C, and one call computes them all.  Memory beyond t
 head; scores never leave the cache.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
+from flexdma.lowerings.float_mask import seen_bound, without_nan
 from flexdma.lowerings.plain_blocks import Blocks, joined, parted
 from flexdma.mixed_precision import without_autocast
 
@@ -23,11 +22,12 @@ def attend_masked_blocks(
     log_sum: bool,
 ) -> list[Tensor]:
     """`plain_blocks.attend_blocks` without a score_mod and without a gradient."""
-    rows, _bias, _reference, slots, death, positions = blocks
+    rows, bias, reference, slots, death, positions = blocks
     leading, group = rows.shape[:3], rows.shape[3]
     computed = torch.float64 if rows.dtype == torch.float64 else torch.float32
     start = positions[..., :1]
-    mask = torch.minimum(_differences(blocks, computed), _bound(slots - start, death - start, rows.shape[4], computed))
+    difference = (without_nan(bias).unsqueeze(-2) - reference.unsqueeze(-1)).to(computed)  # [B, Hkv, R, M, C]
+    mask = torch.minimum(difference, seen_bound(slots - start, death - start, rows.shape[4], computed))
     with without_autocast(rows.device):
         query, key, value = (joined(tensor.to(computed)) for tensor in (rows, keys, values))
         key, value = (tensor.unsqueeze(1).expand(-1, group, -1, -1) for tensor in (key, value))
@@ -37,23 +37,3 @@ def attend_masked_blocks(
         )
     output = parted(output, leading).to(rows.dtype)
     return [output, parted(total, leading)] if log_sum else [output]
-
-
-def _differences(blocks: Blocks, dtype: torch.dtype) -> Tensor:
-    """[B, Hkv, R, M, C]: what each key adds to the scores of the queries that see it."""
-    # minimum(NaN, -inf) is NaN, which would reach queries that do not see the key.  inf gives NaN in the softmax of those
-    # that do.
-    bias = torch.where(blocks.bias.isnan(), math.inf, blocks.bias)
-    return (bias.unsqueeze(-2) - blocks.reference.unsqueeze(-1)).to(dtype)
-
-
-def _bound(birth: Tensor, death: Tensor, block: int, dtype: torch.dtype) -> Tensor:
-    """[..., C], [..., C], relative to the block's first query -> [..., block, C]: inf where seen, else -inf.
-
-    Arithmetic, because PyTorch vectorises neither broadcast comparisons nor `where`.
-    """
-    # Clamped, so that floats represent them exactly.
-    birth, death = (position.clamp(-1, block + 1).to(dtype).unsqueeze(-2) for position in (birth, death))
-    # Query i is at i + 0.5, so it never equals a bound: seen <=> |query - centre| < radius.
-    query = (torch.arange(block, dtype=dtype, device=birth.device) + 0.5)[:, None]
-    return ((query - (birth + death) / 2).abs() - (death - birth) / 2) * -math.inf

@@ -7,8 +7,9 @@ from torch import Tensor
 
 from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.layout import SLOTS
 from flexdma.state.one_token import attended, in_document, inserted
-from flexdma.state.slot_writes import SLOTS, copied_into, decode_in_place
+from flexdma.state.slot_writes import copied_into, decode_in_place
 from flexdma.transforms import can_read, needs_gradient
 
 

@@ -3,6 +3,7 @@
 from torch import Tensor
 
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.layout import SLOTS
 from flexdma.transforms import is_exporting, is_transformed, needs_gradient
 
 
@@ -35,7 +36,7 @@ def _obstacle(state: DynamicMaskState, tensors: tuple[Tensor | None, ...]) -> st
         return (
             "with tensors that need a gradient, as a backward needs the old state; detach them or use torch.no_grad()"
         )
-    for name in ("key", "value", "gate", "position"):
+    for name in SLOTS:
         if not getattr(state, name).is_contiguous():
             return f"for a state whose {name} is not contiguous"
     return None

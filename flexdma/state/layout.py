@@ -9,6 +9,8 @@ if TYPE_CHECKING:
 
 # Name -> (shape, dtype).
 StateLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+# The tensors with one entry per slot.
+SLOTS = ("key", "value", "gate", "position")
 # Initial values of the tensors of an empty state, where not 0.
 EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
 

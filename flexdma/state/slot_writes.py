@@ -2,7 +2,7 @@
 
 The code reads values.  Once the window is full, a token does nothing where its gate is below every kept gate, and otherwise
 replaces one slot per head.  Every other case (an empty slot, NaN, a sink that leaves the window, recent tokens, padding, the
-first token of a document) is computed by the operations of `one_token.py`, and then copied into the slots.
+first token of a document) is computed by the operations of `one_token.py`.
 
 Inside `torch.compile` values cannot be read, and the operations of `one_token.py` are fused to fewer than this file calls.
 """
@@ -17,10 +17,8 @@ from torch.nn.functional import scaled_dot_product_attention
 from flexdma.lifespans.ranking import NEVER
 from flexdma.mixed_precision import without_autocast
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.layout import SLOTS
 from flexdma.state.one_token import attended, beyond_window, in_document, inserted
-
-# The tensors with one entry per slot.
-SLOTS = ("key", "value", "gate", "position")
 
 
 def decode_in_place(
@@ -39,16 +37,15 @@ def decode_in_place(
 
     Arguments as of `decode`.  The other tensors of the state do not change.
     """
-    now = state.length
+    now, after = state.length, None
+    # A copy: the caller may overwrite the ids.
     ids = None if document_ids is None else document_ids[:, 0].to(torch.int64, copy=True)
-    continues = ids is None or torch.equal(ids, state.document)
-    real = key_padding_mask is None or bool(key_padding_mask.all())
-    after = _replaced(state, key, value, gate) if continues and real else None
-    if after is None and continues:
-        after = inserted(state, key, value, gate, key_padding_mask, in_place=True)
-    elif after is None and ids is not None:
+    if ids is not None and not torch.equal(ids, state.document):
         after = copied_into(state, inserted(in_document(state, ids), key, value, gate, key_padding_mask))
-    assert after is not None
+    elif key_padding_mask is None or bool(key_padding_mask.all()):
+        after = _replaced(state, key, value, gate)
+    if after is None:
+        after = inserted(state, key, value, gate, key_padding_mask, in_place=True)
     if ids is not None:
         after = replace(after, document=ids)
     output = None if sink_logits is not None else _attended(query, after, scale)

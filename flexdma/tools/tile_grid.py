@@ -5,6 +5,8 @@ from typing import NamedTuple
 
 import torch
 
+from flexdma.lowerings.default_options import backward_options, forward_options
+
 Tiles = dict[int, dict[int, tuple[tuple[int, int], ...]]]
 # Bytes of a number -> largest head size -> (rows, keys) of the forward's tile.
 FORWARD: Tiles = {
@@ -29,11 +31,8 @@ class Sizes(NamedTuple):
 
     def options(self, phase: str) -> dict[str, int]:
         """As FlexAttention's kernel options of the phase "forward" or "backward"."""
-        rows, keys, warps, stages = self
-        prefix, tile = "fwd_", {"BLOCK_M": rows, "BLOCK_N": keys}
-        if phase == "backward":
-            prefix, tile = "bwd_", {"BLOCK_M1": rows, "BLOCK_N1": keys, "BLOCK_M2": keys, "BLOCK_N2": rows}
-        return {prefix + name: size for name, size in (tile | {"num_warps": warps, "num_stages": stages}).items()}
+        named = forward_options if phase == "forward" else backward_options
+        return dict(named(self.rows, self.keys, warps=self.warps, stages=self.stages))
 
     def __str__(self) -> str:
         return f"{self.rows}x{self.keys}, {self.warps} warps, {self.stages} stages"
