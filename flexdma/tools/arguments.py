@@ -25,6 +25,8 @@ from flexdma.tools.refusal import RefusedError
 
 KINDS = {int: "a whole number", float: "a number"}
 BOUNDS = {"least": ("at least", ge), "above": ("more than", gt), "most": ("at most", le)}
+# Dtypes of query, key and value that FlexAttention computes.
+DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
 
 def bounded(kind: type, **bounds: float) -> Callable[[str], Any]:

@@ -18,15 +18,13 @@ from flexdma.tools.records import Results
 from flexdma.tools.refusal import RefusedError, check_installed, refusing
 from flexdma.tools.timing import Turns
 
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add, number, share = parser.add_argument, types.positive_int, f"1/{1 / SHARE:g}"
     add("--suite", choices=sorted(SUITES), default="cpu", help="cases to measure")
     add("--rounds", type=number, default=5, help="interleaved rounds; the tables have their medians")
-    add("--dtype", choices=sorted(DTYPES), default=None, help="default: the suite's")
+    add("--dtype", choices=sorted(types.DTYPES), default=None, help="default: the suite's")
     add("--threads", type=number, default=None, help="CPU threads; default: PyTorch's")
     seconds = f"seconds for measuring, of which one contender of a case may use {share}; default: the suite's"
     add("--budget", type=types.positive_number, default=None, help=seconds)
@@ -77,7 +75,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
         torch.set_num_threads(arguments.threads)  # so that `machine` records it
     # Python warns about resources of a killed process, although it removes them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    setting = Setting(suite.device, DTYPES[arguments.dtype or suite.dtype], arguments.threads)
+    setting = Setting(suite.device, types.DTYPES[arguments.dtype or suite.dtype], arguments.threads)
     results = begun(suite, arguments.suite, arguments.rounds, setting)
     turns = Turns(arguments.rounds, budget=Budget(suite.budget if arguments.budget is None else arguments.budget))
     try:

@@ -16,14 +16,12 @@ from flexdma.tools.tune import store
 from flexdma.tools.tune.candidates import Candidate, candidates
 from flexdma.tools.tune.measure import Timing, search, timer_of, without_winners
 
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     add, number = parser.add_argument, types.positive_int
     add("--device", type=types.device("cpu", "cuda"), default=None, help="cuda or cpu; default: cuda")
-    add("--dtype", choices=tuple(DTYPES), default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
+    add("--dtype", choices=tuple(types.DTYPES), default=None, help="default: bfloat16 on a GPU, float32 on a CPU")
     add("--head-dim", type=number, nargs="+", default=[64, 128], metavar="D", help="head sizes to tune")
     add("--heads", type=number, default=16, help="query heads")
     add("--kv-heads", type=number, default=4, help="key and value heads; winners hold for heads / kv-heads")
@@ -86,7 +84,7 @@ def _tuned(
     """Measure one head size and phase, with a progress bar, and print the result."""
     from flexdma.tools.progress import progress_bars
 
-    dtype = DTYPES[arguments.dtype or ("float32" if device == "cpu" else "bfloat16")]
+    dtype = types.DTYPES[arguments.dtype or ("float32" if device == "cpu" else "bfloat16")]
     trains = phase == "training"
     heads = (arguments.heads, arguments.kv_heads)
     shape = Shape(arguments.length, arguments.window, trains, *heads, size)
