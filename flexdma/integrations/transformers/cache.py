@@ -27,7 +27,8 @@ def given_cache(arguments: Iterable[object]) -> Cache | None:
 class DynamicMaskCache(Cache):
     """A cache for `use_flexdma` and `convert_to_dma` models; `generate` makes one where none is given.
 
-    Layers are added at their first update.  Each holds w + sinks + recent keys per KV head for any context length.
+    Layers are added at their first update.  Each has w + sinks + recent slots per KV head for any context length, where w is
+    the widest window of its heads.
     """
 
     layers: list[DynamicMaskLayer]
@@ -65,7 +66,7 @@ class DynamicMaskCache(Cache):
 
     @property
     def nbytes(self) -> int:
-        """Bytes of all states."""
+        """Bytes of all states, empty slots of narrow heads included."""
         return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
 
 

@@ -14,24 +14,26 @@ from transformers import PreTrainedModel
 from flexdma import checks
 from flexdma.gates import FORMS, RECENCIES, ValueGate
 from flexdma.integrations.transformers.cache import given_cache
-from flexdma.integrations.transformers.eligibility import attention_calls
+from flexdma.integrations.transformers.eligibility import attention_calls, refuse_wider_windows
 from flexdma.integrations.transformers.falcon import reroute, rerouted
 from flexdma.integrations.transformers.generation import bound_the_cache
+from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
 from flexdma.integrations.transformers.masks import NAME
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
+from flexdma.lifespans import Selection
 
 Model = TypeVar("Model", bound=PreTrainedModel)
 
 
 def convert_to_dma(
     model: Model,
-    window_size: int,
+    window_size: int | Sequence[int | Sequence[int]],
     *,
     form: str = "exp",
     recency: str | None = None,
     slopes: Sequence[float] | None = None,
     sinks: int = 0,
-    recent: int = 0,
+    recent: int | Sequence[int] = 0,
     lowering: str | None = None,
 ) -> Model:
     """Add a `value_gate` (a `ValueGate`) to every attention layer and compute its attention with flexdma.
@@ -40,28 +42,36 @@ def convert_to_dma(
 
     model: a decoder of transformers (docs/transformers.md lists families).  Its weights and their names do not change.
         Two forward passes of three tokens find the attention layers.  The model may be on meta, but not sharded.
-    window_size: w.  It replaces the model's own sliding windows, and must not be larger than they are.
+    window_size: w, or one item per attention layer, in order of `layer_idx`: an int or one int per KV head.  It replaces the
+        model's own sliding windows, and must not be larger than they are.
+    recent: of the operator, an int or one per attention layer; not larger than the model's own sliding windows either.
     form, recency: of the gate.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
-    sinks, recent, lowering: of the operator.
+    sinks, lowering: of the operator.
 
-    With recency None and "slope" the converted model starts exactly as a sliding window of w, plus `sinks` keys.  With
-    "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.
+    With recency None and "slope" the converted model starts exactly as a sliding window of max(w, recent), plus `sinks` keys.
+    With "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.
     The options and sizes are written to `model.config.flexdma`, from which
     `flexdma.integrations.transformers.from_pretrained` rebuilds the model.
     Gates are float32 for any dtype of the model, because bfloat16 would lose small steps of A.
     Raises TypeError or ValueError naming the property of the model that is not supported.
     """
-    choice = {"window_size": window_size, "form": form, "recency": recency, "sinks": sinks, "recent": recent}
-    _check_choice(choice, lowering)
+    choice = {
+        "window_size": as_json(window_size), "form": form, "recency": recency, "sinks": sinks, "recent": as_json(recent)
+    }  # fmt: skip
+    checks.one_of("form", form, FORMS)
+    checks.one_of("recency", recency, RECENCIES)
+    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
     _check_unconverted(model)
     with rerouted(model):
-        calls = attention_calls(model, window_size)
+        calls = attention_calls(model)
+    selections = layer_selections(choice, [call.value.shape[1] for call in calls])
+    refuse_wider_windows(calls, selections, choice)
     gates = []
     for call in calls:
         with torch.device(call.value.device):
             gates.append(new_gate(call.value.shape[1], call.value.shape[3], choice, slopes))
-    for call, gate in zip(calls, gates, strict=True):
-        attach(call.layer, gate, choice, lowering)
+    for call, gate, selection in zip(calls, gates, selections, strict=True):
+        attach(call.layer, gate, selection, lowering)
     names = {module: name for name, module in model.named_modules()}
     sizes = {names[call.layer]: [gate.num_kv_heads, gate.head_dim] for call, gate in zip(calls, gates, strict=True)}
     return finish(model, {**choice, "value_heads": sizes})
@@ -77,12 +87,13 @@ def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[flo
     return gate
 
 
-def attach(layer: Any, gate: ValueGate, choice: dict[str, Any], lowering: str | None) -> None:
+def attach(layer: Any, gate: ValueGate, selection: Selection, lowering: str | None) -> None:
     """Add to an attention layer the attributes and the hook that `attention_interface` needs."""
     reroute(layer)
     layer.value_gate = gate.train(layer.training)
-    options = {name: choice[name] for name in ("window_size", "sinks", "recent")}
-    layer.dynamic_mask_options = {**options, "lowering": lowering}
+    layer.dynamic_mask_options = {
+        "window_size": selection.window_size, "sinks": selection.sinks, "recent": selection.recent, "lowering": lowering
+    }  # fmt: skip
     layer.register_forward_pre_hook(_show_the_cache, with_kwargs=True)
 
 
@@ -103,15 +114,6 @@ def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
             "which has no gates"
         )
     return args, {**kwargs, "dynamic_mask_cache": given_cache((*args, *kwargs.values()))}
-
-
-def _check_choice(choice: dict[str, Any], lowering: str | None) -> None:
-    checks.positive_int("window_size", choice["window_size"])
-    checks.one_of("form", choice["form"], FORMS)
-    checks.one_of("recency", choice["recency"], RECENCIES)
-    checks.positive_int("sinks", choice["sinks"], 0)
-    checks.positive_int("recent", choice["recent"], 0)
-    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
 
 
 def _check_unconverted(model: Any) -> None:

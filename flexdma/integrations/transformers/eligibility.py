@@ -6,12 +6,16 @@ are converted correctly or refused for a property that they have.
 
 from bisect import bisect_left
 from collections import Counter
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from flexdma.integrations.transformers.layer_selections import argument_at
 from flexdma.integrations.transformers.probe import TOKENS, AttentionCall, observe
+from flexdma.lifespans import Selection
 
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments of the attention interface that flexdma computes, or that change nothing in attention.
@@ -21,8 +25,8 @@ ARGUMENTS = {
 }  # fmt: skip
 
 
-def attention_calls(model: PreTrainedModel, window_size: int) -> list[AttentionCall]:
-    """One call of the attention interface per attention layer of the model, in order.
+def attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
+    """One call of the attention interface per attention layer of the model, in order of `layer_idx`.
 
     Raises TypeError or ValueError naming the operation of the model that flexdma does not compute.
     """
@@ -57,9 +61,30 @@ def attention_calls(model: PreTrainedModel, window_size: int) -> list[AttentionC
     for call in calls:
         _check_layer(model, call)
         _check_arguments(call)
-        _check_mask(model, call, window_size)
+        _check_mask(model, call)
     _check_cache(calls)
-    return calls
+    return sorted(calls, key=lambda call: call.layer.layer_idx)
+
+
+def refuse_wider_windows(
+    calls: Sequence[AttentionCall], selections: Sequence[Selection], choice: dict[str, Any]
+) -> None:
+    """Raise ValueError where a layer's own sliding window is smaller than its widest window or its number of recent tokens.
+
+    choice: the arguments as given, for the message.
+    """
+    for number, (call, selection) in enumerate(zip(calls, selections, strict=True)):
+        for name, size in (("window_size", selection.widest), ("recent", selection.recent)):
+            if size and not _sees(call, size - 1, 0):
+                raise ValueError(
+                    f"{argument_at(name, choice, number)}: expected at most the model's own sliding window of "
+                    f"{_own_window(call, size)}, got {size}"
+                )
+
+
+def _own_window(call: AttentionCall, bound: int) -> int:
+    """The size of the layer's own sliding window, which is smaller than this bound."""
+    return bisect_left(range(1, bound), True, key=lambda age: not _sees(call, age, 0)) + 1
 
 
 def _check_model(model: PreTrainedModel) -> None:
@@ -105,7 +130,7 @@ def _check_arguments(call: AttentionCall) -> None:
         raise ValueError(f"is_causal: expected True, got False from {kind}")
 
 
-def _check_mask(model: PreTrainedModel, call: AttentionCall, window_size: int) -> None:
+def _check_mask(model: PreTrainedModel, call: AttentionCall) -> None:
     name = type(call.layer).__name__
     if call.mask_function is None:
         raise TypeError(
@@ -113,19 +138,17 @@ def _check_mask(model: PreTrainedModel, call: AttentionCall, window_size: int) -
         )
     if call.own_mask:
         raise ValueError(f"attention_mask: expected a causal mask with padding, got {name} with its own mask function")
-
-    def sees(query: int, key: int) -> bool:
-        zero, i, j = (torch.tensor(number, device="cpu") for number in (0, query, key))
-        return bool(call.mask_function(zero, zero, i, j))  # type: ignore[misc]
-
-    if sees(0, 1):
+    if _sees(call, 0, 1):
         raise ValueError(f"attention_mask: expected causal attention, got a bidirectional mask in {name}")
-    if not sees(window_size - 1, 0):
-        window = bisect_left(range(1, window_size), True, key=lambda size: not sees(size, 0)) + 1
-        raise ValueError(f"window_size: expected at most the model's own sliding window of {window}, got {window_size}")
     chunk = getattr(model.config, "attention_chunk_size", None)
-    if chunk is not None and not sees(chunk, chunk - 1):
+    if chunk is not None and not _sees(call, chunk, chunk - 1):
         raise ValueError(f"config.attention_chunk_size: expected None, got {chunk}")
+
+
+def _sees(call: AttentionCall, query: int, key: int) -> bool:
+    """Whether the layer's own mask lets this query see this key."""
+    zero, i, j = (torch.tensor(number, device="cpu") for number in (0, query, key))
+    return bool(call.mask_function(zero, zero, i, j))  # type: ignore[misc]
 
 
 def _check_cache(calls: list[AttentionCall]) -> None:

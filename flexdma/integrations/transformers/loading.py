@@ -7,6 +7,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from flexdma.integrations.transformers.conversion import attach, convert_to_dma, finish, new_gate
 from flexdma.integrations.transformers.doge import use_flexdma
+from flexdma.integrations.transformers.layer_selections import layer_selections
 
 # Arguments of transformers' from_pretrained that locate the files, also those of the config.
 LOCATION = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
@@ -52,9 +53,12 @@ def _with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> An
         if "value_heads" not in choice:
             convert_to_dma(self, **choice, lowering=lowering)
             return
-        layers = dict(self.named_modules())
-        for name, (heads, size) in choice["value_heads"].items():
-            attach(layers[name], new_gate(heads, size, choice), choice, lowering)
+        modules = dict(self.named_modules())
+        # config.json sorts the names as text; windows per layer are in order of layer_idx.
+        sizes = sorted(choice["value_heads"].items(), key=lambda item: modules[item[0]].layer_idx)
+        selections = layer_selections(choice, [heads for _, (heads, _) in sizes])
+        for (name, (heads, size)), selection in zip(sizes, selections, strict=True):
+            attach(modules[name], new_gate(heads, size, choice), selection, lowering)
         finish(self, choice)
 
     float32 = {*(plain._keep_in_fp32_modules_strict or ()), "value_gate"}  # type: ignore[attr-defined]
