@@ -29,7 +29,7 @@ PUBLIC = ("score_mods", "block_masks", "integrations.transformers", "plots", "to
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_block_runs(block, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
     command = [sys.executable, "-W", "ignore", "-c", block]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]

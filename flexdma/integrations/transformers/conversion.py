@@ -20,6 +20,7 @@ from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
 from flexdma.integrations.transformers.masks import NAME
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
+from flexdma.integrations.transformers.saving import save_with_the_gates
 from flexdma.lifespans import Selection
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -102,6 +103,7 @@ def finish(model: Model, choice: dict[str, Any]) -> Model:
     model.config._attn_implementation = NAME
     model.config.flexdma = choice
     bound_the_cache(model)
+    save_with_the_gates(model)
     find_packed_positions(model)
     return model
 

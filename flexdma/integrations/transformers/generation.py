@@ -1,4 +1,4 @@
-"""`generate` with the bounded cache by default.
+"""`generate` with the bounded cache by default; continuous batching is refused.
 
 transformers makes the cache of a `generate` call in one method of the model.  This module replaces the method on the
 instance, because a subclass of the model would write its own name into saved configs, and replaces the DynamicCache.
@@ -19,6 +19,15 @@ def bound_the_cache(model: nn.Module) -> None:
     """Make `generate` of this model use a DynamicMaskCache where the caller requests no other cache."""
     if isinstance(model, GenerationMixin):
         model._prepare_cache_for_generation = partial(_prepare_cache, model)
+        model.init_continuous_batching = _refuse_continuous_batching
+
+
+def _refuse_continuous_batching(*_arguments: Any, **_named: Any) -> None:
+    """In place of the method that `generate_batch` and the other ways into continuous batching call."""
+    raise NotImplementedError(
+        "continuous batching: expected a cache that keeps every key in pages, got a model of flexdma, whose states have a "
+        "fixed number of slots and no pages (transformers issue 48305); use generate with a batch"
+    )
 
 
 def _prepare_cache(

@@ -1,24 +1,35 @@
 """Load a saved Doge model, or a saved model with gates, ready to use."""
 
+import os
 from typing import Any
 
 import transformers
-from transformers import AutoConfig, PreTrainedModel
+from transformers import AutoConfig
 
 from flexdma.integrations.transformers.conversion import attach, convert_to_dma, finish, new_gate
 from flexdma.integrations.transformers.doge import use_flexdma
 from flexdma.integrations.transformers.layer_selections import layer_selections
+from flexdma.integrations.transformers.refusals import refuse_other_attention
 
 # Arguments of transformers' from_pretrained that locate the files, also those of the config.
 LOCATION = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
 
-def from_pretrained(name_or_path: str, *, lowering: str | None = None, **arguments: Any) -> PreTrainedModel:
+def from_pretrained(name_or_path: str | os.PathLike[str], *, lowering: str | None = None, **arguments: Any) -> Any:
     """Transformers' from_pretrained for a Doge model, with `use_flexdma`, or for a converted model, with its gates.
 
     lowering: of the operator.  arguments: of transformers' from_pretrained.  The class of the model is that of the saved one.
-    Raises ValueError where the config is neither Doge's nor that of a converted model, or where weights of gates are missing.
+    Returns the model, or (model, info) with output_loading_info=True.
+    Raises ValueError where the config is neither Doge's nor that of a converted model, where weights of gates are missing, or
+    for an attn_implementation other than "flexdma".
     """
+    return load(name_or_path, None, lowering, arguments)
+
+
+def load(
+    name_or_path: str | os.PathLike[str], auto: str | None, lowering: str | None, arguments: dict[str, Any]
+) -> Any:
+    """`from_pretrained`, as the class that the Auto class of this name makes; None = the class of the saved model."""
     where = {name: arguments[name] for name in LOCATION if name in arguments}
     config = arguments.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
     choice = getattr(config, "flexdma", None)
@@ -27,12 +38,12 @@ def from_pretrained(name_or_path: str, *, lowering: str | None = None, **argumen
             f"config.flexdma: expected what convert_to_dma writes, or a Doge model, got a plain {config.model_type} in "
             f"{str(name_or_path)!r}"
         )
-    plain = getattr(transformers, config.architectures[0])
+    refuse_other_attention(arguments.get("attn_implementation") or config._attn_implementation)
+    plain = model_class(config) if auto is None else class_made(auto, config)
     if choice is None:
         return use_flexdma(plain.from_pretrained(name_or_path, config=config, **arguments), lowering=lowering)
-    if "output_loading_info" in arguments:
-        raise ValueError("output_loading_info: expected none, as only the model is returned")
-    model, info = _with_gates(plain, choice, lowering).from_pretrained(
+    return_info = arguments.pop("output_loading_info", False)
+    model, info = with_gates(plain, choice, lowering).from_pretrained(
         name_or_path, config=config, output_loading_info=True, **arguments
     )
     missing = sorted(name for name in info["missing_keys"] if "value_gate." in name)
@@ -42,10 +53,29 @@ def from_pretrained(name_or_path: str, *, lowering: str | None = None, **argumen
         )
     # Restore the class, because save_pretrained writes its name.
     model.__class__ = plain
-    return model
+    model.config.architectures = [plain.__name__]
+    return (model, info) if return_info else model
 
 
-def _with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> Any:
+def model_class(config: Any) -> Any:
+    """The class of transformers that wrote this config.  Raises ValueError where the config names none."""
+    names = [name for name in config.architectures or () if not name.startswith("AutoModel")]
+    if not names or not hasattr(transformers, names[0]):
+        raise ValueError(
+            f"config.architectures: expected the name of a model class of transformers, got {config.architectures}"
+        )
+    return getattr(transformers, names[0])
+
+
+def class_made(auto: str, config: Any) -> Any:
+    """The class that the Auto class of this name makes from a config; None for a config that it does not take."""
+    found = getattr(transformers, auto)._model_mapping.get(type(config), None)
+    if not isinstance(found, tuple):
+        return found
+    return next((made for made in found if made.__name__ in (config.architectures or ())), found[0])
+
+
+def with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> Any:
     """A subclass whose constructor adds the gates, so that loading finds them.  Gates stay float32."""
 
     def initialise(self: Any, config: Any, *arguments: Any, **named: Any) -> None:
@@ -54,14 +84,26 @@ def _with_gates(plain: type, choice: dict[str, Any], lowering: str | None) -> An
             convert_to_dma(self, **choice, lowering=lowering)
             return
         modules = dict(self.named_modules())
+        heads = {_own_name(self, name, modules): sizes for name, sizes in choice["value_heads"].items()}
         # config.json sorts the names as text; windows per layer are in order of layer_idx.
-        sizes = sorted(choice["value_heads"].items(), key=lambda item: modules[item[0]].layer_idx)
-        selections = layer_selections(choice, [heads for _, (heads, _) in sizes])
-        for (name, (heads, size)), selection in zip(sizes, selections, strict=True):
-            attach(modules[name], new_gate(heads, size, choice), selection, lowering)
-        finish(self, choice)
+        names = sorted(heads, key=lambda name: modules[name].layer_idx)
+        selections = layer_selections(choice, [heads[name][0] for name in names])
+        for name, selection in zip(names, selections, strict=True):
+            count, size = heads[name]
+            attach(modules[name], new_gate(count, size, choice), selection, lowering)
+        finish(self, {**choice, "value_heads": heads})
 
     float32 = {*(plain._keep_in_fp32_modules_strict or ()), "value_gate"}  # type: ignore[attr-defined]
     # The name and module of the class: transformers uses them to find weights that have other names in files.
     members = {"__init__": initialise, "__module__": plain.__module__, "_keep_in_fp32_modules_strict": float32}
     return type(plain.__name__, (plain,), members)
+
+
+def _own_name(model: Any, name: str, modules: dict[str, Any]) -> str:
+    """The name in this model of a module of the saved one: a base model has no prefix, models with a head have one."""
+    prefix = f"{model.base_model_prefix}."
+    names = (name, prefix + name, name.removeprefix(prefix))
+    found = next((candidate for candidate in names if candidate in modules), None)
+    if found is None:
+        raise ValueError(f"config.flexdma: expected the attention layers of {type(model).__name__}, got {name}")
+    return found

@@ -8,6 +8,7 @@ from transformers import DynamicCache
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.masks import NAME
 from flexdma.lowerings.choice import choose_lowering
 
 # Argument of an attention layer -> reason for the refusal.  None and False are accepted.
@@ -32,6 +33,12 @@ def refuse_arguments(module: nn.Module, dropout: float, arguments: dict[str, Any
         raise ValueError("config.output_attentions: expected False, as attention weights are never computed, got True")
     if arguments.get("is_causal") is False:
         raise ValueError("is_causal: expected True, got False")
+
+
+def refuse_other_attention(implementation: object) -> None:
+    """Raise ValueError unless it is None or flexdma's, because another one has no gates."""
+    if implementation not in (None, NAME):
+        raise ValueError(f"attn_implementation: expected None or {NAME!r}, got {implementation!r}")
 
 
 def refuse_cache_kind(cache: object) -> None:
