@@ -3,6 +3,7 @@
 dynamic_mask_attention      attention to the keys that gates select
 dynamic_mask_attention_varlen   the same over sequences packed into one row, in flash-attention's layout
 lifespan_attention          attention over any lifespans; dynamic_mask_attention is built on it
+attention_mass              how much attention each key receives
 DynamicMaskAttention        the layer around the operator; ValueGate is its gate
 DynamicMaskState            the keys that later queries can see: decoding, chunked prefill, endless context
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
@@ -24,6 +25,7 @@ from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
 from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_top_w, sliding_window
 from flexdma.lowerings.choice import choose_lowering
+from flexdma.mass import attention_mass
 from flexdma.modules import DynamicMaskAttention
 from flexdma.operator import lifespan_attention
 from flexdma.packing import pack, packed_layout
@@ -42,6 +44,7 @@ __all__ = [
     "ValueGate",
     "__version__",
     "above_threshold",
+    "attention_mass",
     "causal_top_w",
     "choose_lowering",
     "doctor",

@@ -10,6 +10,7 @@ from torch import Tensor
 
 SELECTIONS = ("causal", "global", "threshold")
 LOWERINGS = ("flex", "gather", "dense")
+REDUCTIONS = ("sum", "max")
 LARGEST = 2**31 - 1
 
 
@@ -183,3 +184,20 @@ def sinks_without_recent(sink_logits: Tensor | None, selection: str, recent: int
             f"recent: expected 0 with sink_logits and selection={selection!r}, as the best gate may be a recent one, "
             f"got {recent}"
         )
+
+
+def ages(ages: Sequence[tuple[int, int | None]] | None) -> None:
+    """Check bands of age (low, high), 0 <= low < high; high = None has no end."""
+    if ages is None:
+        return
+    if not isinstance(ages, list | tuple):
+        raise TypeError(f"ages: expected a list of (low, high), got {type(ages).__name__}")
+    if not ages:
+        raise ValueError("ages: expected at least one (low, high), got none; None counts all ages")
+    for band in ages:
+        if not isinstance(band, list | tuple) or len(band) != 2:
+            raise TypeError(f"ages: expected a list of (low, high), got {ages!r}")
+        low, high = band
+        positive_int("ages: low", low, 0)
+        if high is not None:
+            positive_int("ages: high", high, low + 1)

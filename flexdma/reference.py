@@ -81,25 +81,69 @@ def dense_lifespan_attention(
     return _dense_attention(query, key, value, (birth <= i) & (i < death), bias, scale, score_mod, sink_logits)
 
 
+def dense_attention_mass(
+    query: Tensor, key: Tensor, lifespans: tuple[Tensor, Tensor] | None = None, *, reduction: str = "sum",
+    ages: Sequence[tuple[int, int | None]] | None = None, bias: Tensor | None = None, scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+) -> Tensor:  # fmt: skip
+    """`flexdma.attention_mass` by its formula, in float32, or float64 for float64 inputs."""
+    checks.attention_arguments(query, key, key)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    checks.ages(ages)
+    batch, heads, keys = key.shape[:3]
+    query, key = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (query, key))
+    i, j = torch.arange(keys, device=key.device)[:, None], torch.arange(keys, device=key.device)
+    visible = (j <= i).expand(batch, 1, -1, -1)
+    if lifespans is not None:
+        checks.lifespans(lifespans, key)
+        birth, death = (bound[..., None, :] for bound in lifespans)
+        visible = (birth <= i) & (i < death)
+    if bias is not None:
+        checks.bias("bias", bias, key)
+    weights = _dense_weights(query, key, visible, bias, scale, score_mod, None).unflatten(1, (heads, -1))
+    first_query = keys - query.shape[2]
+
+    def mass(counted: Tensor) -> Tensor:
+        """counted: [..., K, K] bool, the pairs of query and key."""
+        chosen = torch.where((visible & counted)[:, :, None, first_query:], weights, 0.0).flatten(2, 3)
+        return chosen.sum(2) if reduction == "sum" else chosen.amax(2)
+
+    if ages is None:
+        return mass(torch.ones_like(j <= i))
+    return torch.stack([mass((i - j >= low) & (high is None or i - j < high)) for low, high in ages])
+
+
 def _dense_attention(
     query: Tensor, key: Tensor, value: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None,
     score_mod: ScoreMod | None, sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """Attention under a dense mask.
+    """Attention under a dense mask; see `_dense_weights`."""
+    queries, keys = query.shape[2], key.shape[2]
+    weights = _dense_weights(query, key, visible, bias, scale, score_mod, sink_logits)
+    # 0 * NaN is NaN: a NaN or infinity in a key that no query sees would reach the output through a weight of 0.
+    unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
+    value = value.masked_fill(unseen, 0.0)
+    return weights.to(value.dtype) @ value.repeat_interleave(query.shape[1] // key.shape[1], 1)
+
+
+def _dense_weights(
+    query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None, score_mod: ScoreMod | None,
+    sink_logits: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """[B, Hq, Q, K]: the attention of each query to each key under a dense mask.
 
     visible: [B, H, K, K] bool, whether query i (second to last dimension) sees key j.  bias: [B, H, K].
     """
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
-    # 0 * NaN is NaN: a NaN or infinity in a key that no query sees would reach the output through a weight of 0.
     unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
-    key, value = key.masked_fill(unseen, 0.0), value.masked_fill(unseen, 0.0)
+    key = key.masked_fill(unseen, 0.0)
     bias = torch.zeros(batch, 1, keys, dtype=query.dtype, device=query.device) if bias is None else bias
 
     def per_query_head(t: Tensor) -> Tensor:
         return t.expand(batch, heads, *t.shape[2:]).repeat_interleave(query_heads // heads, 1)
 
-    key, value, bias, visible = map(per_query_head, (key, value, bias, visible))
+    key, bias, visible = map(per_query_head, (key, bias, visible))
     scores = query @ key.mT * (size**-0.5 if scale is None else scale)
     if score_mod is not None:
         index = [torch.arange(n, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
@@ -113,7 +157,7 @@ def _dense_attention(
     # A query that sees no key gives 0, and gradient 0.
     nothing = (scores[..., :keys] == -torch.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    return weights[..., :keys].to(value.dtype) @ value
+    return weights[..., :keys]
 
 
 def _best_gate(gate: Tensor, visible: Tensor) -> Tensor:

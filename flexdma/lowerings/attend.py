@@ -15,13 +15,13 @@ from torch import Tensor
 
 from flexdma import checks
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.choice import FLEX_DTYPES, choose_lowering
+from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
 from flexdma.lowerings.flash import is_flash, refusal
 from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
 from flexdma.lowerings.gather import gather_attend
 from flexdma.reference import dense_lifespan_attention
 from flexdma.signatures import ScoreMod
-from flexdma.transforms import is_recorded, is_transformed, needs_gradient
+from flexdma.transforms import is_recorded, needs_gradient
 
 
 def attend(
@@ -45,8 +45,8 @@ def attend(
 
     in_order: None = not known.  capacity: upper bound on the keys that one query sees; None = K.
     """
-    chosen = _chosen_lowering(lowering, query)
-    _check_lowering_options(chosen, query.dtype, block_size, kernel_options)
+    chosen = chosen_lowering(lowering, query)
+    check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if chosen == "dense":
         return dense_lifespan_attention(
             query, key, value, lifespans, bias=bias, scale=scale, score_mod=score_mod, sink_logits=sink_logits
@@ -79,18 +79,6 @@ def attend(
     )  # fmt: skip
 
 
-def _chosen_lowering(lowering: str | None, query: Tensor) -> str:
-    checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
-    chosen = lowering or choose_lowering(query.device.type, query.dtype)
-    if chosen == "flex" and is_transformed():
-        if lowering is not None:
-            raise ValueError(
-                "lowering: 'flex' has no rules for torch.func and forward-mode AD; expected 'gather', 'dense' or None"
-            )
-        return "gather"
-    return chosen
-
-
 def _refuse_on_cpu(trains: bool, score_mod: ScoreMod | None, sink_logits: Tensor | None) -> None:
     """Raise where Inductor's C++ FlexAttention cannot compute the call."""
     if sink_logits is not None:
@@ -107,27 +95,3 @@ def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
         return False
     first = torch.zeros((), dtype=torch.int32)
     return score_mod(torch.zeros(()), first, first, first, first).requires_grad
-
-
-def _check_lowering_options(
-    lowering: str,
-    dtype: torch.dtype,
-    block_size: int | tuple[int, int] | None,
-    kernel_options: Mapping[str, object] | None,
-) -> None:
-    if lowering == "flex" and dtype not in FLEX_DTYPES:
-        raise TypeError(f"lowering: 'flex' computes in float32, bfloat16 and float16, got {dtype}; expected 'gather'")
-    if kernel_options is not None and not isinstance(kernel_options, Mapping):
-        raise TypeError(f"kernel_options: expected a dict, got {type(kernel_options).__name__}")
-    if kernel_options is not None and lowering != "flex":
-        raise ValueError(
-            f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
-        )
-    if block_size is None:
-        return
-    if lowering == "dense":
-        raise ValueError(f"block_size: expected None for lowering='dense', got {block_size!r}")
-    if lowering == "gather":
-        checks.positive_int("block_size", block_size)  # of queries; gather has no key blocks
-    else:
-        checks.block_sizes(block_size)

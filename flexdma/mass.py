@@ -1,0 +1,92 @@
+"""Attention mass: how much attention each key receives."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from flexdma import checks
+from flexdma.lifespans import Lifespans
+from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
+from flexdma.lowerings.gather_mass import gather_mass
+from flexdma.mixed_precision import autocast, without_autocast
+from flexdma.reference import dense_attention_mass
+from flexdma.signatures import ScoreMod
+from flexdma.transforms import refuse_jit_trace
+
+
+def attention_mass(
+    query: Tensor,
+    key: Tensor,
+    lifespans: Lifespans | None = None,
+    *,
+    reduction: str = "sum",
+    ages: Sequence[tuple[int, int | None]] | None = None,
+    bias: Tensor | None = None,
+    scale: float | None = None,
+    score_mod: ScoreMod | None = None,
+    lowering: str | None = None,
+    block_size: int | tuple[int, int] | None = None,
+    kernel_options: Mapping[str, object] | None = None,
+) -> Tensor:
+    """The attention that each key receives, summed over queries, or the largest; no Q x K tensor exists at any point.
+
+    P_hij is the weight with which query i of query head h attends to key j, after the softmax over all keys that it sees.
+    Key j of KV head k receives, over its G query heads h and over the queries i of some ages i - j,
+
+        reduction = "sum"    sum of P_hij        "max"    maximum of P_hij
+
+    query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
+    key: [B, Hkv, K, D], of query's dtype; Hkv divides Hq (query head h reads head h // G).
+    lifespans: the keys that a query sees, as in `lifespan_attention`.  None = key j is visible to all i >= j.
+    ages: bands (low, high).  Each counts the queries with low <= i - j < high; high = None has no end.  Bands may overlap.
+        The softmax is over all visible keys in every band.  None = one result, of all ages.
+    bias, scale, score_mod: as in `lifespan_attention`.
+    lowering: None = "gather" for reduction="max", else `choose_lowering(device, dtype)`.
+        "gather": blocks of queries, on every device.
+        "flex": two FlexAttention passes, one more for each further band, and only for reduction="sum"; not on a CPU.
+        "dense": the definition, O(Q K) memory.
+    block_size: gather: queries per block, None = 16 to 64 by size.  flex: as in `dynamic_mask_attention`.
+    kernel_options: flex only: options of FlexAttention's kernels.
+
+        K = Q = 6, ages = [(0, 2), (2, None)]       query 0: a            a = counted by the band (0, 2)
+                                                    query 1: a a          b = counted by the band (2, None)
+                                                    query 2: b a a
+            sum over a column of the a: band 0      query 3: b b a a
+            sum over a column of the b: band 1      query 4: b b b a a
+                                                    query 5: b b b b a a
+
+    Returns [B, Hkv, K], or [bands, B, Hkv, K] where ages are given; float32, float64 for float64 inputs.  0 for keys that no
+    counted query sees.  A query that sees no key adds nothing; one that sees a NaN gives NaN to the keys that it sees.
+    No gradient: the result is detached.
+    Raises ValueError or TypeError naming the argument.  Time as a forward of attention over these lifespans;
+    gather O((Q block + K) Hq) memory, and in torch.compile on other devices than a CPU it is unrolled over its blocks.
+    The sum over recent queries is SnapKV's score of a key (arXiv 2404.14469), over all queries H2O's (arXiv 2306.14048).
+    """
+    refuse_jit_trace()
+    query, key = autocast(query, key)
+    checks.attention_arguments(query, key, key)
+    checks.one_of("reduction", reduction, checks.REDUCTIONS)
+    checks.ages(ages)
+    if lifespans is not None:
+        checks.lifespans(lifespans, key)
+        lifespans = Lifespans(*(bound.clamp(0, key.shape[2]).to(torch.int32).contiguous() for bound in lifespans))
+    if bias is not None:
+        checks.bias("bias", bias, key)
+        bias = bias.detach()
+    checks.scores(scale, score_mod)
+    query, key = query.detach(), key.detach()
+    chosen = chosen_lowering(lowering or ("gather" if reduction == "max" else None), query)
+    check_lowering_options(chosen, query.dtype, block_size, kernel_options)
+    if chosen == "dense":
+        with without_autocast(query.device):  # the definition computes in float32
+            return dense_attention_mass(
+                query, key, lifespans, reduction=reduction, ages=ages, bias=bias, scale=scale, score_mod=score_mod
+            ).detach()
+    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    bands = None if ages is None else [(low, checks.LARGEST if high is None else high) for low, high in ages]
+    block = None if block_size is None else checks.block_sizes(block_size)[0]
+    mass = gather_mass(
+        query, key, bias, lifespans, scale=scale, score_mod=score_mod, reduction=reduction, ages=bands, block_size=block
+    ).detach()  # score_mod may capture tensors with a gradient
+    return mass[:, 0] if ages is None else mass.transpose(0, 1)
