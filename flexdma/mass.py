@@ -7,12 +7,16 @@ from torch import Tensor
 
 from flexdma import checks
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.visible import births_are_positions, causal_lifespans, most_visible
 from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
+from flexdma.lowerings.flash import is_flash
+from flexdma.lowerings.flex_mass import compiled_flex_mass, flex_mass
 from flexdma.lowerings.gather_mass import gather_mass
 from flexdma.mixed_precision import autocast, without_autocast
 from flexdma.reference import dense_attention_mass
+from flexdma.rounding import power_of_two_from
 from flexdma.signatures import ScoreMod
-from flexdma.transforms import refuse_jit_trace
+from flexdma.transforms import can_read, is_recorded, refuse_jit_trace
 
 
 def attention_mass(
@@ -85,8 +89,38 @@ def attention_mass(
             ).detach()
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     bands = None if ages is None else [(low, checks.LARGEST if high is None else high) for low, high in ages]
-    block = None if block_size is None else checks.block_sizes(block_size)[0]
-    mass = gather_mass(
-        query, key, bias, lifespans, scale=scale, score_mod=score_mod, reduction=reduction, ages=bands, block_size=block
-    ).detach()  # score_mod may capture tensors with a gradient
+    if chosen == "flex":
+        _check_flex(query, reduction, kernel_options)
+    # FlexAttention refuses an empty batch, and torch.compile refuses meta and fake tensors.
+    if chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
+        block = None if block_size is None else checks.block_sizes(block_size)[0]
+        mass = gather_mass(
+            query, key, bias, lifespans, scale=scale, score_mod=score_mod, reduction=reduction, ages=bands,
+            block_size=block,
+        )  # fmt: skip
+    else:
+        in_order, capacity = lifespans is None, key.shape[2]
+        if lifespans is None:
+            lifespans = causal_lifespans(key)
+        elif can_read(query):
+            in_order = births_are_positions(lifespans)
+            capacity = power_of_two_from(most_visible(lifespans, query.shape[2]))
+        compiled = flex_mass if torch.compiler.is_compiling() else compiled_flex_mass
+        mass = compiled(
+            query, key, bias, lifespans, in_order=in_order, capacity=capacity, scale=scale, score_mod=score_mod, ages=bands,
+            block_size=None if block_size is None else checks.block_sizes(block_size), kernel_options=kernel_options,
+        )  # fmt: skip
+    mass = mass.detach()  # score_mod may capture tensors with a gradient
     return mass[:, 0] if ages is None else mass.transpose(0, 1)
+
+
+def _check_flex(query: Tensor, reduction: str, kernel_options: Mapping[str, object] | None) -> None:
+    """Raise where FlexAttention cannot compute the call."""
+    if reduction == "max":
+        raise ValueError("lowering: 'flex' sums over queries; expected 'gather', 'dense' or None with reduction='max'")
+    if query.device.type == "cpu":
+        raise ValueError("lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather', 'dense' or None")
+    if is_flash(kernel_options):
+        raise ValueError(
+            "kernel_options: expected another BACKEND than 'FLASH' for attention_mass, which has no values"
+        )

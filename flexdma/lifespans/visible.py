@@ -17,6 +17,13 @@ from flexdma.rounding import levels
 NO_RANK = 2**31 - 1
 
 
+def causal_lifespans(keys: Tensor) -> Lifespans:
+    """Plain causal attention, [B, 1, K]: each of the keys [B, H, K, ...] lives from its own position to the end."""
+    batch, length = keys.shape[0], keys.shape[2]
+    birth = torch.arange(length, dtype=torch.int32, device=keys.device).expand(batch, 1, -1)
+    return Lifespans(birth.contiguous(), torch.full_like(birth, length))
+
+
 def seen_by_queries(lifespans: Lifespans, queries: int) -> Lifespans:
     """The lifespans as indices of the last `queries` positions: 0 = the first of them, 0 <= birth, death <= queries."""
     first_query = lifespans.birth.shape[-1] - queries

@@ -15,7 +15,8 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings import gate_gradient
 from flexdma.lowerings.default_options import block_size_of, device_options
 from flexdma.lowerings.flash import flash_block_size, is_flash
-from flexdma.lowerings.packed_keys import at_places
+from flexdma.lowerings.packed_keys import at_places, folded_rows
+from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.opaque import realize
@@ -64,7 +65,6 @@ def flex_attend(
         block_size = flash_block_size(query.device, index(size), needs_gradient) if flash else block_size_of(*call)
     block_size = (index(block_size[0]), index(block_size[1]))
     capacity = index(capacity)
-    first_query = keys - queries
 
     packing, block_index = schedule(
         lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient,
@@ -76,8 +76,7 @@ def flex_attend(
         return at_places(tensor, packing._replace(order=order), needs_gradient=needs_gradient)
 
     packed_key, packed_value = packed(key), packed(value)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
-    rows = query.unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, Q, G, D]
-    rows = rows.reshape(batch, heads, queries * group, size)  # [B, Hkv, Q G, D]
+    rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
 
     has_bias = bias is not None
     bias, reference = biases(key, bias, lifespans, queries, ranked=ranked, exact=sink_logits is not None)
@@ -90,26 +89,10 @@ def flex_attend(
         needs_gradient and high.requires_grad, score_mod is not None, sizes, atomics=not is_flash(kernel_options)
     )
     added = realize(high if route == "atomics" else high.detach())
-    if score_mod is not None:
-        query_position = realize(torch.arange(first_query, keys, device=query.device))
-
-    # Index each captured tensor once, in one step: FlexAttention has derivatives for this form only.
-    def packed_score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i = row // group
-        if score_mod is not None:
-            score = score_mod(score, b, h * group + row % group, query_position[i], order[b, h, column])
-        if has_bias:
-            difference = added[b, h, column] - reference_high[b, h, i]
-            if low is not None and reference_low is not None:
-                difference = difference + (low[b, h, column] - reference_low[b, h, i])
-            score = score + difference
-        # Inductor's C++ kernel skips a block that begins with NaN as if it were empty.  Infinity becomes NaN in the softmax.
-        return torch.where(score.isnan(), float("inf"), score) if on_cpu else score
-
-    def packed_mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i = row // group
-        return (i >= birth[b, h, column]) & (i < death[b, h, column])
-
+    packed_bias = None if not has_bias else PackedBias(added, low, reference_high, reference_low)
+    packed_score_mod, packed_mask_mod = packed_mods(
+        order, birth, death, packed_bias, score_mod, queries=queries, keys=keys, group=group
+    )
     block_mask = block_index.block_mask((queries * group, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
         rows = realize(rows)  # Inductor's C++ FlexAttention accepts no view of a computed tensor

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.visible import causal_lifespans
 from flexdma.lowerings.reference_gate import biases
 from flexdma.mixed_precision import without_autocast
 from flexdma.opaque import opaque_on_cpu
@@ -109,7 +110,7 @@ def _by_blocks(
     block = block_size or _block_size(batch * query_heads * keys)
     reference = None
     if bias is not None:
-        lifespans = Lifespans(birth, death) if birth is not None and death is not None else _causal(bias)
+        lifespans = Lifespans(birth, death) if birth is not None and death is not None else causal_lifespans(key)
         bias, reference = biases(key, bias, lifespans, queries, ranked=False, exact=False)
         # A bias of -inf hides a key; with a reference it would be -inf - x, or NaN.
         birth = lifespans.birth.expand(bias.shape)
@@ -236,13 +237,6 @@ def _modified(scores: Tensor, seen: _Seen, first: int, score_mod: ScoreMod) -> T
     modified = score_mod(scores, positions(batch, 0), head, positions(block, 3) + first, column)
     # A tensor of its own, because the mask is written into it.
     return modified.to(scores.dtype).expand_as(scores).clone(memory_format=torch.contiguous_format)
-
-
-def _causal(like: Tensor) -> Lifespans:
-    """The lifespans of plain causal attention, [B, 1, K]."""
-    batch, _, keys = like.shape
-    birth = torch.arange(keys, dtype=torch.int32, device=like.device).expand(batch, 1, -1)
-    return Lifespans(birth, torch.full_like(birth, keys))
 
 
 def _block_size(elements: int) -> int:

@@ -1,4 +1,4 @@
-"""Gather keys to the places of a `Packing`, and sum gradients back to keys."""
+"""Gather keys to the places of a `Packing`, sum numbers of places back to keys, and fold the query heads of a group."""
 
 from typing import Any
 
@@ -11,6 +11,14 @@ from flexdma.rounding import ceil_div
 
 # Largest bag of unused entries in `sum_of_pieces`.
 TAIL = 64
+
+
+def folded_rows(query: Tensor, heads: int) -> Tensor:
+    """[B, Hq, Q, D] -> [B, Hkv, Q G, D]: row i * G + g is query i of the group's head g."""
+    batch, query_heads, queries, size = query.shape
+    group = query_heads // heads
+    rows = query.unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, Q, G, D]
+    return rows.reshape(batch, heads, queries * group, size)
 
 
 def at_places(tensor: Tensor, packing: Packing, *, needs_gradient: bool) -> Tensor:

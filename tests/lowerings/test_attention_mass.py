@@ -11,11 +11,15 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexdma
-from flexdma import Lifespans, attention_mass
+from flexdma import Lifespans, attention_mass, checks
+from flexdma.lifespans.visible import births_are_positions, causal_lifespans, most_visible
+from flexdma.lowerings.flex_mass import flex_mass
 from flexdma.reference import dense_attention_mass
 from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
 from tests.lowerings.test_lifespan_attention import any_lifespans
+
+pytestmark = pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 
 BANDS = [None, [(0, None)], [(0, 3), (3, None)], [(2, 30), (5, 6), (1000, None)]]
 
@@ -126,6 +130,58 @@ def test_under_autocast_it_is_the_call_on_cast_inputs():
             assert torch.equal(attention_mass(query, key, alive, bias=gate, lowering=lowering), want)
 
 
+def flex(query, key, lifespans=None, *, ages=None, bias=None, score_mod=None):
+    """`attention_mass` by the flex lowering, uncompiled, in small blocks."""
+    queries, size, keys = query.shape[2], query.shape[3], key.shape[2]
+    in_order, capacity = lifespans is None, keys
+    alive = causal_lifespans(key) if lifespans is None else Lifespans(*(b.clamp(0, keys).int() for b in lifespans))
+    if lifespans is not None:
+        in_order, capacity = births_are_positions(alive), max(1, most_visible(alive, queries))
+    bands = None if ages is None else [(low, checks.LARGEST if high is None else high) for low, high in ages]
+    mass = flex_mass(
+        query, key, bias, alive, in_order=in_order, capacity=capacity, scale=size**-0.5, score_mod=score_mod, ages=bands,
+        block_size=(16, 16), kernel_options=None,
+    )  # fmt: skip
+    return mass[:, 0] if ages is None else mass.transpose(0, 1)
+
+
+FLEX_CASES: dict[str, tuple] = {
+    "causal": ((2, 4, 2, 40, 50, 8), None, [(2, 30), (1000, None)]),
+    "several periods": ((1, 4, 2, 100, 110, 8), lambda gate: flexdma.causal_top_w(gate, 9), None),
+    "any births, shared by heads": (
+        (2, 4, 2, 40, 50, 8), lambda gate: any_lifespans(2, 1, 50, longest=20, seed=1), [(0, 3), (3, None)],
+    ),
+    "one query": ((1, 2, 1, 1, 33, 8), lambda gate: any_lifespans(1, 1, 33, longest=60, seed=1), None),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLEX_CASES)
+def test_by_transposed_attention(name):
+    sizes, policy, ages = FLEX_CASES[name]
+    query, key, _, gate = inputs(*sizes)
+    alive = None if policy is None else policy(gate)
+    gate[..., 3] = -torch.inf
+    # Biases are subtracted in float32; the rest is in float64.
+    for bias, tolerance in ((None, 1e-12), (gate, 1e-5)):
+        score_mod = None if bias is None else alibi_score_mod(torch.rand(query.shape[1], dtype=torch.float64))
+        options: dict[str, Any] = {"ages": ages, "bias": bias, "score_mod": score_mod}
+        same(flex(query, key, alive, **options), dense_attention_mass(query, key, alive, **options), tolerance)
+
+
+def test_nan_by_transposed_attention():
+    query, key, _, _ = inputs(1, 2, 1, 40, 40, 8)
+    query[:, :, 20] = torch.nan
+    alive = any_lifespans(1, 1, 40, longest=9, seed=1)
+    same(flex(query, key, alive), dense_attention_mass(query, key, alive))
+
+
+def test_transposed_attention_is_one_graph():
+    query, key, _, gate = inputs(1, 4, 2, 40, 50, 8)
+    options: dict[str, Any] = {"ages": [(0, 9), (9, None)], "bias": gate}
+    compiled = torch.compile(partial(flex, **options), fullgraph=True, backend="aot_eager")
+    same(compiled(query, key), dense_attention_mass(query, key, **options), 1e-5)
+
+
 class Largest(TorchDispatchMode):
     """The number of elements of the largest tensor that an operation returns."""
 
@@ -208,6 +264,8 @@ WRONG = [
     ({"bias": torch.zeros(1, 2, 5)}, ValueError, r"bias: expected \[1, 2, 4\], got \[1, 2, 5\]"),
     ({"lifespans": torch.zeros(1)}, TypeError, r"lifespans: expected Lifespans\(birth, death\), got Tensor"),
     ({"kernel_options": {}}, ValueError, "kernel_options: expected None for lowering='gather'"),
+    ({"lowering": "flex"}, ValueError, "lowering: 'flex' has no log-sum-exp on a CPU; expected 'gather', 'dense' or None"),
+    ({"lowering": "flex", "reduction": "max"}, ValueError, "lowering: 'flex' sums over queries; expected 'gather', 'dense'"),
     ({"block_size": 0}, ValueError, "block_size: expected at least 1, got 0"),
 ]  # fmt: skip
 

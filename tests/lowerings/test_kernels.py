@@ -37,17 +37,25 @@ pytestmark = [
 
 
 # Triton 3.6's interpreter turns arrays of one element into Python numbers, which NumPy 2.4 refuses.
-@pytest.mark.skipif(
+needs_the_interpreter = pytest.mark.skipif(
     HAS_TRITON and importlib.metadata.version("triton").startswith("3.6"),
     reason="needs the interpreter of Triton 3.8 or newer",
 )
-@pytest.mark.parametrize("case", CASES)
-def test_generated_kernels_agree_with_the_specification(case):
+
+
+def interpreted(program, *arguments):
+    """The lines that a program of this folder prints, where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.lowerings.interpreted_kernels", case]
+    command = [sys.executable, "-m", f"tests.lowerings.{program}", *arguments]
     done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
-    results = [json.loads(line) for line in done.stdout.splitlines()]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@needs_the_interpreter
+@pytest.mark.parametrize("case", CASES)
+def test_generated_kernels_agree_with_the_specification(case):
+    results = interpreted("interpreted_kernels", case)
     sound = [result for result in results if result["control"] is None]
     assert len(sound) == len(CASES[case]["gates"])
     assert len(results) - len(sound) == (2 if CASES[case].get("controls") else 0)
@@ -63,6 +71,17 @@ def test_generated_kernels_agree_with_the_specification(case):
             assert min(result["errors"].values()) > 0.05, f"{result['control']} went unnoticed: {result}"
     if CASES[case].get("selection") == "global":
         assert sound[0]["full_blocks"] > 0
+
+
+@needs_the_interpreter
+def test_generated_kernels_compute_the_attention_mass():
+    """The inputs are in bfloat16; nothing else is rounded to it."""
+    (result,) = interpreted("interpreted_mass")
+    assert result["graphs"] == 1
+    assert result["atomics"] == 0
+    assert result["dtype"] == "torch.float32"
+    assert len(result["errors"]) == 2
+    assert max(result["errors"]) < 1e-5, result
 
 
 @pytest.mark.parametrize("setting", SETTINGS)

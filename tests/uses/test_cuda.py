@@ -6,7 +6,7 @@ import torch
 import flexdma
 from flexdma.lowerings.gate_gradient import ROUTES, gate_gradient_route
 from flexdma.packing import packed_layout
-from flexdma.reference import dense_dynamic_mask_attention
+from flexdma.reference import dense_attention_mass, dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
 from tests.test_operator import VARIANTS
@@ -149,3 +149,14 @@ def test_a_cuda_graph_replays_a_layer():
         for _ in range(3):
             hidden = torch.randn(1, 512, 128, device="cuda")
             torch.testing.assert_close(compiled(hidden).clone(), layer(hidden), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_attention_mass(dtype, reduction):
+    query, key, _, gate = (t.cuda() for t in inputs(2, 4, 2, 300, 400, 64, dtype=dtype))
+    for lifespans in (None, flexdma.causal_top_w(gate, 40, recent=5)):
+        for ages in (None, [(0, 20), (128, None)]):
+            got = flexdma.attention_mass(query, key, lifespans, reduction=reduction, ages=ages)
+            want = dense_attention_mass(query.double(), key.double(), lifespans, reduction=reduction, ages=ages)
+            torch.testing.assert_close(got.double(), want, atol=1e-4, rtol=1e-3)

@@ -1,0 +1,148 @@
+"""Attention mass, sum_i P_ij, by two FlexAttention forwards, without atomics.
+
+The first gives each row's log-sum-exp L_i.  The second has keys as queries and rows as keys, on the transposed mask, with the
+scores S_ij - L_i.  Its log-sum-exp over the rows is log sum_i exp(S_ij - L_i) = log sum_i P_ij, the logarithm of the mass.
+
+A band of ages low <= i - j < high cuts each lifespan down to one interval, so a band is one more second pass over other
+lifespans, and blocks outside of the band are not visited.
+"""
+
+from collections.abc import Mapping, Sequence
+from operator import index
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
+
+from flexdma.lifespans import Lifespans
+from flexdma.lowerings.default_options import (
+    autotunes,
+    block_size_of,
+    device_options,
+    transposed_options,
+    with_defaults,
+)
+from flexdma.lowerings.gate_gradient import COLUMNS, transposed_block_mask
+from flexdma.lowerings.packed_keys import at_places, folded_rows, sum_of_pieces
+from flexdma.lowerings.packed_mods import PackedBias, packed_mods
+from flexdma.lowerings.reference_gate import biases, split
+from flexdma.opaque import realize
+from flexdma.packing import Packing
+from flexdma.packing.schedule import schedule
+from flexdma.signatures import ScoreMod
+
+# Compilations for the eager calls of one process, as of attention.
+RECOMPILE_LIMIT = 64
+
+
+class _Pass(NamedTuple):
+    """The keys of some lifespans at their places."""
+
+    packing: Packing
+    keys: Tensor  # [B, Hkv, L, D]
+    score_mod: ScoreMod
+    block_mask: BlockMask
+
+
+def flex_mass(
+    query: Tensor,
+    key: Tensor,
+    bias: Tensor | None,
+    lifespans: Lifespans,
+    *,
+    in_order: bool,
+    capacity: int,
+    scale: float,
+    score_mod: ScoreMod | None,
+    ages: Sequence[tuple[int, int]] | None,
+    block_size: tuple[int, int] | None,
+    kernel_options: Mapping[str, object] | None,
+) -> Tensor:
+    """[B, bands, Hkv, K] float32, the sum over queries; see `flexdma.attention_mass`.
+
+    in_order, capacity: as in `flexdma.lowerings.attend`.  block_size: None = tuned on this device, or the default.
+    Call it compiled: uncompiled FlexAttention materialises Q x K scores.
+    """
+    batch, query_heads, queries, size = query.shape
+    heads, keys = key.shape[1:3]
+    group = index(query_heads // heads)
+    call = (query.device, query.dtype, index(size), group, False)
+    block_size = block_size_of(*call) if block_size is None else block_size
+    block = (index(block_size[0]), index(block_size[1]))
+    rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
+    has_bias = bias is not None
+    bias, reference = biases(key, bias, lifespans, queries, ranked=False, exact=False)
+    high, low = split(bias)
+    subtracted = [None if part is None else realize(part) for part in split(reference)]
+
+    def packed(lifespans: Lifespans, most: int, any_births: bool) -> _Pass:
+        packing, block_index = schedule(
+            lifespans, queries=queries, group=group, capacity=index(most), block_size=block, transposed=True,
+            any_births=any_births,
+        )  # fmt: skip
+        order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
+        packing = packing._replace(order=order)
+        added = [
+            None if part is None else realize(at_places(part, packing, needs_gradient=False)) for part in (high, low)
+        ]
+        packed_bias = PackedBias(*added, *subtracted) if has_bias else None  # type: ignore[arg-type]
+        packed_score_mod, mask_mod = packed_mods(
+            order, birth, death, packed_bias, score_mod, queries=queries, keys=keys, group=group
+        )
+        lengths = (queries * group, order.shape[-1])
+        return _Pass(
+            packing,
+            at_places(key, packing, needs_gradient=False),
+            packed_score_mod,
+            block_index.block_mask(lengths, block, mask_mod),
+        )
+
+    def without_values(tensor: Tensor) -> Tensor:
+        """Values of no use, in the size of head that costs least."""
+        return tensor.new_zeros((*tensor.shape[:3], COLUMNS))
+
+    whole = packed(lifespans, capacity, not in_order)
+    on_cpu = query.device.type == "cpu"
+    forward: Any = with_defaults(kernel_options, () if on_cpu else device_options(*call), block)
+    _, aux = flex_attention(
+        rows, whole.keys, without_values(whole.keys), score_mod=whole.score_mod, block_mask=whole.block_mask, scale=scale,
+        kernel_options=forward, return_aux=AuxRequest(lse=True),
+    )  # fmt: skip
+    lse = cast(Tensor, aux.lse)
+    lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # -inf: the row sees no key
+    transposed: Any = transposed_options(kernel_options, block, key.dtype, autotunes())
+
+    def summed(keys_of: _Pass) -> Tensor:
+        """sum_i P_ij: [B, Hkv, K]."""
+        packed_score_mod = keys_of.score_mod
+
+        def log_weight(score: Tensor, b: Tensor, h: Tensor, column: Tensor, row: Tensor) -> Tensor:
+            return packed_score_mod(score, b, h, row, column) - lse[b, h, row]
+
+        _, total = flex_attention(
+            keys_of.keys, rows, without_values(rows), score_mod=log_weight,
+            block_mask=transposed_block_mask(keys_of.block_mask), scale=scale, kernel_options=transposed,
+            return_aux=AuxRequest(lse=True),
+        )  # fmt: skip
+        pieces, starts = (
+            tensor.expand(batch, heads, -1) for tensor in (keys_of.packing.pieces, keys_of.packing.starts)
+        )
+        return sum_of_pieces(cast(Tensor, total.lse).exp(), pieces, starts)
+
+    if ages is None:
+        return summed(whole).unsqueeze(1)
+    position = torch.arange(keys, dtype=torch.int32, device=key.device)
+    bands = []
+    for youngest, oldest in ages:
+        birth = torch.maximum(lifespans.birth, position + min(youngest, keys))
+        death = torch.minimum(lifespans.death, position + oldest) if oldest < keys else lifespans.death
+        most = capacity if oldest - youngest > capacity else oldest - youngest
+        bands.append(summed(packed(Lifespans(birth, death), most, any_births=True)))
+    return torch.stack(bands, 1)
+
+
+# One compiled function for all eager callers.  With fullgraph it raises past the limit instead of running uncompiled.
+compiled_flex_mass = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
+    torch.compile(flex_mass, fullgraph=True)
+)
