@@ -63,8 +63,10 @@ def attention_mass(
     Returns [B, Hkv, K], or [bands, B, Hkv, K] where ages are given; float32, float64 for float64 inputs.  0 for keys that no
     counted query sees.  A query that sees no key adds nothing; one that sees a NaN gives NaN to the keys that it sees.
     No gradient: the result is detached.
-    Raises ValueError or TypeError naming the argument.  Time as a forward of attention over these lifespans;
-    gather O((Q block + K) Hq) memory, and in torch.compile on other devices than a CPU it is unrolled over its blocks.
+    Raises ValueError or TypeError naming the argument.
+    Time as a forward of attention over these lifespans.  gather adds a sort of the K keys for each block under lifespans, and
+    takes O(block K Hq) memory.  In torch.compile gather is one operator on a CPU without a score_mod; otherwise it is
+    unrolled over its blocks, and lifespans save no time.
     The sum over recent queries is SnapKV's score of a key (arXiv 2404.14469), over all queries H2O's (arXiv 2306.14048).
     """
     refuse_jit_trace()

@@ -1,8 +1,9 @@
 """Attention mass by blocks of queries: each block computes its probabilities for the keys it sees, and reduces them.
 
-O(N (visible keys)) time and O(N block) memory, on every device and dtype.  A block holds the probabilities of whole rows, so
-one pass over the queries is enough.  A block sees a prefix of the keys, or, under lifespans, the keys gathered for it: first
-those that all of its queries see, then the others, which alone need a mask.
+On every device and dtype.  O(Q (visible keys + block)) time, a sort of the keys for each block under lifespans, and
+O(block K) memory.  A block holds the probabilities of whole rows, so one pass over the queries is enough.  A block sees a
+prefix of the keys, or, under lifespans, the keys gathered for it: first those that all of its queries see, then the others,
+which alone need a mask.
 """
 
 import math
