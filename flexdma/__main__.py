@@ -29,6 +29,10 @@ COMMANDS = {
         "flexdma.tools.longrun.command",
         "read a million tokens in constant memory, then decode at constant cost",
     ),
+    "evaluate": (
+        "flexdma.tools.evaluate.command",
+        "compare a language model under full attention, a window, gates and kvpress at equal keys",
+    ),
     "view": ("flexdma.tools.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 CANNOT = 2

@@ -11,6 +11,7 @@ from flexdma.tools.bench import decoding, report
 from flexdma.tools.bench.decoding import GROWING, OURS, STATIC, Decoder, contender, filled_cache, models
 from flexdma.tools.bench.sections import Setting, begun, planned
 from flexdma.tools.bench.suites import SUITES
+from flexdma.tools.language_models import cache_argument
 from flexdma.tools.records import Results
 from flexdma.tools.timing import Turns
 
@@ -60,7 +61,7 @@ def test_a_filled_cache_goes_on_as_one_of_a_forward_pass():
     for name, model in ((GROWING, full), (STATIC, full), (OURS, converted)):
         cache = filled_cache(TINY, 40, name, full)
         assert int(cache.get_seq_length()) == 40
-        logits = model(ids[:, 40:], **{decoding.cache_argument(): cache}).logits
+        logits = model(ids[:, 40:], **{cache_argument(): cache}).logits
         assert logits.shape == (2, 1, TINY.vocabulary)
         assert int(cache.get_seq_length()) == 41
     state = TINY.state(40, torch.float32)

@@ -15,6 +15,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexdma import DynamicMaskState, ValueGate, dynamic_mask_attention
 from flexdma.tools.bench.dense_mask import GIB, free_bytes
+from flexdma.tools.language_models import cache_argument
 from flexdma.tools.timing import Turns, UnavailableError, interleaved
 
 GROWING, STATIC, OURS = "full, DynamicCache", "full, StaticCache", "flexdma"
@@ -221,14 +222,6 @@ def _callable(model: Any, compiled: bool) -> Callable:
         return model(ids, **{cache_argument(): cache}).logits
 
     return torch.compile(forward) if compiled else forward
-
-
-def cache_argument() -> str:
-    """The name of a model's cache argument in the installed transformers."""
-    import transformers
-    from torch.torch_version import TorchVersion
-
-    return "cache" if TorchVersion(transformers.__version__) >= "5.24" else "past_key_values"
 
 
 def _tokens(

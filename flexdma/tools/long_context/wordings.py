@@ -58,7 +58,10 @@ EVALUATION = Wordings(
     facts=(
         Wording("The {field} of {key} is {value}.", "The {field} of {key} is"),
         Wording("{key} was given the {field} {value}.", "As written above, {key} was given the {field}"),
-        Wording("Please note that the {field} of {key} is {value}.", "Question: what is the {field} of {key}?\nAnswer:"),
+        Wording(
+            "Please note that the {field} of {key} is {value}.",
+            "Question: what is the {field} of {key}?\nAnswer: the {field} of {key} is",
+        ),
     ),
     keys=(
         "Ada Marsh", "Ben Okoro", "Clara Nilsson", "David Ferreira", "Elif Kaya", "Frank Osei", "Grace Tanaka",
