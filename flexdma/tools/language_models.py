@@ -102,13 +102,13 @@ def _folder_or_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
 def _gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     """The weights are moved to an ordinary model, because transformers refuses to save one of a GGUF file."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.resolve().parent, "gguf_file": path.name}
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    where["config"] = AutoConfig.from_pretrained(**where)  # each reads the whole file for it otherwise
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    config = read.config.to_dict()
-    config.pop("quantization_config", None)
+    read = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    config = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
     plain = _empty(type(read), type(read.config)(**config), read.device)
     plain.load_state_dict(read.state_dict(keep_vars=True), assign=True)
     plain.generation_config = read.generation_config

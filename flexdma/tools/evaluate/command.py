@@ -2,7 +2,7 @@
 
 import argparse
 import importlib.metadata
-import importlib.util
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -24,6 +24,8 @@ from flexdma.tools.long_context.texts import read_texts, tokenized
 from flexdma.tools.machine import machine
 from flexdma.tools.records import Results
 from flexdma.tools.refusal import RefusedError, check_installed, refusing
+
+WIDTH = 140  # of tables that go to a file or a pipe
 
 __all__ = ["add_arguments", "run"]
 
@@ -53,8 +55,10 @@ def run(arguments: argparse.Namespace) -> int:
             tuple(dict.fromkeys(options.seed)), options.stretches, options.rounds, found.keys,
         )  # fmt: skip
     texts = tokenized(loaded[0].tokenizer, contents, max(plan.lengths))
-    with refusing(ValueError):
+    try:
         tokens = material(loaded[0].tokenizer, texts, plan)
+    except ValueError as error:
+        raise RefusedError(f"--lengths: {str(error).removeprefix('length: ')}") from error
     results = Results(_about(options, loaded, plan, texts))
     results.add("contenders", "", [(name, "skipped", reason) for name, reason in found.skipped.items()])
     options.out.mkdir(parents=True, exist_ok=True)
@@ -81,8 +85,10 @@ def _load(options: argparse.Namespace) -> list[LanguageModel]:
 def _about(
     options: argparse.Namespace, loaded: list[LanguageModel], plan: Plan, texts: dict[str, Tensor]
 ) -> dict[str, Any]:
-    packages = ("transformers", "kvpress")
-    versions = {name: importlib.metadata.version(name) for name in packages if importlib.util.find_spec(name)}
+    versions = {}
+    for name in ("transformers", "kvpress"):
+        with suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     numbers = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(plan).items()}
     return {
         "suite": SUITE,
@@ -132,7 +138,9 @@ def _write(out: Path, results: Results) -> None:
 def _show(out: Path, results: Results) -> None:
     from rich.console import Console
 
-    console, summary = Console(), Summary(results)
+    summary, console = Summary(results), Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
     for table in tables(summary):
         console.print(as_rich(table))
     for note in summary.notes():

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from flexdma.tools.language_models import cache_argument
-from flexdma.tools.long_context.contenders import Contender
+from flexdma.tools.long_context.contenders import AFTER_PREFILL, Contender
 from flexdma.tools.long_context.needles import Needle
 from flexdma.tools.timing import in_one_line
 
@@ -92,13 +92,13 @@ def presses(model: Any, names: Sequence[str], keys: int, sinks: int) -> tuple[li
     failed = {}
     for name in names:
         try:
-            small = PressContender(name, model, PROBE // 2, "after the prefill", DynamicCache, sinks)
+            small = PressContender(name, model, PROBE // 2, AFTER_PREFILL, DynamicCache, sinks)
             with torch.no_grad():
                 small.prefill(torch.zeros(1, PROBE, dtype=torch.int64, device=model.device))
         except Exception as error:  # another package's, for a model that it may not know
             failed[name] = in_one_line(error)
         else:
-            working.append(PressContender(name, model, keys, "after the prefill", DynamicCache, sinks))
+            working.append(PressContender(name, model, keys, AFTER_PREFILL, DynamicCache, sinks))
     return working, failed
 
 

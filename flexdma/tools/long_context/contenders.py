@@ -14,6 +14,8 @@ from flexdma.tools.long_context.needles import Needle
 from flexdma.tools.long_context.passes import logits_after, nll_by_position
 
 FULL, WINDOW = "full", "sinks + window"
+# From when on a cache is bounded.
+NEVER, ALWAYS, AFTER_PREFILL = "never", "always", "after prefill"
 # What a model of `calibrate` or `distill` has in its config.flexdma, the latest first.
 MADE_BY = ("distilled", "calibrated")
 
@@ -23,7 +25,7 @@ class Contender:
     """A model and its cache.
 
     keys: per KV head, on average over layers and heads; None = all keys.
-    bounded: from when on the cache has at most so many keys.
+    bounded: when the cache has at most so many keys: NEVER, ALWAYS, AFTER_PREFILL.
     """
 
     name: str
@@ -56,7 +58,7 @@ def full(model: Any) -> Contender:
     """The model with full attention; of a converted model its weights without the gates."""
     from transformers import DynamicCache
 
-    return Contender(FULL, language_models.full_attention(model), None, "never", DynamicCache)
+    return Contender(FULL, language_models.full_attention(model), None, NEVER, DynamicCache)
 
 
 def sinks_and_window(model: Any, budget: int, sinks: int) -> Contender:
@@ -69,7 +71,7 @@ def sinks_and_window(model: Any, budget: int, sinks: int) -> Contender:
     plain = language_models.full_attention(model)
     weights = {id(tensor): tensor for tensor in (*plain.parameters(), *plain.buffers())}
     converted = convert_to_dma(copy.deepcopy(plain, weights), budget, sinks=sinks).eval()
-    return Contender(WINDOW, converted, budget + sinks, "from the first token on", DynamicMaskCache)
+    return Contender(WINDOW, converted, budget + sinks, ALWAYS, DynamicMaskCache)
 
 
 def as_converted(loaded: LanguageModel, taken: frozenset[str] = frozenset()) -> Contender:
@@ -79,7 +81,7 @@ def as_converted(loaded: LanguageModel, taken: frozenset[str] = frozenset()) -> 
     choice = loaded.choice or {}
     kind = next((made for made in MADE_BY if choice.get(made)), "converted")
     name = kind if kind not in taken else f"{kind} ({loaded.name})"
-    return Contender(name, loaded.model, keys_per_head(loaded.model), "from the first token on", DynamicMaskCache)
+    return Contender(name, loaded.model, keys_per_head(loaded.model), ALWAYS, DynamicMaskCache)
 
 
 def keys_per_head(model: Any) -> float:

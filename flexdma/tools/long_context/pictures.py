@@ -89,9 +89,9 @@ def _heat_map(
         for column, length in enumerate(lengths):
             found = summary.needles(name, length=length, depth=depth)
             if found is not None:
-                axes.fill_between([column, column + 1], row, row + 1, color=shades(found.rate), linewidth=0)
-                # The end of the scale that is far from the cell's colour.
-                ink = tiles[0] if found.rate > 0.5 else tiles[1]
+                shade = shades(found.rate)
+                axes.fill_between([column, column + 1], row, row + 1, color=shade, linewidth=0)
+                ink = "white" if sum(shade[:3]) < 1.4 else "black"
                 axes.text(column + 0.5, row + 0.5, f"{found.rate:.0%}", color=ink, fontsize=7, ha="center", va="center")
     axes.set_xticks([column + 0.5 for column in range(len(lengths))], [f"{length:,}" for length in lengths])
     axes.set_yticks([row + 0.5 for row in range(len(depths))], [f"{depth:.0%}" for depth in depths])

@@ -48,7 +48,7 @@ def _nll(summary: Summary) -> Table:
 
 def _needles(summary: Summary) -> Table:
     kinds, seeds = summary.distinct(NEEDLES, "kind"), summary.distinct(NEEDLES, "seed")
-    columns = ["attention", "keys per head", "bounded", *kinds, "all", "nll per digit"]
+    columns = ["attention", "keys", "bounded", *kinds, "all", "nll"]
     rows = []
     for name, contender in summary.contenders.items():
         together = summary.needles(name)
@@ -63,10 +63,11 @@ def _needles(summary: Summary) -> Table:
     hidden = sorted(summary.distinct(NEEDLES, "depth"))
     return Table(
         f"Needles found in {lengths} tokens, at depths {hidden[0]:.0%} to {hidden[-1]:.0%}", columns, rows, 1,
-        "Exact matches, in brackets over those of full attention. Pass key: five digits in repeated filler; digits: seven in "
+        "Exact matches, in brackets over those of full attention; nll per digit; keys per KV head, sinks included. "
+        "Pass key: five digits in repeated filler; digits: seven in "
         "real text; keys: one of four such facts is asked; values: three facts about one key are asked, each after the "
         "right answers before it. One value is found exactly if greedy decoding writes it. Contenders that are bounded "
-        "after the prefill read the whole context in full, then keep so many keys, and then read the question.",
+        "after prefill read the whole context in full, then keep so many keys, and then read the question.",
     )  # fmt: skip
 
 
@@ -101,8 +102,14 @@ def _number(value: float | None, form: str) -> str:
 
 def as_markdown(table: Table) -> str:
     """A title, the table, and what the columns mean."""
-    lines = [table.columns, ["---"] * table.names + ["---:"] * (len(table.columns) - table.names), *table.rows]
-    return "\n".join([f"**{table.title}**", "", *(f"| {' | '.join(line)} |" for line in lines), "", table.meaning, ""])
+
+    def line(cells: list[str]) -> str:
+        escaped = (cell.replace("|", "\\|") for cell in cells)
+        return f"| {' | '.join(escaped)} |"
+
+    rules = ["---"] * table.names + ["---:"] * (len(table.columns) - table.names)
+    lines = map(line, (table.columns, rules, *table.rows))
+    return "\n".join([f"**{table.title}**", "", *lines, "", table.meaning, ""])
 
 
 def as_html(table: Table) -> str:
@@ -130,7 +137,8 @@ def as_rich(table: Table) -> Any:
     )
     shown.caption = Text(table.meaning)
     for number, column in enumerate(table.columns):
-        shown.add_column(Text(column), justify="left" if number < table.names else "right")
+        is_name = number < table.names
+        shown.add_column(Text(column), justify="left" if is_name else "right", no_wrap=is_name)
     for before, row in zip([None, *table.rows], table.rows, strict=False):
         changes = before is not None and table.names > 1 and before[0] != row[0]
         if changes:
