@@ -4,7 +4,7 @@ import types
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from flexdma.integrations.transformers.cache import given_cache
+from transformers import Cache
 
 
 @dataclass
@@ -17,7 +17,7 @@ class StreamingLLMPress:
     @contextmanager
     def __call__(self, model):
         def cut(layer, args, kwargs, output):
-            held = given_cache(kwargs.values()).layers[layer.layer_idx]
+            held = next(each for each in kwargs.values() if isinstance(each, Cache)).layers[layer.layer_idx]
             length = held.keys.shape[2]
             kept = int(length * (1 - self.compression_ratio))
             if kept < length:

@@ -30,6 +30,7 @@ def test_a_converted_folder_has_its_gates_and_the_weights_of_full_attention(tmp_
     for layer in converted.model.layers:
         torch.nn.init.normal_(layer.self_attn.value_gate.A)
     loaded = load_language_model(str(save(tmp_path, converted)))
+    assert loaded.choice is not None
     assert loaded.choice["window_size"] == 20
     assert torch.equal(logits(loaded.model), logits(converted))
     plain = full_attention(loaded.model)

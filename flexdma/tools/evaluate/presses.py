@@ -48,8 +48,9 @@ class PressContender(Contender):
 
     sinks: int = 0
 
-    def nll(self, ids: Tensor) -> None:
+    def nll(self, ids: Tensor) -> Tensor | None:
         """None: while it reads, it is full attention."""
+        return None
 
     @torch.no_grad()
     def answer(self, needle: Needle) -> Tensor:
