@@ -93,7 +93,15 @@ def _about(
     return {
         "suite": SUITE,
         "machine": machine(options.device) | versions,
-        "models": [{"name": one.name, "class": type(one.model).__name__, "flexdma": one.choice} for one in loaded],
+        "models": [
+            {
+                "name": one.name,
+                "class": type(one.model).__name__,
+                "positions": getattr(one.model.config, "max_position_embeddings", None),
+                "flexdma": one.choice,
+            }
+            for one in loaded
+        ],
         "dtype": options.dtype,
         "sinks": options.sinks,
         "plan": numbers,

@@ -14,7 +14,7 @@ DECODED = 8  # tokens of one timed run of decoding; the cache grows by them, whe
 
 @torch.no_grad()
 def speed(
-    contenders: Sequence[Contender], ids: Tensor, rounds: int, tick: Callable[[str], None], *, warm_up: bool = True
+    contenders: Sequence[Contender], ids: Tensor, rounds: int, tick: Callable[[str], None]
 ) -> Iterator[tuple[str, str, Any]]:
     """Rows (contender, metric, value) for the context ids [1, N].
 
@@ -42,7 +42,7 @@ def speed(
         return run
 
     turns = Turns(rounds, tick=tick)
-    measured = interleaved({one.name: prefill(one) for one in contenders}, turns, memory=False, warm_up=warm_up)
+    measured = interleaved({one.name: prefill(one) for one in contenders}, turns, memory=False)
     for name, reason in measured.failed.items():
         yield name, "failed", reason
     for name, seconds in measured.seconds.items():

@@ -86,6 +86,10 @@ class Summary:
             if record.metric in ("failed", "skipped"):
                 reasons.setdefault(f"{record.metric}: {record.value}", []).append(record.contender)
         notes = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
+        positions = self.about["models"][0].get("positions")
+        longest = max(self.about["plan"]["lengths"])
+        if positions is not None and longest > positions:
+            notes.append(f"{longest:,} tokens are more than the model's max_position_embeddings, {positions:,}")
         for part in self.about.get("joined", ()):
             versions = ", ".join(f"{name} {part['machine'][name]}" for name in ("transformers", "kvpress")
                                  if name in part["machine"])  # fmt: skip
