@@ -5,10 +5,10 @@ from pathlib import Path
 
 from flexdma.tools.long_context.contenders import FULL
 from flexdma.tools.long_context.measure import NLL
+from flexdma.tools.long_context.report import SUITE
 from flexdma.tools.records import Record, Results
 from flexdma.tools.refusal import RefusedError
 
-SUITE = "evaluate"
 TOLERANCE = 1e-3  # nats: versions of a library round differently, other weights differ by far more
 
 

@@ -28,7 +28,9 @@ PROBE = 128  # tokens
 def why_unavailable() -> str | None:
     """Why kvpress cannot be used here; None if it can.  Its own metadata decides which transformers it takes."""
     if importlib.util.find_spec("kvpress") is None:
-        return "needs kvpress: pip install kvpress"
+        return (
+            "needs kvpress: pip install 'flexdma[kvpress]' in an environment of its own, and join the results by --join"
+        )
     from packaging.requirements import Requirement
 
     installed = importlib.metadata.version("transformers")
