@@ -328,8 +328,7 @@ def test_an_interruption_keeps_what_was_measured(folder, run, tmp_path, monkeypa
 
 
 def test_windows_per_head_count_by_their_mean():
-    model = converted_model()
-    model.model.layers[0].self_attn.dynamic_mask_options.update(window_size=[20, 41], recent=10)
+    model = converted_model([[20, 41], [60, 60]], recent=[10, 0])
     assert keys_per_head(model) == (34 + 55 + 64 + 64) / 4
 
 
