@@ -20,7 +20,7 @@ from flexdma.mixed_precision import autocast
 from flexdma.signatures import AttentionOptions, ScoreMod
 from flexdma.state import DynamicMaskState, check_state_matches, state_options
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
-from flexdma.state.decoding import decode
+from flexdma.state.decoding import decode, is_next_token
 from flexdma.state.donation import check_donation
 from flexdma.transforms import refuse_jit_trace
 
@@ -125,6 +125,15 @@ def dynamic_mask_attention(
     Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; docs/design.md lists the memory.
     """
     refuse_jit_trace()
+    if (
+        score_mod is key_padding_mask is document_ids is sink_logits is None
+        and lowering is block_size is kernel_options is None
+        and (scale is None or type(scale) is float)
+        and is_next_token(state, query, key, value, gate, (window_size, selection, sinks, recent))
+    ):
+        check_donation(donate, state, return_state, query, key, value, gate)
+        output, after = decode(query, key, value, gate, state, scale=scale, donate=donate)
+        return (output, after) if return_state else output
     query, key, value = autocast(query, key, value)
     checks.attention_arguments(query, key, value)
     checks.bias("gate", gate, key)

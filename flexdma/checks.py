@@ -34,9 +34,9 @@ def tensor(name: str, value: object, shape: Sequence[object], like: Tensor | Non
     """Raise unless `value` is a tensor of this shape (a name stands for any size) on the device of `like`."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{name}: expected a tensor [{_text(shape)}], got {type(value).__name__}")
-    matches = value.dim() == len(shape) and all(
-        isinstance(want, str) or want == have for want, have in zip(shape, value.shape, strict=True)
-    )
+    matches = value.dim() == len(shape)
+    for want, have in zip(shape, value.shape, strict=False):
+        matches = matches and (isinstance(want, str) or want == have)
     if not matches:
         raise ValueError(f"{name}: expected [{_text(shape)}], got {list(value.shape)}")
     if like is not None and value.device != like.device:

@@ -116,18 +116,18 @@ class ValueGate(nn.Module):
             checks.tensor("first_position", first_position, (value.shape[0],), value)
             if first_position.dtype != torch.int64:
                 raise TypeError(f"first_position: expected an int or torch.int64 numbers, got {first_position.dtype}")
-            first_position = first_position[:, None]
         else:
             checks.positive_int("first_position", first_position, 0)
         with without_autocast(value.device):
-            gate = self.A.float()[:, None] * softplus(self._project(self.dt_proj, value))
+            gate = self.A.float().unsqueeze(-1) * softplus(self._project(self.dt_proj, value))
             if self.form == "exp":
                 gate = gate.exp()
             if self.recency == "slope":
-                position = first_position + _real_tokens_before(value, key_padding_mask)
+                before = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
+                position = before + _real_tokens_before(value, key_padding_mask)
                 if sequences is not None:
                     position = position - position[:, sequences.start]
-                gate = gate.double() + self.slope.double()[:, None] * position[:, None]
+                gate = gate.double() + self.slope.double().unsqueeze(-1) * position.unsqueeze(1)
             elif self.recency == "forget":
                 total = self._forgotten(value, key_padding_mask, forgotten, sequences)
                 gate = gate.double() + total

@@ -42,6 +42,22 @@ def can_read(tensor: Tensor) -> bool:
     return not (torch.compiler.is_compiling() or is_transformed() or is_recorded(tensor))
 
 
+def is_plain_on_cpu(*tensors: Tensor) -> bool:
+    """`can_read` and not `needs_gradient`, of tensors on a CPU.  One function, because a decoded token waits for it."""
+    if (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or _get_dispatch_mode(_TorchDispatchModeKey.PROXY) is not None
+    ):
+        return False
+    differentiates = torch.is_grad_enabled()
+    for tensor in tensors:
+        if type(tensor) is not Tensor or not tensor.is_cpu or (differentiates and tensor.requires_grad):
+            return False
+    return True
+
+
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 takes it for true in every compilation
 def is_exporting() -> bool:
     """Whether `torch.export` traces the call."""

@@ -1,15 +1,15 @@
 """Decoding: one new token against a state, in O(w) time and memory for any context length."""
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
+from typing_extensions import TypeGuard
 
 from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.layout import SLOTS
 from flexdma.state.one_token import attended, in_document, inserted
 from flexdma.state.slot_writes import copied_into, decode_in_place
+from flexdma.state.token_run import has_sizes_of
 from flexdma.transforms import can_read, needs_gradient
 
 
@@ -21,10 +21,10 @@ def decode(
     state: DynamicMaskState,
     *,
     scale: float | None,
-    score_mod: ScoreMod | None,
-    key_padding_mask: Tensor | None,
-    document_ids: Tensor | None,
-    sink_logits: Tensor | None,
+    score_mod: ScoreMod | None = None,
+    key_padding_mask: Tensor | None = None,
+    document_ids: Tensor | None = None,
+    sink_logits: Tensor | None = None,
     donate: bool,
 ) -> tuple[Tensor, DynamicMaskState]:
     """Attention of one new token, [B, Hq, 1, Dv], and the state after it.
@@ -36,8 +36,7 @@ def decode(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if score_mod is None and _reads_values(query, key, value, gate, state, sink_logits):
         if not donate:
-            slots = {name: getattr(state, name).clone(memory_format=torch.contiguous_format) for name in SLOTS}
-            state = replace(state, **slots)
+            state = _copied(state)
         return decode_in_place(
             query, key, value, gate, state, scale=scale, key_padding_mask=key_padding_mask, document_ids=document_ids,
             sink_logits=sink_logits,
@@ -50,6 +49,37 @@ def decode(
         after = inserted(before, key, value, gate, key_padding_mask)
         after = copied_into(state, after) if donate else after
     return attended(query, state.length, after, scale, score_mod, sink_logits), after
+
+
+def is_next_token(
+    state: object, query: object, key: object, value: object, gate: object, options: tuple[object, ...]
+) -> "TypeGuard[DynamicMaskState]":
+    """Whether this is one more token after one that decoding on a CPU has made the state of, with the same sizes.
+
+    options: (window_size, selection, sinks, recent).
+    True only where all checks of `dynamic_mask_attention` would pass; they take as long as decoding itself.
+    """
+    return (
+        not torch.compiler.is_compiling()
+        and type(state) is DynamicMaskState
+        and state._run is not None
+        and type(query) is type(key) is type(value) is type(gate) is Tensor
+        and has_sizes_of(state, query, key, value, gate)  # type: ignore[arg-type]
+        and query.dtype is key.dtype is value.dtype is state.key.dtype
+        and query.is_cpu and key.is_cpu and value.is_cpu and gate.is_cpu
+        and not torch.is_autocast_enabled("cpu")
+        and options == (state.window_size, state.selection, state.sinks, state.recent)
+        and tuple(map(type, options)) == (int, str, int, int)
+    )
+
+
+def _copied(state: DynamicMaskState) -> DynamicMaskState:
+    """The state with copies of its slots."""
+    slots = {name: getattr(state, name).clone(memory_format=torch.contiguous_format) for name in SLOTS}
+    copy, run = state._with(**slots, _run=None), state._run
+    if run is None or not run.continues(state):
+        return copy
+    return copy._with(_run=run.copied(copy))
 
 
 def _reads_values(

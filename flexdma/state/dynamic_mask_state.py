@@ -15,7 +15,7 @@ through it.
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 import torch.utils._pytree as pytree
@@ -25,6 +25,9 @@ from flexdma import checks
 from flexdma.lifespans import STATEFUL_SELECTIONS, Selection
 from flexdma.state.layout import EMPTY, StateLayout, refuse_difference, state_layout
 from flexdma.state.rollback import cropped
+
+if TYPE_CHECKING:
+    from flexdma.state.token_run import TokenRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,6 +63,8 @@ class DynamicMaskState:
     sinks: int = 0
     recent: int = 0
     selection: str = "causal"
+    # Not a field: the run that made this state, if decoding on a CPU did.
+    _run: ClassVar["TokenRun | None"] = None
 
     @classmethod
     def empty(
@@ -123,6 +128,18 @@ class DynamicMaskState:
     def options(self) -> dict[str, Any]:
         """The fields that are not tensors, by name."""
         return {name: getattr(self, name) for name in OPTIONS}
+
+    def _with(self, **changes: Any) -> "DynamicMaskState":
+        """As dataclasses.replace, in less time, and keeps `_run`."""
+        if torch.compiler.is_compiling():
+            return replace(self, **changes)
+        changed = object.__new__(DynamicMaskState)
+        changed.__dict__.update(self.__dict__, **changes)
+        return changed
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The fields, for copies and files."""
+        return {**self.tensors(), **self.options()}
 
     def _layout(self) -> StateLayout:
         return {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in self.tensors().items()}

@@ -46,6 +46,10 @@ class DynamicMaskCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _refuse_uneven_layers(self, layer_idx: int, new: int) -> None:
+        if 0 < layer_idx < len(self.layers):
+            before, layer = self.layers[layer_idx - 1], self.layers[layer_idx]
+            if before.is_initialized and layer.tokens == before.tokens - new:
+                return
         before = next((layer for layer in reversed(self.layers[:layer_idx]) if layer.is_initialized), None)
         seen = self.layers[layer_idx].tokens if layer_idx < len(self.layers) else 0
         if before is not None and seen != before.tokens - new:

@@ -1,7 +1,6 @@
 """One layer of a `DynamicMaskCache`: the keys that later queries can see, and the records for an exact rollback."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -12,11 +11,12 @@ from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
 from flexdma.mixed_precision import autocast
 from flexdma.state import DynamicMaskState
-from flexdma.state.decoding import decode
 from flexdma.state.donation import can_donate
+from flexdma.state.token_run import TokenRun, run_of
+from flexdma.transforms import is_plain_on_cpu
 
-# Keywords of `decode`.
-DECODING_OPTIONS = ("scale", "score_mod", "sink_logits", "key_padding_mask", "document_ids")
+# A token with one of these options is not computed by a run.
+ENDS_RUN = ("score_mod", "sink_logits", "key_padding_mask", "document_ids", "lowering")
 
 
 class DynamicMaskLayer(CacheLayerMixin):
@@ -33,12 +33,27 @@ class DynamicMaskLayer(CacheLayerMixin):
     def __init__(self) -> None:
         # Does not call the base class's, which assigns `keys` and `values`.
         self.is_initialized = False
-        self.state: DynamicMaskState | None = None
+        self._state: DynamicMaskState | None = None
+        # Of the last token, if decoding on a CPU computed it; then `_state` is an earlier one.
+        self._run: TokenRun | None = None
         self.tokens = 0
         self.record_past = False
         # Number of tokens of the last `update`, until `attend` stores them.
         self._pending: int | None = None
         self._past: list[RecordedPass] = []  # passes since the last `crop`
+
+    @property
+    def state(self) -> DynamicMaskState | None:
+        """The keys that later queries can see; None before the first token.  The layer owns it: a token overwrites its slots."""
+        if self._run is not None:
+            self._state = self._run.state()
+            if not self._run.is_valid():  # a caller could write to it unnoticed
+                self._run = None
+        return self._state
+
+    @state.setter
+    def state(self, state: DynamicMaskState | None) -> None:
+        self._state, self._run = state, None
 
     @property
     def keys(self) -> Tensor | None:
@@ -69,8 +84,12 @@ class DynamicMaskLayer(CacheLayerMixin):
                 "cache: expected a model of use_flexdma or convert_to_dma for DynamicMaskCache, and forward passes that end, "
                 "got an update after which no attention took the keys; reset() empties the cache"
             )
-        if self.state is not None:
-            _refuse_other_tokens(self.state, *autocast(key_states, value_states))
+        state = self._state
+        if state is not None:
+            kept = state.key
+            same = key_states.dtype == value_states.dtype == kept.dtype == state.value.dtype
+            if not same or len(key_states) != len(kept) or torch.is_autocast_enabled(key_states.device.type):
+                _refuse_other_tokens(state, *autocast(key_states, value_states))
         self._pending = key_states.shape[2]
         return key_states, value_states
 
@@ -88,28 +107,53 @@ class DynamicMaskLayer(CacheLayerMixin):
             raise RuntimeError(
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
-        gates, forgotten = gated(gate, value, self.state, options["key_padding_mask"])
-        donate = self._owns_its_state(query, key, value, gates, options.get("sink_logits"))
-        if self.state is not None and _is_checked_token(self.state, query, key, value, gates, options):
-            new_query, new_key, new_value = autocast(query, key, value)
-            output, after = decode(
-                new_query, new_key, new_value, gates, self.state, donate=donate,
-                **{name: options.get(name) for name in DECODING_OPTIONS},
-            )  # fmt: skip
+        run = self._next_run(query, key, value, options)
+        gates, forgotten = gated(gate, value, run or self.state, options["key_padding_mask"])
+        output = None if run is None else _next_output(run, query, key, value, gates, options)
+        if output is None:
+            output = self._attend(query, key, value, gate, gates, forgotten, options)
         else:
-            output, after = dynamic_mask_attention(
-                query, key, value, gates, state=self.state, return_state=True, donate=donate, **options
-            )
-        if self.record_past:
-            self._past.append(RecordedPass(self.state, self.tokens, key, value, gates, gate, after.key.dtype, options))
-        self.state = after if forgotten is None else replace(after, forgotten=forgotten)
+            self._run = run
+            if forgotten is not None:
+                run.forgotten = forgotten
         self.tokens += key.shape[2]
         self.is_initialized, self._pending = True, None
         return output
 
-    def _owns_its_state(self, *tensors: Tensor | None) -> bool:
-        """Whether no one needs the state before a pass of these tensors, so that the pass may overwrite it."""
-        return self.state is not None and not self.record_past and can_donate(self.state, *tensors)
+    def _next_run(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> TokenRun | None:
+        """The run of which this may be the next token: its arguments but for gates are those that the state was made of.
+
+        The checks of `dynamic_mask_attention`, and a state after each token, take longer than decoding itself.
+        """
+        state = self._state
+        if (
+            state is None
+            or self.record_past
+            or any(options.get(name) is not None for name in ENDS_RUN)
+            or state.selection != "causal"
+            or any(getattr(state, name) != options.get(name, 0) for name in ("window_size", "sinks", "recent"))
+            or not is_plain_on_cpu(query, key, value, state.key, state.value, state.gate)
+        ):
+            return None
+        return self._run if self._run is not None else run_of(state) if can_donate(state) else None
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], gates: Tensor,
+        forgotten: Tensor | None, options: dict[str, Any],
+    ) -> Tensor:  # fmt: skip
+        """`attend` of any tokens, by the operator."""
+        state = self.state
+        self._run = None
+        donate = state is not None and not self.record_past and can_donate(
+            state, query, key, value, gates, options.get("sink_logits")
+        )  # fmt: skip
+        output, after = dynamic_mask_attention(
+            query, key, value, gates, state=state, return_state=True, donate=donate, **options
+        )
+        if self.record_past:
+            self._past.append(RecordedPass(state, self.tokens, key, value, gates, gate, after.key.dtype, options))
+        self._state = after if forgotten is None else after._with(forgotten=forgotten)
+        return output
 
     def activate_past_recording(self) -> None:
         """From now on record passes, so that `crop` is exact.  The records grow until `crop`, as in transformers' caches."""
@@ -170,27 +214,18 @@ class DynamicMaskLayer(CacheLayerMixin):
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
 
 
-def _is_checked_token(
-    state: DynamicMaskState, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, options: dict[str, Any]
-) -> bool:
-    """Whether this is one token with the sizes and options of the state, which the first pass of the layer checked.
-
-    The checks of `dynamic_mask_attention` take as long as decoding itself.
-    """
-    batch, heads, count, size = key.shape
-    slots, value_slots = state.key.shape, state.value.shape
-    return (
-        count == 1
-        and options.get("lowering") is None
-        and slots[:2] == (batch, heads)
-        and (slots[3], value_slots[3]) == (size, value.shape[3])
-        and (gates.shape, gates.dtype) == (key.shape[:3], state.gate.dtype)
-        and query.shape[0] == batch
-        and query.shape[3] == size
-        and query.shape[1] % heads == 0
-        and all(getattr(state, name) == options.get(name, 0) for name in ("window_size", "sinks", "recent"))
-        and state.selection == "causal"
-    )
+def _next_output(
+    run: TokenRun, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, options: dict[str, Any]
+) -> Tensor | None:
+    """The attention of the next token of the run; None, with nothing changed, where this is not one."""
+    if gates.requires_grad or not run.takes(query, key, value, gates):
+        return None
+    if torch.is_autocast_enabled("cpu"):
+        query, key, value = autocast(query, key, value)
+    scale = options.get("scale")
+    if not run.insert(key, value, gates):
+        return None
+    return run.attention(query, query.shape[3] ** -0.5 if scale is None else scale)
 
 
 def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) -> None:

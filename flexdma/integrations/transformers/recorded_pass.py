@@ -9,6 +9,7 @@ from torch import Tensor
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.state import DynamicMaskState
+from flexdma.state.token_run import TokenRun
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,10 +55,11 @@ def forgets(gate: Callable[..., Any]) -> bool:
 
 
 def gated(
-    gate: Callable[..., Any], value: Tensor, state: DynamicMaskState | None, key_padding_mask: Tensor | None
+    gate: Callable[..., Any], value: Tensor, before: DynamicMaskState | TokenRun | None, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """The gates of values that follow a state, and the running sum after them if the gate has one, else None."""
-    before: dict[str, Any] = {"key_padding_mask": key_padding_mask}
-    if state is not None:
-        before |= {"first_position": state.real_length, "forgotten": state.forgotten}
-    return gate(value, **before, return_forgotten=True) if forgets(gate) else (gate(value, **before), None)
+    """The gates of values that follow a state or run, and the running sum after them if the gate has one, else None."""
+    arguments: dict[str, Any] = {"key_padding_mask": key_padding_mask}
+    # A gate without recency reads neither.
+    if before is not None and getattr(gate, "recency", "") is not None:
+        arguments |= {"first_position": before.real_length, "forgotten": before.forgotten}
+    return gate(value, **arguments, return_forgotten=True) if forgets(gate) else (gate(value, **arguments), None)
