@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.functional import logsigmoid, softplus
 
 from flexdma import checks
-from flexdma.mixed_precision import without_autocast
+from flexdma.mixed_precision import is_autocast
 from flexdma.sequences import Sequences, packed_sequences
 
 FORMS = ("exp", "linear")
@@ -116,27 +116,40 @@ class ValueGate(nn.Module):
             checks.tensor("first_position", first_position, (value.shape[0],), value)
             if first_position.dtype != torch.int64:
                 raise TypeError(f"first_position: expected an int or torch.int64 numbers, got {first_position.dtype}")
-        else:
+        elif type(first_position) is not int or first_position:
             checks.positive_int("first_position", first_position, 0)
-        with without_autocast(value.device):
-            gate = self.A.float().unsqueeze(-1) * softplus(self._project(self.dt_proj, value))
-            if self.form == "exp":
-                gate = gate.exp()
-            if self.recency == "slope":
-                before = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
-                position = before + _real_tokens_before(value, key_padding_mask)
-                if sequences is not None:
-                    position = position - position[:, sequences.start]
-                gate = gate.double() + self.slope.double().unsqueeze(-1) * position.unsqueeze(1)
-            elif self.recency == "forget":
-                total = self._forgotten(value, key_padding_mask, forgotten, sequences)
-                gate = gate.double() + total
+        if is_autocast(value.device.type):
+            with torch.autocast(value.device.type, enabled=False):
+                gate, total = self._gate(value, key_padding_mask, first_position, forgotten, sequences)
+        else:
+            gate, total = self._gate(value, key_padding_mask, first_position, forgotten, sequences)
         if not return_forgotten:
             return gate
+        assert total is not None
         if sequences is not None:
             return gate, _at_ends(total, sequences)
         # A copy: a view would keep all of `total` in memory, and torch.compile would guard its strides.
         return gate, total[..., -1].clone(memory_format=torch.contiguous_format)
+
+    def _gate(
+        self, value: Tensor, mask: Tensor | None, first_position: int | Tensor, forgotten: Tensor | None,
+        sequences: Sequences | None,
+    ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+        """The gates, and with recency="forget" the sums of -logsigmoid."""
+        scale = self.A if self.A.dtype == torch.float32 else self.A.float()
+        gate = scale.unsqueeze(-1) * softplus(self._project(self.dt_proj, value))
+        if self.form == "exp":
+            gate = gate.exp()
+        if self.recency is None:
+            return gate, None
+        if self.recency == "forget":
+            total = self._forgotten(value, mask, forgotten, sequences)
+            return gate.double() + total, total
+        before = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
+        position = before + _real_tokens_before(value, mask)
+        if sequences is not None:
+            position = position - position[:, sequences.start]
+        return gate.double() + self.slope.double().unsqueeze(-1) * position.unsqueeze(1), None
 
     def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The values with zeros for masked tokens, so that their contents reach neither gates nor gradients."""
@@ -169,7 +182,8 @@ class ValueGate(nn.Module):
         Calls the module and never reads its weight, because hooks, adapters and sharded, offloaded or quantised weights act
         in the call.
         """
-        projected = projection(value.transpose(1, 2).flatten(2).to(self.A.dtype))
+        joined, dtype = value.transpose(1, 2).flatten(2), self.A.dtype
+        projected = projection(joined if joined.dtype == dtype else joined.to(dtype))
         # Contiguous: for a view aten::softplus_backward returns other strides than torch.compile expects (torch 2.13).
         return projected.float().mT.contiguous()
 

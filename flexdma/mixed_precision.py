@@ -15,7 +15,7 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     if not all(isinstance(tensor, Tensor) and tensor.is_floating_point() for tensor in tensors):
         return tensors  # the argument checks refuse them by name
     kind = tensors[0].device.type
-    if not _has_autocast(kind) or not torch.is_autocast_enabled(kind):
+    if not is_autocast(kind):
         return tensors
     if any(tensor.dtype == torch.float64 for tensor in tensors):
         return tensors
@@ -24,9 +24,12 @@ def autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
     """A context that disables autocast; an empty one where it is not enabled, or the device has none, such as meta."""
-    if not _has_autocast(device.type) or not torch.is_autocast_enabled(device.type):
-        return nullcontext()
-    return torch.autocast(device.type, enabled=False)
+    return torch.autocast(device.type, enabled=False) if is_autocast(device.type) else nullcontext()
+
+
+def is_autocast(kind: str) -> bool:
+    """Whether autocast is enabled for devices of this type."""
+    return (kind == "cpu" or _has_autocast(kind)) and torch.is_autocast_enabled(kind)
 
 
 @torch.compiler.assume_constant_result  # Dynamo of torch 2.11 cannot trace this call

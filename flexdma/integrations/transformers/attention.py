@@ -14,10 +14,13 @@ from flexdma.integrations.transformers.documents import (
     refuse_other_documents,
 )
 from flexdma.integrations.transformers.masks import NAME, read_light_mask
-from flexdma.integrations.transformers.packed_positions import position_documents
+from flexdma.integrations.transformers.packed_positions import POSITION_DOCUMENTS, position_documents
 from flexdma.integrations.transformers.refusals import refuse_arguments, refuse_cache, refuse_traced_cache
 from flexdma.score_mods import softcap_score_mod
 from flexdma.transforms import can_read
+
+# Arguments of a layer that change nothing in the attention of one token.
+PLAIN = frozenset({"position_ids", "cache_position", "use_cache", "sliding_window", POSITION_DOCUMENTS})
 
 
 def attend(
@@ -43,6 +46,16 @@ def attend(
     arguments: other arguments of the layer's call.  `softcap` and `s_aux` (learned sinks) are computed, arguments that would
         change attention are refused, and the rest is ignored.
     """
+    if mask is None and query.shape[2] == 1 and isinstance(cache, DynamicMaskCache) and not dropout:
+        # A decoded token: the pass has no masks and documents, and the first layer checks what is the same in all.
+        given = arguments.keys() if arguments.get(POSITION_DOCUMENTS) is None else ("",)
+        if PLAIN.issuperset(given) and cache.get_seq_length(module.layer_idx):
+            if module.layer_idx == 0:
+                refuse_arguments(module, dropout, arguments)
+            output = cache.attend(
+                module.layer_idx, query, key, value, gate, scale=scaling, key_padding_mask=None, **options
+            )
+            return output.transpose(1, 2).contiguous()
     refuse_arguments(module, dropout, arguments)
     refuse_cache(cache, module.layer_idx, key.shape[2])
     refuse_traced_cache(cache, query, options["lowering"])

@@ -43,6 +43,8 @@ class DynamicMaskCache(Cache):
         # A compiled pass writes to all layers at its end, and comparing symbolic numbers breaks Inductor's code (torch 2.13).
         if not torch.compiler.is_compiling():
             self._refuse_uneven_layers(layer_idx, key_states.shape[2])
+        if layer_idx < len(self.layers) and not self.offloading:
+            return self.layers[layer_idx].update(key_states, value_states)
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def _refuse_uneven_layers(self, layer_idx: int, new: int) -> None:

@@ -36,6 +36,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         self._state: DynamicMaskState | None = None
         # Of the last token, if decoding on a CPU computed it; then `_state` is an earlier one.
         self._run: TokenRun | None = None
+        self._run_options: dict[str, Any] = {}  # of `attend`
         self.tokens = 0
         self.record_past = False
         # Number of tokens of the last `update`, until `attend` stores them.
@@ -75,7 +76,8 @@ class DynamicMaskLayer(CacheLayerMixin):
         number of sequences or the dtype is not that of the cache.
         """
         # Activation checkpointing runs the layer again in the backward, and the cache would count its tokens twice.
-        if not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
+        # A recomputation enables gradients.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1:
             raise RuntimeError(
                 "cache: expected None under activation checkpointing, got DynamicMaskCache in a recomputation"
             )
@@ -86,6 +88,7 @@ class DynamicMaskLayer(CacheLayerMixin):
             )
         state = self._state
         if state is not None:
+            # The same checks, in one call.
             kept = state.key
             same = key_states.dtype == value_states.dtype == kept.dtype == state.value.dtype
             if not same or len(key_states) != len(kept) or torch.is_autocast_enabled(key_states.device.type):
@@ -107,35 +110,39 @@ class DynamicMaskLayer(CacheLayerMixin):
             raise RuntimeError(
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
-        run = self._next_run(query, key, value, options)
+        run = self._run
+        if run is None or options != self._run_options or not is_plain_on_cpu(query, key, value):
+            run = self._begun(query, key, value, options)
         gates, forgotten = gated(gate, value, run or self.state, options["key_padding_mask"])
         output = None if run is None else _next_output(run, query, key, value, gates, options)
         if output is None:
             output = self._attend(query, key, value, gate, gates, forgotten, options)
-        else:
-            self._run = run
-            if forgotten is not None:
-                run.forgotten = forgotten
+        elif forgotten is not None:
+            run.forgotten = forgotten
         self.tokens += key.shape[2]
         self.is_initialized, self._pending = True, None
         return output
 
-    def _next_run(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> TokenRun | None:
-        """The run of which this may be the next token: its arguments but for gates are those that the state was made of.
+    def _begun(self, query: Tensor, key: Tensor, value: Tensor, options: dict[str, Any]) -> TokenRun | None:
+        """A run that begins with this token; None where these arguments, but for gates, are not those of one.
 
         The checks of `dynamic_mask_attention`, and a state after each token, take longer than decoding itself.
         """
-        state = self._state
+        state = self.state
+        self._run = None
         if (
             state is None
+            or key.shape[2] != 1
             or self.record_past
             or any(options.get(name) is not None for name in ENDS_RUN)
             or state.selection != "causal"
             or any(getattr(state, name) != options.get(name, 0) for name in ("window_size", "sinks", "recent"))
-            or not is_plain_on_cpu(query, key, value, state.key, state.value, state.gate)
+            or not is_plain_on_cpu(query, key, value, *state.tensors().values())
+            or not can_donate(state)
         ):
             return None
-        return self._run if self._run is not None else run_of(state) if can_donate(state) else None
+        self._run, self._run_options = run_of(state), options
+        return self._run
 
     def _attend(
         self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], gates: Tensor,
