@@ -29,7 +29,8 @@ OWN = (*SLOTS, "length", "real_length", "last_sink", "last_loss")
 class TokenRun:
     """The run that begins at a state.  It owns the state's slots, and is valid until anything else writes to them.
 
-    forgotten: as in the state; the caller sets it for gates that have it.
+    before: the state at which it begins.
+    forgotten: of `state`; the caller sets it for gates that have it.
     """
 
     # For each row of [B Hkv] a heap of (gate, position, slot), empty slots first as (-inf, -1, slot).  A key of the top-w is
@@ -45,32 +46,31 @@ class TokenRun:
         self._begin_at(state)
 
     def _begin_at(self, state: DynamicMaskState) -> None:
-        self._state = state
+        self.before = state
         self._heads, self._size = state.position.shape[1:]
         # Views, made once.
         self._key, self._value, self._gate, self._position = (getattr(state, name).flatten(0, 2) for name in SLOTS)
         self._gate_of_slots = state.gate.unsqueeze(2)
         self._tokens = 0
-        self._now: list[int] = state.length.tolist()  # [B]: position of the next token
+        self._first: list[int] = [now for now in state.length.tolist() for _ in range(self._heads)]
         self._losses: dict[int, int] = {}  # row -> its latest loss
         self._positions: dict[int, int] = {}  # slot of [B Hkv C] -> position not yet written
         self._count_writes()
 
     def _count_writes(self) -> None:
-        gate, position, last_sink = self._state.gate, self._state.position, self._state.last_sink
-        # Tensors made in inference mode do not count writes.
+        gate, position, last_sink = self.before.gate, self.before.position, self.before.last_sink
         self._versions = None if gate.is_inference() else (gate._version, position._version, last_sink._version)
 
     def is_valid(self) -> bool:
         """Whether nothing else has written to the state; always False for tensors made in inference mode."""
-        state = self._state
-        return self._versions is not None and self._versions == (
+        return self._versions is not None and not self.is_overwritten()
+
+    def is_overwritten(self) -> bool:
+        """Whether something else has written to the state; always False for tensors made in inference mode."""
+        state = self.before
+        return self._versions is not None and self._versions != (
             state.gate._version, state.position._version, state.last_sink._version
         )  # fmt: skip
-
-    def takes(self, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
-        """Whether these are one token of the state's sizes, and the gates of its dtype."""
-        return has_sizes_of(self._state, query, key, value, gate)
 
     def insert(self, key: Tensor, value: Tensor, gate: Tensor) -> bool:
         """One more token of the same documents; False, with nothing changed, where the run ends before it.  O(1) time.
@@ -82,54 +82,51 @@ class TokenRun:
         # A sum that overflows only ends the run.
         if not math.isfinite(sum(gates)) or not (all(self._rows) or self._sort()):
             return False
-        rows, threshold, last_sink = self._rows, self._threshold, self._last_sink
         replaced = []
-        for index, number in enumerate(gates):
-            lowest, position, slot = rows[index][0]
-            if lowest <= number > threshold:
-                if 0 <= position <= last_sink[index]:
+        for index, (row, number) in enumerate(zip(self._rows, gates, strict=True)):
+            lowest, position, _ = row[0]
+            if lowest <= number > self._threshold:
+                if 0 <= position <= self._last_sink[index]:
                     return False
-                replaced.append((index, number, position, slot))
-        if replaced:
-            self._replace(replaced, key, value, gate)
+                replaced.append(index)
         self._tokens += 1
-        self._now = [position + 1 for position in self._now]
-        return True
-
-    def _replace(self, replaced: list[tuple[int, float, int, int]], key: Tensor, value: Tensor, gate: Tensor) -> None:
-        """Write keys to slots.  replaced: (row, gate, position of the old key, slot) of each row that keeps its new key."""
-        places, is_best = [], False
-        for index, number, position, slot in replaced:
-            row, now, place = self._rows[index], self._now[index // self._heads], index * self._size + slot
+        if not replaced:
+            return True
+        places, is_best, size = [], False, self._size
+        for index in replaced:
+            row, number, now = self._rows[index], gates[index], self._first[index] + self._tokens - 1
+            _, position, slot = row[0]
             if (number, now) < self._bounds[index]:
                 heapreplace(row, (number, now, slot))
             else:
                 heappop(row)
             if position >= 0:
                 self._losses[index] = now
-            self._positions[place] = now
-            places.append(place)
+            self._positions[index * size + slot] = now
+            places.append(index * size + slot)
             is_best = is_best or number > self._best[index]
         slots = torch.tensor(places, device=gate.device)
         key, value = key.reshape(-1, key.shape[3]), value.reshape(-1, value.shape[3])
-        if len(replaced) < gate.shape[0]:
-            some = torch.tensor([index for index, *_ in replaced], device=gate.device)
+        if len(replaced) < len(gates):
+            some = torch.tensor(replaced, device=gate.device)
             key, value, gate = (tensor.index_select(0, some) for tensor in (key, value, gate))
         self._key.index_copy_(0, slots, key)
         self._value.index_copy_(0, slots, value)
         self._gate.index_copy_(0, slots, gate)
-        self._count_writes()
+        if self._versions is not None:
+            self._versions = (self._gate._version, *self._versions[1:])
         if is_best:
             self._find_reference()
+        return True
 
     def attention(self, query: Tensor, scale: float) -> Tensor:
         """Attention [B, Hq, 1, Dv] of query [B, Hq, 1, D] to the keys so far.  O(w) time."""
-        state = self._state
+        state = self.before
         return attention_of_one(query, state.key, state.value, self._gate_of_slots - self._reference, scale)
 
     def state(self) -> DynamicMaskState:
         """The state after the tokens so far.  The next token overwrites its slots."""
-        before = self._state
+        before = self.before
         if self._tokens:
             self._write_positions()
             last_loss = before.last_loss
@@ -138,32 +135,33 @@ class TokenRun:
                 for row, position in self._losses.items():
                     losses[row] = position
                 last_loss = torch.tensor(losses, device=last_loss.device).view(last_loss.shape)
-            self._state = before._with(
+            self.before = before._with(
                 length=before.length + self._tokens,
                 real_length=before.real_length + self._tokens,
                 last_loss=last_loss,
                 forgotten=self.forgotten,
                 _run=self,
             )
+            self._first = [first + self._tokens for first in self._first]
             self._tokens = 0
             self._losses.clear()
-        return self._state
+        return self.before
 
     def continues(self, state: DynamicMaskState) -> bool:
         """Whether the next token of the run is the next token of this state: its tensors are those that `state` returned."""
-        mine = self._state
+        mine = self.before
         if self._tokens or not self.is_valid():
             return False
         if mine is not state:
             if any(getattr(mine, name) is not getattr(state, name) for name in OWN):
                 return False
-            self._state, self.forgotten = state, state.forgotten
+            self.before, self.forgotten = state, state.forgotten
         return True
 
     @property
     def real_length(self) -> Tensor:
         """That of `state`."""
-        return self._state.real_length + self._tokens if self._tokens else self._state.real_length
+        return self.before.real_length + self._tokens if self._tokens else self.before.real_length
 
     def copied(self, after: DynamicMaskState) -> "TokenRun":
         """The same for a state whose slots are copies of this one's `state`."""
@@ -175,15 +173,16 @@ class TokenRun:
     def _write_positions(self) -> None:
         if self._positions:
             slots, positions = list(self._positions), list(self._positions.values())
-            device = self._position.device
+            device, overwritten = self._position.device, self.is_overwritten()
             self._position.index_copy_(0, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
             self._positions.clear()
-            self._count_writes()
+            if not overwritten:
+                self._count_writes()
 
     def _sort(self) -> bool:
         """Find the last keys in rank and the best gates; False where a best gate or one of these is not a number."""
         self._write_positions()
-        state = self._state
+        state = self.before
         level, position = state.gate[..., : state.widest], state.position[..., : state.widest]
         if isinstance(state.window_size, tuple):
             beyond = beyond_window(state)

@@ -46,15 +46,13 @@ def attend(
     arguments: other arguments of the layer's call.  `softcap` and `s_aux` (learned sinks) are computed, arguments that would
         change attention are refused, and the rest is ignored.
     """
-    if mask is None and query.shape[2] == 1 and isinstance(cache, DynamicMaskCache) and not dropout:
-        # A decoded token: the pass has no masks and documents, and the first layer checks what is the same in all.
-        given = arguments.keys() if arguments.get(POSITION_DOCUMENTS) is None else ("",)
-        if PLAIN.issuperset(given) and cache.get_seq_length(module.layer_idx):
+    if mask is None and not dropout and query.shape[2] == 1 and isinstance(cache, DynamicMaskCache):
+        layer = cache.next_layer(module.layer_idx)
+        # A decoded token without documents: the first layer checks what is the same in all.
+        if layer is not None and PLAIN.issuperset(arguments) and arguments.get(POSITION_DOCUMENTS) is None:
             if module.layer_idx == 0:
                 refuse_arguments(module, dropout, arguments)
-            output = cache.attend(
-                module.layer_idx, query, key, value, gate, scale=scaling, key_padding_mask=None, **options
-            )
+            output = layer.attend(query, key, value, gate, scale=scaling, key_padding_mask=None, **options)
             return output.transpose(1, 2).contiguous()
     refuse_arguments(module, dropout, arguments)
     refuse_cache(cache, module.layer_idx, key.shape[2])

@@ -60,6 +60,11 @@ class DynamicMaskCache(Cache):
                 f"after {seen}: a forward pass did not end, or skipped layers; reset() empties the cache"
             )
 
+    def next_layer(self, layer_idx: int) -> DynamicMaskLayer | None:
+        """This layer, if it has seen tokens before the last update."""
+        layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
+        return layer if layer is not None and layer.tokens else None
+
     def attend(self, layer_idx: int, *tensors: Any, **options: Any) -> Tensor:
         """As `DynamicMaskLayer.attend`, for this layer."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else DynamicMaskLayer()

@@ -9,10 +9,10 @@ from transformers.cache_utils import CacheLayerMixin
 
 from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
-from flexdma.mixed_precision import autocast
+from flexdma.mixed_precision import autocast, is_autocast
 from flexdma.state import DynamicMaskState
 from flexdma.state.donation import can_donate
-from flexdma.state.token_run import TokenRun, run_of
+from flexdma.state.token_run import TokenRun, has_sizes_of, run_of
 from flexdma.transforms import is_plain_on_cpu
 
 # A token with one of these options is not computed by a run.
@@ -87,12 +87,12 @@ class DynamicMaskLayer(CacheLayerMixin):
                 "got an update after which no attention took the keys; reset() empties the cache"
             )
         state = self._state
-        if state is not None:
-            # The same checks, in one call.
-            kept = state.key
-            same = key_states.dtype == value_states.dtype == kept.dtype == state.value.dtype
-            if not same or len(key_states) != len(kept) or torch.is_autocast_enabled(key_states.device.type):
-                _refuse_other_tokens(state, *autocast(key_states, value_states))
+        if state is not None and not (
+            key_states.dtype == value_states.dtype == state.key.dtype == state.value.dtype
+            and key_states.shape[0] == state.key.shape[0]
+            and not is_autocast(key_states.device.type)
+        ):
+            _refuse_other_tokens(state, *autocast(key_states, value_states))
         self._pending = key_states.shape[2]
         return key_states, value_states
 
@@ -111,10 +111,16 @@ class DynamicMaskLayer(CacheLayerMixin):
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
         run = self._run
-        if run is None or options != self._run_options or not is_plain_on_cpu(query, key, value):
+        if run is None or options != self._run_options or run.is_overwritten() or not is_plain_on_cpu(query, key, value):
             run = self._begun(query, key, value, options)
         gates, forgotten = gated(gate, value, run or self.state, options["key_padding_mask"])
-        output = None if run is None else _next_output(run, query, key, value, gates, options)
+        output = None
+        if run is not None and has_sizes_of(run.before, query, key, value, gates) and not gates.requires_grad:
+            if torch.is_autocast_enabled("cpu"):
+                query, key, value = autocast(query, key, value)
+            if run.insert(key, value, gates):
+                scale = options.get("scale")
+                output = run.attention(query, query.shape[3] ** -0.5 if scale is None else scale)
         if output is None:
             output = self._attend(query, key, value, gate, gates, forgotten, options)
         elif forgotten is not None:
@@ -219,20 +225,6 @@ class DynamicMaskLayer(CacheLayerMixin):
     def offload(self) -> None:
         """Raises NotImplementedError: the cache is small, so there is little to offload."""
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
-
-
-def _next_output(
-    run: TokenRun, query: Tensor, key: Tensor, value: Tensor, gates: Tensor, options: dict[str, Any]
-) -> Tensor | None:
-    """The attention of the next token of the run; None, with nothing changed, where this is not one."""
-    if gates.requires_grad or not run.takes(query, key, value, gates):
-        return None
-    if torch.is_autocast_enabled("cpu"):
-        query, key, value = autocast(query, key, value)
-    scale = options.get("scale")
-    if not run.insert(key, value, gates):
-        return None
-    return run.attention(query, query.shape[3] ** -0.5 if scale is None else scale)
 
 
 def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) -> None:
