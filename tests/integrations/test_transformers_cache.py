@@ -48,6 +48,31 @@ def test_a_converted_model_generates_the_same_with_either_cache(recency):
     assert torch.equal(tokens(model, ids, "left", cache_implementation="dynamic"), want)
 
 
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+@pytest.mark.parametrize("recency", [None, "slope", "forget"])
+def test_reading_copying_and_recording_between_tokens_change_nothing(recency, mode):
+    model, ids = gated(recency=recency, sinks=2), distinct_tokens(2, 40)
+    with mode():
+        want = model(ids, use_cache=False).logits
+        cache = DynamicMaskCache()
+        model(ids[:, :10], **{CACHE: cache})
+        for at in range(10, 40):
+            if at == 16:
+                assert cache.layers[0].state.length.tolist() == [16, 16]
+            if at == 22:
+                before, cache = cache, copy.deepcopy(cache)
+                for _ in range(2):  # the copy does not see these tokens
+                    model(ids[:, 39:], **{CACHE: before})
+            if at == 30:
+                cache.activate_past_recording()
+            if at == 34:
+                cache.crop(-4)
+                for again in range(30, 34):
+                    model(ids[:, again : again + 1], **{CACHE: cache})
+            logits = model(ids[:, at : at + 1], **{CACHE: cache}).logits
+            assert_close(logits[:, -1], want[:, at])
+
+
 def test_prefill_in_chunks_and_speculation_change_nothing():
     model, ids = use_flexdma(doge()), distinct_tokens(1, 16)
     want = tokens(model, ids)

@@ -56,6 +56,10 @@ class DynamicMaskLayer(CacheLayerMixin):
     def state(self, state: DynamicMaskState | None) -> None:
         self._state, self._run = state, None
 
+    def __getstate__(self) -> dict[str, Any]:
+        self.state = self.state  # a copy does not share a run
+        return self.__dict__
+
     @property
     def keys(self) -> Tensor | None:
         """[B, Hkv, C, D], the key of each slot of `state`, 0 where `state.position` is -1; None before the first token."""
@@ -111,19 +115,20 @@ class DynamicMaskLayer(CacheLayerMixin):
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
         run = self._run
-        if run is None or options != self._run_options or run.is_overwritten() or not is_plain_on_cpu(query, key, value):
+        same = run is not None and options == self._run_options and not run.is_overwritten()
+        if not same or not is_plain_on_cpu(query, key, value):
             run = self._begun(query, key, value, options)
         gates, forgotten = gated(gate, value, run or self.state, options["key_padding_mask"])
         output = None
         if run is not None and has_sizes_of(run.before, query, key, value, gates) and not gates.requires_grad:
             if torch.is_autocast_enabled("cpu"):
                 query, key, value = autocast(query, key, value)
-            if run.insert(key, value, gates):
+            if query.dtype == key.dtype and run.insert(key, value, gates):
                 scale = options.get("scale")
                 output = run.attention(query, query.shape[3] ** -0.5 if scale is None else scale)
         if output is None:
             output = self._attend(query, key, value, gate, gates, forgotten, options)
-        elif forgotten is not None:
+        elif run is not None and forgotten is not None:
             run.forgotten = forgotten
         self.tokens += key.shape[2]
         self.is_initialized, self._pending = True, None
@@ -157,9 +162,8 @@ class DynamicMaskLayer(CacheLayerMixin):
         """`attend` of any tokens, by the operator."""
         state = self.state
         self._run = None
-        donate = state is not None and not self.record_past and can_donate(
-            state, query, key, value, gates, options.get("sink_logits")
-        )  # fmt: skip
+        others = (query, key, value, gates, options.get("sink_logits"))
+        donate = state is not None and not self.record_past and can_donate(state, *others)
         output, after = dynamic_mask_attention(
             query, key, value, gates, state=state, return_state=True, donate=donate, **options
         )
@@ -170,6 +174,7 @@ class DynamicMaskLayer(CacheLayerMixin):
 
     def activate_past_recording(self) -> None:
         """From now on record passes, so that `crop` is exact.  The records grow until `crop`, as in transformers' caches."""
+        self.state = self.state  # ends a run
         self.record_past = True
 
     def crop(self, tokens_to_remove: int) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function
 
-from flexdma.transforms import is_recorded
+from flexdma.transforms import can_read, is_recorded
 
 NAME = "flexdma"
 # The dtype of a mask that is not causal.
@@ -31,7 +31,7 @@ def light_mask(
     device: torch.device | str = "cpu",
     **others: Any,
 ) -> Tensor | None:
-    """Transformers' mask interface.  Returns None or [B, 1, 1, K].
+    """Transformers' mask interface.  Returns None or [B, 1, 1, K]; None for one token on a CPU without masked ones.
 
     bool: True = real token.  int64: the number of the key's document.  int8: a bidirectional mask, which `read_light_mask`
     refuses.
@@ -49,7 +49,10 @@ def light_mask(
                 f"attention_mask: expected [B, past and new tokens] = {[batch_size, kv_offset + kv_length]}, "
                 f"got {list(attention_mask.shape)}"
             )
-        return attention_mask[:, None, None, kv_offset:]
+        mask = attention_mask[:, None, None, kv_offset:]
+        # A token that `generate` decodes: read once here, no layer needs a mask.
+        is_real = q_length == 1 and mask.dtype == torch.bool and mask.device.type == "cpu" and can_read(mask)
+        return None if is_real and bool(mask.all()) else mask
     if mask_function is causal_mask_function or q_length != kv_length:
         return None  # packed sequences come in one forward pass
     documents = _documents(mask_function, batch_size, q_length, device)

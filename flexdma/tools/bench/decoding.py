@@ -1,10 +1,9 @@
-"""Decoding: the time of one token against a context, by a full key/value cache with SDPA and by a state of w keys.
+"""Decoding: the time of one token of a layer against a context, by full key/value caches with SDPA and by a state of w keys.
 
 Contexts are filled with random keys, without a forward pass.  The gates of a converted model are equal at its start, so every
 token replaces a key, which is the state's slowest case.
 """
 
-import copy
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -15,13 +14,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flexdma import DynamicMaskState, ValueGate, dynamic_mask_attention
 from flexdma.tools.bench.dense_mask import GIB, free_bytes
-from flexdma.tools.language_models import cache_argument
 from flexdma.tools.timing import Turns, UnavailableError, interleaved
 
 GROWING, STATIC, OURS = "full, DynamicCache", "full, StaticCache", "flexdma"
-# Tokens of one timed run.  The growing cache starts each run of a layer at N keys; a model's grows on by a few keys.
-LAYER_TOKENS, MODEL_TOKENS = 8, 2
-SPARE = 256  # slots of a StaticCache beyond N
+LAYER_TOKENS = 8  # of one timed run; the growing cache starts each run at N keys
 
 
 @dataclass(frozen=True)
@@ -74,9 +70,6 @@ def timed_tokens(calls: dict[str, Callable[[], object]], tokens: int, turns: Tur
         yield name, metric, value / tokens if metric == "seconds" else value
 
 
-# One layer: the cache's update and attention
-
-
 def layer_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
     """Contender -> a run of LAYER_TOKENS tokens of one layer."""
     calls: dict[str, Callable[[], object]] = {}
@@ -91,11 +84,11 @@ def layer_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], 
             STATIC: _static(decoder, context, overwrite, query, key),
             OURS: _ours(decoder, context, step, gate, query, key),
         }.items():
-            calls[contender(context, name)] = _made_at_first_call(run)
+            calls[contender(context, name)] = made_at_first_call(run)
     return calls
 
 
-def _made_at_first_call(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
+def made_at_first_call(make: Callable[[], Callable[[], object]]) -> Callable[[], object]:
     """A call whose tensors are made by its first run, which is not counted, so that a failure is the contender's."""
     made: list[Callable[[], object]] = []
 
@@ -176,106 +169,3 @@ def _ours(decoder: Decoder, context: int, step: Callable, gate: ValueGate, query
         return run
 
     return make
-
-
-# A whole model of transformers
-
-
-def models(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A Llama with random weights, and the same converted, with the same weights in memory."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    from flexdma.integrations.transformers import convert_to_dma
-
-    longest = max(decoder.contexts) + SPARE
-    config = LlamaConfig(
-        vocab_size=decoder.vocabulary, hidden_size=decoder.hidden, intermediate_size=decoder.intermediate,
-        num_hidden_layers=decoder.layers, num_attention_heads=decoder.query_heads, num_key_value_heads=decoder.heads,
-        head_dim=decoder.size, tie_word_embeddings=True, max_position_embeddings=longest, attn_implementation="sdpa",
-        eos_token_id=None, bos_token_id=None, pad_token_id=None,
-    )  # fmt: skip
-    full = LlamaForCausalLM(config).to(dtype).eval()
-    converted = convert_to_dma(copy.deepcopy(full), decoder.window, sinks=decoder.sinks)
-    own = dict(full.named_parameters())
-    for name, parameter in converted.named_parameters():
-        if name in own:
-            parameter.data = own[name].data
-    return full, converted
-
-
-def model_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Contender -> a run of MODEL_TOKENS tokens of a whole model."""
-    full, converted = models(decoder, dtype)
-    ids = torch.zeros(decoder.batch, 1, dtype=torch.int64)
-    # Each cache has its own compiled function, as in a program that uses one.
-    functions = {name: _callable(model, decoder.compiled) for name, model in
-                 ((GROWING, full), (STATIC, full), (OURS, converted))}  # fmt: skip
-    calls: dict[str, Callable[[], object]] = {}
-    for context in decoder.contexts:
-        for name, function in functions.items():
-            calls[contender(context, name)] = _made_at_first_call(_tokens(decoder, context, name, function, full, ids))
-    return calls
-
-
-def _callable(model: Any, compiled: bool) -> Callable:
-    def forward(ids: Tensor, cache: Any) -> Tensor:
-        return model(ids, **{cache_argument(): cache}).logits
-
-    return torch.compile(forward) if compiled else forward
-
-
-def _tokens(
-    decoder: Decoder, context: int, name: str, function: Callable, model: Any, ids: Tensor
-) -> Callable[[], Callable[[], object]]:
-    def make() -> Callable[[], object]:
-        cache = filled_cache(decoder, context, name, model)
-
-        def run() -> None:
-            for _ in range(MODEL_TOKENS):
-                function(ids, cache)
-
-        return run
-
-    return make
-
-
-def filled_cache(decoder: Decoder, context: int, name: str, model: Any) -> Any:
-    """A cache of this kind after `context` tokens."""
-    from transformers import DynamicCache, StaticCache
-
-    from flexdma.integrations.transformers import DynamicMaskCache
-    from flexdma.integrations.transformers.cache_layer import DynamicMaskLayer
-
-    dtype = model.dtype
-    if name == OURS:
-        ours, state = DynamicMaskCache(), decoder.state(context, dtype)
-        for _ in range(decoder.layers):
-            layer = DynamicMaskLayer()
-            layer.state, layer.tokens, layer.is_initialized = state.checkpoint(), context, True
-            ours.layers.append(layer)
-        return ours
-    decoder.check_fits(context, decoder.layers, dtype)
-    cache: Any = DynamicCache() if name == GROWING else StaticCache(config=model.config, max_cache_len=context + SPARE)
-    key, value = decoder.keys(context, dtype), decoder.keys(context, dtype)
-    for index in range(decoder.layers):  # copies: drawing numbers for each layer would take longer than the measurement
-        cache.update(key.clone(), value.clone(), index)
-    return cache
-
-
-def prefill_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
-    """Contender -> one forward pass over N tokens with an empty cache, of which the last token's logits are computed."""
-    from transformers import DynamicCache
-
-    from flexdma.integrations.transformers import DynamicMaskCache
-
-    full, converted = models(decoder, dtype)
-    calls: dict[str, Callable[[], object]] = {}
-    for context in decoder.contexts:
-        ids = torch.randint(decoder.vocabulary, (decoder.batch, context))
-        for name, model, kind in ((GROWING, full, DynamicCache), (OURS, converted, DynamicMaskCache)):
-            calls[contender(context, name)] = _prefill(model, kind, ids)
-    return calls
-
-
-def _prefill(model: Any, kind: Callable[[], Any], ids: Tensor) -> Callable[[], object]:
-    return lambda: model(ids, logits_to_keep=1, **{cache_argument(): kind()}).logits
