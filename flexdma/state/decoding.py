@@ -1,8 +1,9 @@
 """Decoding: one new token against a state, in O(w) time and memory for any context length."""
 
+from typing import TypeGuard
+
 import torch
 from torch import Tensor
-from typing_extensions import TypeGuard
 
 from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
@@ -64,9 +65,12 @@ def is_next_token(
         and type(state) is DynamicMaskState
         and state._run is not None
         and type(query) is type(key) is type(value) is type(gate) is Tensor
-        and has_sizes_of(state, query, key, value, gate)  # type: ignore[arg-type]
+        and has_sizes_of(state, query, key, value, gate)
         and query.dtype is key.dtype is value.dtype is state.key.dtype
-        and query.is_cpu and key.is_cpu and value.is_cpu and gate.is_cpu
+        and query.is_cpu
+        and key.is_cpu
+        and value.is_cpu
+        and gate.is_cpu
         and not torch.is_autocast_enabled("cpu")
         and options == (state.window_size, state.selection, state.sinks, state.recent)
         and tuple(map(type, options)) == (int, str, int, int)

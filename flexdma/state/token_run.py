@@ -197,9 +197,7 @@ class TokenRun:
             for row in zip(*(column.flatten(0, 1).tolist() for column in columns), strict=True)
         ]
         self._rows = rows
-        self._bounds = [
-            row[-1][:2] if len(row) == COUNT < state.widest else (math.inf, NEVER) for row in rows
-        ]
+        self._bounds = [row[-1][:2] if len(row) == COUNT < state.widest else (math.inf, NEVER) for row in rows]
         return self._find_reference() and not any(math.isnan(gate) for row in rows for gate, _, _ in row)
 
     def _find_reference(self) -> bool:

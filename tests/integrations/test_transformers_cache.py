@@ -58,7 +58,8 @@ def test_reading_copying_and_recording_between_tokens_change_nothing(recency, mo
         model(ids[:, :10], **{CACHE: cache})
         for at in range(10, 40):
             if at == 16:
-                assert cache.layers[0].state.length.tolist() == [16, 16]
+                state: Any = cache.layers[0].state
+                assert state.length.tolist() == [16, 16]
             if at == 22:
                 before, cache = cache, copy.deepcopy(cache)
                 for _ in range(2):  # the copy does not see these tokens

@@ -1,4 +1,4 @@
-"""Runs of decoded tokens on a CPU: the outputs and states are those of one pass, whatever was read or written between tokens."""
+"""Runs of decoded tokens on a CPU: the outputs and states are those of one pass."""
 
 from typing import Any
 from unittest import mock
@@ -22,9 +22,7 @@ def contents(state):
     """The kept keys in order of position, and the small tensors."""
     order = state.position.argsort(-1)
     slots = {name: getattr(state, name) for name in ("key", "value", "gate", "position")}
-    rows = {
-        name: t.gather(2, (order if t.dim() == 3 else order[..., None].expand_as(t))) for name, t in slots.items()
-    }
+    rows = {name: t.gather(2, (order if t.dim() == 3 else order[..., None].expand_as(t))) for name, t in slots.items()}
     names = ("length", "real_length", "last_padding", "document", "last_sink", "last_loss", "forgotten")
     return rows | {name: getattr(state, name) for name in names}
 
@@ -97,7 +95,7 @@ def test_a_token_after_a_run_is_checked():
             step(query, key, value, gate, window_size=window)
     with pytest.raises(TypeError, match="sinks: expected an int, got bool"):
         step(query, key, value, gate, window_size=8, sinks=False)
-    with pytest.raises(TypeError, match="key: expected torch.float32 as query has, got torch.float64"):
+    with pytest.raises(TypeError, match=r"key: expected torch\.float32 as query has, got torch\.float64"):
         step(query, key.double(), value, gate, window_size=8)
     with pytest.raises(ValueError, match="query: expected a multiple of key's 2 heads, got 3 heads"):
         step(query[:, :3], key, value, gate, window_size=8)

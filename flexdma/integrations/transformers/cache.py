@@ -49,8 +49,8 @@ class DynamicMaskCache(Cache):
 
     def _refuse_uneven_layers(self, layer_idx: int, new: int) -> None:
         if 0 < layer_idx < len(self.layers):
-            before, layer = self.layers[layer_idx - 1], self.layers[layer_idx]
-            if before.is_initialized and layer.tokens == before.tokens - new:
+            last, layer = self.layers[layer_idx - 1], self.layers[layer_idx]
+            if last.is_initialized and layer.tokens == last.tokens - new:
                 return
         before = next((layer for layer in reversed(self.layers[:layer_idx]) if layer.is_initialized), None)
         seen = self.layers[layer_idx].tokens if layer_idx < len(self.layers) else 0
@@ -61,7 +61,7 @@ class DynamicMaskCache(Cache):
             )
 
     def next_layer(self, layer_idx: int) -> DynamicMaskLayer | None:
-        """This layer, if it has seen tokens before the last update."""
+        """The layer of this number, if it has seen tokens before the last update."""
         layer = self.layers[layer_idx] if layer_idx < len(self.layers) else None
         return layer if layer is not None and layer.tokens else None
 

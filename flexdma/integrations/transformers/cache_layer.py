@@ -45,7 +45,7 @@ class DynamicMaskLayer(CacheLayerMixin):
 
     @property
     def state(self) -> DynamicMaskState | None:
-        """The keys that later queries can see; None before the first token.  The layer owns it: a token overwrites its slots."""
+        """The keys that later queries can see; None before the first token.  A later token overwrites its slots."""
         if self._run is not None:
             self._state = self._run.state()
             if not self._run.is_valid():  # a caller could write to it unnoticed

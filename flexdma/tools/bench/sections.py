@@ -10,15 +10,8 @@ import torch
 from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.lowerings.default_options import BLOCK_SIZE
 from flexdma.tools.bench.contenders import contenders
-from flexdma.tools.bench.decoding import (
-    LAYER_TOKENS,
-    MODEL_TOKENS,
-    Decoder,
-    layer_calls,
-    model_calls,
-    prefill_calls,
-    timed_tokens,
-)
+from flexdma.tools.bench.decoding import LAYER_TOKENS, Decoder, layer_calls, timed_tokens
+from flexdma.tools.bench.decoding_models import MODEL_TOKENS, model_calls, prefill_calls
 from flexdma.tools.bench.gradients import gate_gradient_routes
 from flexdma.tools.bench.launches import device_work
 from flexdma.tools.bench.masks import build_masks
