@@ -9,7 +9,7 @@ import torch
 from flexdma.__main__ import CANNOT, main
 from flexdma.tools.bench import decoding, report
 from flexdma.tools.bench.decoding import GROWING, OURS, STATIC, Decoder, contender
-from flexdma.tools.bench.decoding_models import cache_argument, filled_cache, models
+from flexdma.tools.bench.decoding_models import filled_cache, models
 from flexdma.tools.bench.sections import Setting, begun, planned
 from flexdma.tools.bench.suites import SUITES
 from flexdma.tools.language_models import cache_argument

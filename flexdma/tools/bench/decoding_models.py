@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexdma.tools.bench.decoding import GROWING, OURS, STATIC, Decoder, contender, made_at_first_call
+from flexdma.tools.language_models import cache_argument
 
 MODEL_TOKENS = 2  # of one timed run; a growing cache grows on by a few keys
 SPARE = 256  # slots of a StaticCache beyond N
@@ -54,14 +55,6 @@ def _callable(model: Any, compiled: bool) -> Callable:
         return model(ids, **{cache_argument(): cache}).logits
 
     return torch.compile(forward) if compiled else forward
-
-
-def cache_argument() -> str:
-    """The name of a model's cache argument in the installed transformers."""
-    import transformers
-    from torch.torch_version import TorchVersion
-
-    return "cache" if TorchVersion(transformers.__version__) >= "5.24" else "past_key_values"
 
 
 def _tokens(
