@@ -4,6 +4,9 @@ Dynamic Mask Attention (arXiv 2508.02124, and Hugging Face's Doge):
 
     gate_j = exp(A * softplus(v_j Delta))     form="exp"
     gate_j =     A * softplus(v_j Delta)      form="linear"
+    gate_j =     A *          v_j Delta       form="identity"
+
+"identity" can rank keys by any number that is linear in the value, below 0 too: gates fitted in closed form have it.
 
 A value carries no position, so such a gate cannot prefer recent keys.  A recency term can.  Terms that depend on the query
 alone cancel in the softmax, so these two need one number per key:
@@ -22,7 +25,7 @@ from flexdma import checks
 from flexdma.mixed_precision import is_autocast
 from flexdma.sequences import Sequences, packed_sequences
 
-FORMS = ("exp", "linear")
+FORMS = ("exp", "linear", "identity")
 RECENCIES = (None, "slope", "forget")
 # A forget gate starts at sigmoid(3) = 0.95, a memory of about twenty tokens; each head learns a longer or shorter one.
 FORGET_BIAS = 3.0
@@ -32,7 +35,7 @@ class ValueGate(nn.Module):
     """values [B, Hkv, K, Dv] -> gates [B, Hkv, K]: float32, or float64 with a recency, whose gates grow with position.
 
     num_kv_heads, head_dim: Hkv and the size of a value head.
-    form: "exp" or "linear".  recency: None, "slope" or "forget".
+    form: "exp", "linear" or "identity".  recency: None, "slope" or "forget".
     bias: whether dt_proj has a bias.
     slopes: with recency="slope" the Hkv initial slopes, in logits per token; default ALiBi's 2 ** (-8 (h + 1) / Hkv).
 
@@ -137,7 +140,8 @@ class ValueGate(nn.Module):
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The gates, and with recency="forget" the sums of -logsigmoid."""
         scale = self.A if self.A.dtype == torch.float32 else self.A.float()
-        gate = scale.unsqueeze(-1) * softplus(self._project(self.dt_proj, value))
+        projected = self._project(self.dt_proj, value)
+        gate = scale.unsqueeze(-1) * (projected if self.form == "identity" else softplus(projected))
         if self.form == "exp":
             gate = gate.exp()
         if self.recency is None:

@@ -22,13 +22,13 @@ def test_a_new_gate_is_constant_so_that_attention_starts_as_a_sliding_window():
     assert torch.equal(ValueGate(2, 4, form="linear")(value), torch.zeros(1, 2, 5))
 
 
-@pytest.mark.parametrize("form", ["exp", "linear"])
+@pytest.mark.parametrize("form", ["exp", "linear", "identity"])
 def test_the_gate_is_its_formula(form):
     gate, value = ValueGate(2, 3, form=form, bias=True), torch.randn(2, 2, 4, 3)
     torch.nn.init.normal_(gate.A)
     joined = torch.cat([value[:, 0], value[:, 1]], -1)
-    softplus = torch.log1p(torch.exp(joined @ gate.dt_proj.weight.T + gate.dt_proj.bias)).mT
-    want = gate.A[:, None] * softplus
+    projected = (joined @ gate.dt_proj.weight.T + gate.dt_proj.bias).mT
+    want = gate.A[:, None] * (projected if form == "identity" else torch.log1p(torch.exp(projected)))
     torch.testing.assert_close(gate(value), want.exp() if form == "exp" else want)
 
 
@@ -133,7 +133,7 @@ def test_the_choice_of_lowering_is_visible():
 
 
 def test_wrong_arguments_are_named():
-    with pytest.raises(ValueError, match="form: expected one of 'exp', 'linear', got 'tanh'"):
+    with pytest.raises(ValueError, match="form: expected one of 'exp', 'linear', 'identity', got 'tanh'"):
         ValueGate(2, 4, form="tanh")
     with pytest.raises(ValueError, match="recency: expected one of None, 'slope', 'forget', got 'alibi'"):
         ValueGate(2, 4, recency="alibi")

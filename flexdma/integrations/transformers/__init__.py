@@ -2,6 +2,7 @@
 
 use_flexdma         compute the attention of Doge models with flexdma: same weights, same state_dict
 convert_to_dma      add the gates of Dynamic Mask Attention to any decoder that calls the attention interface, for training
+calibrate           the same with gates in closed form, which keep what the model's full attention will look back at
 from_pretrained     load a saved model of either kind
 DynamicMaskCache    the bounded key-value cache that `generate` uses with these models
 """
@@ -14,8 +15,17 @@ except ImportError as error:
     ) from error
 
 from flexdma.integrations.transformers.cache import DynamicMaskCache
+from flexdma.integrations.transformers.calibration import Calibration, calibrate, recall_sequences
 from flexdma.integrations.transformers.conversion import convert_to_dma
 from flexdma.integrations.transformers.doge import use_flexdma
 from flexdma.integrations.transformers.loading import from_pretrained
 
-__all__ = ["DynamicMaskCache", "convert_to_dma", "from_pretrained", "use_flexdma"]
+__all__ = [
+    "Calibration",
+    "DynamicMaskCache",
+    "calibrate",
+    "convert_to_dma",
+    "from_pretrained",
+    "recall_sequences",
+    "use_flexdma",
+]

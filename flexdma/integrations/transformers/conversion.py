@@ -18,7 +18,7 @@ from flexdma.integrations.transformers.eligibility import attention_calls, refus
 from flexdma.integrations.transformers.falcon import reroute, rerouted
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
-from flexdma.integrations.transformers.masks import NAME
+from flexdma.integrations.transformers.masks import FULL, NAME
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
 from flexdma.integrations.transformers.saving import save_with_the_gates
 from flexdma.lifespans import Selection
@@ -62,7 +62,7 @@ def convert_to_dma(
     checks.one_of("form", form, FORMS)
     checks.one_of("recency", recency, RECENCIES)
     checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
-    _check_unconverted(model)
+    check_unconverted(model)
     with rerouted(model):
         calls = attention_calls(model)
     selections = layer_selections(choice, [call.value.shape[1] for call in calls])
@@ -110,7 +110,7 @@ def finish(model: Model, choice: dict[str, Any]) -> Model:
 
 def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-hook that adds the cache to the layer's keywords: layers pass unknown ones, but not the cache, to the interface."""
-    if layer.config._attn_implementation != NAME:
+    if layer.config._attn_implementation not in (NAME, FULL):
         raise ValueError(
             f"attn_implementation: expected {NAME!r} for a converted model, got {layer.config._attn_implementation!r}, "
             "which has no gates"
@@ -118,7 +118,8 @@ def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tu
     return args, {**kwargs, "dynamic_mask_cache": given_cache((*args, *kwargs.values()))}
 
 
-def _check_unconverted(model: Any) -> None:
+def check_unconverted(model: Any) -> None:
+    """Raise TypeError or ValueError unless the model is one of transformers without gates."""
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"model: expected a transformers PreTrainedModel, got {type(model).__name__}")
     if any(hasattr(module, "value_gate") for module in model.modules()):

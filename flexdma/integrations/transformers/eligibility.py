@@ -78,12 +78,12 @@ def refuse_wider_windows(
             if size and not _sees(call, size - 1, 0):
                 raise ValueError(
                     f"{argument_at(name, choice, number)}: expected at most the model's own sliding window of "
-                    f"{_own_window(call, size)}, got {size}"
+                    f"{own_window(call, size)}, got {size}"
                 )
 
 
-def _own_window(call: AttentionCall, bound: int) -> int:
-    """The size of the layer's own sliding window, which is smaller than this bound."""
+def own_window(call: AttentionCall, bound: int) -> int:
+    """The size of the layer's own sliding window, or `bound` if that is smaller."""
     return bisect_left(range(1, bound), True, key=lambda age: not _sees(call, age, 0)) + 1
 
 

@@ -15,6 +15,8 @@ from transformers.masking_utils import causal_mask_function
 from flexdma.transforms import can_read, is_recorded
 
 NAME = "flexdma"
+# Full attention of the same model, see `full_attention`.
+FULL = "flexdma_full"
 # The dtype of a mask that is not causal.
 BIDIRECTIONAL = torch.int8
 

@@ -1,0 +1,168 @@
+"""Calibrate: convert a model and compute its gates in closed form."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.utils import logging
+
+from flexdma import checks
+from flexdma.gates import ValueGate
+from flexdma.integrations.transformers.calibration.budget import divided
+from flexdma.integrations.transformers.calibration.future import FutureOfKeys
+from flexdma.integrations.transformers.conversion import check_unconverted, convert_to_dma
+from flexdma.integrations.transformers.eligibility import attention_calls, own_window, refuse_wider_windows
+from flexdma.integrations.transformers.falcon import rerouted
+from flexdma.integrations.transformers.full_attention import full_attention
+from flexdma.integrations.transformers.layer_selections import layer_selections
+
+# The scale of the gates.  It keeps their order and changes logits by less than float32 rounds them.
+SCALE = 2.0**-20
+# A window is at least mean / 8 and at most 6 means, because measured shares of rarely used heads are noise.
+NARROWEST, WIDEST = 8, 6
+# A bound above any window.
+UNBOUNDED = 2**20
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What `calibrate` measured, by attention layer in order of `layer_idx` and by KV head.
+
+    r_squared: share of the variance of the logarithm of a key's largest future probability that its value predicts, in
+        sequences that the fit did not use.
+    peaks: mean over keys of their largest future probability.  windows: keys kept by gate.
+    tokens: number of calibration tokens.
+    """
+
+    r_squared: list[list[float]]
+    peaks: list[list[float]]
+    windows: list[list[int]]
+    tokens: int
+
+
+def calibrate(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    *,
+    window_size: int | Sequence[int | Sequence[int]],
+    sinks: int = 4,
+    recent: int | Sequence[int] = 128,
+    far: int = 128,
+    slope: float = 1e-3,
+    lowering: str | None = None,
+) -> Calibration:
+    """Convert a model, and compute gates that keep the keys which its full attention will look back at.
+
+    Changes the model in place, as `convert_to_dma` does.  Its outputs stay as they were while the context is within the
+    smallest window, because the gates are scaled by 2 ** -20: they rank keys and leave the logits alone.
+
+    model: a decoder that `convert_to_dma` takes, in eval mode, with full attention or sliding windows of its own.
+    batches: token ids [B, N] int64, or mappings with them in "input_ids"; without padding.  Texts like those that the model
+        will read, at least three times as long as `far`; with passages that need earlier ones (`recall_sequences`) the gates
+        learn what is asked for later.
+    window_size: the mean number of keys per KV head that are kept by gate; heads get more or fewer, in proportion to the
+        mean peak of their keys' future.  A sequence, as in `convert_to_dma`, gives each layer or head its own.
+    sinks, recent, lowering: as in `convert_to_dma`.  A query sees at most window + sinks + recent keys of a head.
+    far: queries this many tokens after a key or more are its future.
+    slope: preference for newer keys, in logarithms of probability per token.
+
+        one full pass   ->  p_j = max over queries i >= j + far and the heads of a group of P_ij
+        ridge           ->  log(p_j + 1e-4) ~ v_j . Delta_h + constant
+        gates           ->  2 ** -20 (v_j . Delta_h + slope j)
+
+    One pass of the full model over all tokens, layer by layer, O(N) memory per layer, and sums of (Hkv Dv) ** 2 per layer.
+    Raises TypeError or ValueError naming the argument; for too few tokens, for models with learned sinks (`s_aux`).
+    The model is converted only if all went well.
+    """
+    choice = {"window_size": window_size, "sinks": sinks, "recent": recent}
+    checks.positive_int("far", far)
+    check_unconverted(model)
+    if model.training:
+        raise ValueError("model: expected eval mode, got training mode, whose dropout would change what it attends to")
+    with rerouted(model):
+        calls = attention_calls(model)
+    if any(call.arguments.get("s_aux") is not None for call in calls):
+        raise ValueError("model: expected attention without learned sinks (s_aux), which take part of each probability")
+    heads = [call.value.shape[1] for call in calls]
+    refuse_wider_windows(calls, layer_selections(choice, heads), choice)
+    layers = [call.layer for call in calls]
+    own_windows = {call.layer: own_window(call, UNBOUNDED) for call in calls}
+    futures = {call.layer: FutureOfKeys(call.value.shape[1], call.value.shape[3], far) for call in calls}
+    tokens = _observe(model, batches, futures, own_windows, far)
+    fits = [futures[layer].fit() for layer in layers]
+    windows = _divided(window_size, [futures[layer].mean_peak for layer in layers], list(own_windows.values()))
+    convert_to_dma(
+        model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering
+    )
+    for layer, (weights, _) in zip(layers, fits, strict=True):
+        _set_gate(layer.value_gate, weights, slope)
+    model.config.flexdma = model.config.flexdma | {"calibrated": True}
+    return Calibration(
+        r_squared=[r_squared.tolist() for _, r_squared in fits],
+        peaks=[futures[layer].mean_peak.tolist() for layer in layers],
+        windows=[_per_head(layer) for layer in layers],
+        tokens=tokens,
+    )
+
+
+@torch.no_grad()
+def _observe(
+    model: PreTrainedModel,
+    batches: Iterable[Tensor | Mapping[str, Tensor]],
+    futures: Mapping[nn.Module, FutureOfKeys],
+    own_windows: Mapping[nn.Module, int],
+    far: int,
+) -> int:
+    """Run the full model over the batches; the number of their tokens."""
+    tokens = 0
+    with full_attention(model, lambda seen: futures[seen.layer].add(seen), own_windows):
+        for batch in logging.tqdm(batches, desc="Calibrating", unit="batch"):
+            ids = _token_ids(batch, far)
+            # Without the head, whose logits would be the largest tensor of the pass.
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+            tokens += ids.numel()
+    return tokens
+
+
+def _divided(window_size: Any, peaks: Sequence[Tensor], own_windows: Sequence[int]) -> Any:
+    """Windows [layers][heads] of this mean in proportion to the peaks; a given sequence as it is."""
+    if not isinstance(window_size, int) or isinstance(window_size, bool):
+        return window_size
+    checks.positive_int("window_size", window_size)
+    heads = [len(peak) for peak in peaks]
+    widest = [min(own, WIDEST * window_size) for own in own_windows]
+    whole = divided(
+        window_size * sum(heads), torch.cat(list(peaks)), max(1, window_size // NARROWEST),
+        torch.tensor(widest).repeat_interleave(torch.tensor(heads)),
+    )  # fmt: skip
+    return [part.tolist() for part in whole.split(heads)]
+
+
+def _per_head(layer: Any) -> list[int]:
+    """The windows of a converted layer."""
+    window = layer.dynamic_mask_options["window_size"]
+    return list(window) if isinstance(window, tuple) else [window] * layer.value_gate.num_kv_heads
+
+
+@torch.no_grad()
+def _set_gate(gate: ValueGate, weights: Tensor, slope: float) -> None:
+    """Make the gate SCALE (value . weights + slope position); the intercept is the same for all keys."""
+    gate.dt_proj.weight.copy_(weights[:-1].mT)
+    gate.A.fill_(SCALE)
+    gate.slope.fill_(slope * SCALE)
+
+
+def _token_ids(batch: Tensor | Mapping[str, Tensor], far: int) -> Tensor:
+    """The token ids of a batch.  Raises TypeError or ValueError naming what is wrong with it."""
+    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
+    if ids.dim() != 2 or ids.dtype != torch.int64:
+        raise ValueError(f"batches: expected token ids [B, N] int64, got {list(ids.shape)} {ids.dtype}")
+    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    if mask is not None and not mask.all():
+        raise ValueError("batches: expected sequences without padding, got an attention_mask with zeros")
+    if ids.shape[1] < 3 * far:
+        raise ValueError(f"batches: expected sequences of at least 3 far = {3 * far} tokens, got {ids.shape[1]}")
+    return ids

@@ -1,0 +1,82 @@
+"""Sums of one layer over the calibration tokens: what its values predict of their keys' future."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from flexdma.integrations.transformers.calibration.regression import RidgeSums
+from flexdma.integrations.transformers.full_attention import ObservedAttention
+from flexdma.lifespans import Lifespans
+from flexdma.mass import attention_mass
+from flexdma.score_mods import softcap_score_mod
+
+# Added to a probability before its logarithm, so that keys that are never looked at differ little.
+FLOOR = 1e-4
+# Keys at the start, which the sinks and their neighbours take, are no samples.
+FIRST = 8
+# Keys with fewer queries in their future than this are no samples either.
+LEAST_QUERIES = 16
+# Every fifth sequence measures how well the fit of the others predicts.
+HELD_OUT = 5
+# A penalty on squared weights, in samples.
+RIDGE = 10.0
+# Samples per coefficient of the fit, at least.
+SAMPLES = 4
+
+
+class FutureOfKeys:
+    """Sums over the keys of one layer.
+
+    The target of a key is log(FLOOR + its largest probability), over the query heads of its group and the queries that
+    are at least `far` tokens later: one large look back decides whether a key is needed, however rare it is.
+    """
+
+    def __init__(self, num_kv_heads: int, head_dim: int, far: int) -> None:
+        self.far = far
+        self.fitted = RidgeSums(num_kv_heads * head_dim, num_kv_heads)
+        self.held_out = RidgeSums(num_kv_heads * head_dim, num_kv_heads)
+        self.peaks = torch.zeros(num_kv_heads, dtype=torch.float64)
+        self.sequences = 0
+
+    def add(self, seen: ObservedAttention) -> None:
+        """Add the keys of a pass."""
+        softcap: Any = seen.arguments.get("softcap")
+        length = seen.key.shape[2]
+        lifespans = _sliding(seen) if seen.window < length else None
+        peak = attention_mass(
+            seen.query, seen.key, lifespans, reduction="max", ages=[(self.far, None)], scale=seen.scaling,
+            score_mod=None if softcap is None else softcap_score_mod(softcap),
+        )[0]  # fmt: skip
+        keys = slice(FIRST, length - self.far - LEAST_QUERIES)
+        for value, target in zip(seen.value[:, :, keys], peak[:, :, keys], strict=True):
+            sums = self.held_out if self.sequences % HELD_OUT == 1 else self.fitted
+            sums.add(value.transpose(0, 1).flatten(1), (target.T + FLOOR).log())
+            self.peaks += target.double().sum(1).cpu()
+            self.sequences += 1
+
+    @property
+    def mean_peak(self) -> Tensor:
+        """[Hkv], the mean over keys of their largest future probability."""
+        return self.peaks / (self.fitted.count + self.held_out.count)
+
+    def fit(self) -> tuple[Tensor, Tensor]:
+        """Weights [Hkv Dv + 1, Hkv] of the fit to all keys, and R squared [Hkv] of the fit without the held-out sequences.
+
+        Raises ValueError for too few samples and for targets that are not finite.
+        """
+        needed = SAMPLES * len(self.fitted.features_features)
+        if self.held_out.count == 0 or self.fitted.count < needed:
+            raise ValueError(
+                f"batches: expected at least two sequences and {needed:,} keys followed by {self.far + LEAST_QUERIES} "
+                f"tokens, got {self.sequences} sequences and {self.fitted.count:,} keys beside those held out"
+            )
+        both = self.fitted + self.held_out
+        if not (both.features_features.isfinite().all() and both.features_targets.isfinite().all()):
+            raise ValueError("model: expected finite values and attention probabilities, got NaN or infinity")
+        return both.solve(RIDGE), self.held_out.r_squared(self.fitted.solve(RIDGE))
+
+
+def _sliding(seen: ObservedAttention) -> Lifespans:
+    position = torch.arange(seen.key.shape[2], device=seen.key.device).expand(seen.key.shape[0], 1, -1)
+    return Lifespans(position, position + seen.window)
