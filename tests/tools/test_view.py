@@ -1,7 +1,6 @@
 """`python -m flexdma view`: the page has the text as text, its lifespans equal the dense mask, bad requests write nothing."""
 
 import html
-import json
 import re
 from html.parser import HTMLParser
 
@@ -11,12 +10,7 @@ import torch
 from flexdma.tools.byte_models.attentions import KINDS
 from flexdma.tools.byte_models.checkpoint import load_checkpoint, save_checkpoint
 from flexdma.tools.byte_models.labels import byte_labels
-from tests.tools.view_cases import dense_rows, refused, view
-
-
-def data_of(page: str) -> dict:
-    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', page, re.DOTALL)
-    return json.loads(block)
+from tests.tools.view_cases import data_of, dense_rows, numbers, refused, view, visible
 
 
 class Elements(HTMLParser):
@@ -46,7 +40,7 @@ def test_a_text_full_of_markup_stays_text(text_file, checkpoint, tmp_path):
     assert with_markup.attributes == without.attributes
     assert with_markup.tags.count("script") == 2
     assert "img" not in with_markup.tags
-    assert data_of(page)["tokens"] == byte_labels(text_file.read_bytes())
+    assert data_of(hostile)["tokens"] == byte_labels(text_file.read_bytes())
     assert "innerHTML" not in page
 
 
@@ -56,7 +50,7 @@ def test_a_file_name_of_markup_stays_text(checkpoint, tmp_path):
     assert view(tmp_path / name, checkpoint, tmp_path / "page.html") == 0
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     assert "img" not in Elements(page).tags
-    assert data_of(page)["file"] == name
+    assert data_of(tmp_path / "page.html")["file"] == name
 
 
 def test_the_page_asks_nothing_of_a_network(text_file, checkpoint, tmp_path):
@@ -71,15 +65,16 @@ def test_the_page_asks_nothing_of_a_network(text_file, checkpoint, tmp_path):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_lifespans_of_the_page_are_the_dense_mask(kind, text_file, checkpoint, tmp_path):
-    assert view(text_file, checkpoint, tmp_path / "page.html", "--start", "5", "--length", "90") == 0
-    data = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))
+    assert view(text_file, checkpoint, tmp_path / "page.html", "--start", "5", "--tokens", "90") == 0
+    data = data_of(tmp_path / "page.html")
     content = text_file.read_bytes()[5:95]
     (model,) = (model for model in data["models"] if model["label"] == f"label of {kind}")
-    query, birth = torch.arange(90)[:, None], torch.tensor(data["birth"])
     for layer, dense in zip(model["layers"], dense_rows(checkpoint, kind, content), strict=True):
         for head, expected in zip(layer, dense, strict=True):
-            assert torch.equal((birth <= query) & (query < torch.tensor(head["death"])), expected)
-            assert len(head["gate"]) == 90
+            assert torch.equal(visible(data, head), expected)
+            assert len(numbers("f", head["gate"])) == 90
+            assert (head["capacity"] or 90) == expected.sum(-1).max()
+            assert head["attended"] is None
 
 
 def test_bytes_become_readable_labels():
@@ -96,9 +91,9 @@ def test_gates_that_are_not_finite_reach_the_page(text_file, checkpoint, tmp_pat
         models["dma"].attentions()[1].gate.A.copy_(torch.tensor([float("nan"), 1e30]))
     save_checkpoint(broken, models, dict.fromkeys(models, "label"))
     assert view(text_file, broken, tmp_path / "page.html") == 0
-    heads = data_of((tmp_path / "page.html").read_text(encoding="utf-8"))["models"][0]["layers"][1]
-    assert set(heads[0]["gate"]) == {"NaN"}
-    assert set(heads[1]["gate"]) == {"Infinity"}
+    heads = data_of(tmp_path / "page.html")["models"][0]["layers"][1]
+    assert numbers("f", heads[0]["gate"]).isnan().all()
+    assert numbers("f", heads[1]["gate"]).isposinf().all()
 
 
 def test_a_part_of_a_long_text_is_shown_and_said(checkpoint, tmp_path, capsys):
@@ -110,7 +105,7 @@ def test_a_part_of_a_long_text_is_shown_and_said(checkpoint, tmp_path, capsys):
     assert "bytes 0 to 4,095 of 5,000" in capsys.readouterr().out
     assert view(text, checkpoint, out, "--start", "4990") == 0
     assert "bytes 4,990 to 4,999 of 5,000" in capsys.readouterr().out
-    assert data_of(out.read_text(encoding="utf-8"))["tokens"] == list("0123456789")
+    assert data_of(out)["tokens"] == list("0123456789")
 
 
 def test_requests_that_cannot_be_met_are_one_line_exit_code_2_and_nothing_written(
@@ -123,8 +118,8 @@ def test_requests_that_cannot_be_met_are_one_line_exit_code_2_and_nothing_writte
     refused(capsys, view(empty, checkpoint, out), "at least one byte")
     refused(capsys, view(text_file, checkpoint, out, "--start", "-1"), "--start")
     refused(capsys, view(text_file, checkpoint, out, "--start", "100000"), "--start")
-    refused(capsys, view(text_file, checkpoint, out, "--length", "0"), "--length")
-    refused(capsys, view(text_file, checkpoint, out, "--length", "99999999"), "--length")
+    refused(capsys, view(text_file, checkpoint, out, "--tokens", "0"), "--tokens")
+    refused(capsys, view(text_file, checkpoint, out, "--tokens", "99999999"), "--tokens")
     refused(capsys, view(text_file, checkpoint, tmp_path), "--out")
     refused(capsys, view(text_file, checkpoint, tmp_path / "no" / "folder.html"), "--out")
     refused(capsys, view(text_file, tmp_path / "nowhere", out), "--checkpoint")

@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.tools.view_cases import dense_rows, view
+from tests.tools.converted_cases import make_converted
+from tests.tools.view_cases import data_of, dense_rows, numbers, view, visible
 
 CHROMIUM = next(
     (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
@@ -38,6 +39,13 @@ def kept_in(dom: str) -> list[int]:
     return [key for key, names in enumerate(classes_of(dom)) if "kept" in names.split()]
 
 
+HELPERS = """
+    const token = (key) => document.querySelector(`[data-key="${key}"]`);
+    const mouse = (kind, key) => token(key).dispatchEvent(new MouseEvent(kind, { bubbles: true }));
+    const press = (key, more) => dispatchEvent(new KeyboardEvent("keydown", { key, ...more }));
+"""
+
+
 def test_the_browser_highlights_exactly_the_keys_of_the_dense_mask(text_file, checkpoint, tmp_path):
     page = tmp_path / "page.html"
     assert view(text_file, checkpoint, page) == 0
@@ -62,12 +70,7 @@ def test_mouse_and_keyboard_choose_the_query_and_the_head(text_file, checkpoint,
     dense = dense_rows(checkpoint, "dma", text_file.read_bytes())
 
     def after(actions: str) -> str:
-        helpers = """
-            const token = (key) => document.querySelector(`[data-key="${key}"]`);
-            const mouse = (kind, key) => token(key).dispatchEvent(new MouseEvent(kind, { bubbles: true }));
-            const press = (key, more) => dispatchEvent(new KeyboardEvent("keydown", { key, ...more }));
-        """
-        return chromium(page, tmp_path / "profile", script=helpers + actions)
+        return chromium(page, tmp_path / "profile", script=HELPERS + actions)
 
     def keys(layer: int, head: int, query: int) -> list[int]:
         return dense[layer][head, query].nonzero().flatten().tolist()
@@ -80,3 +83,39 @@ def test_mouse_and_keyboard_choose_the_query_and_the_head(text_file, checkpoint,
         1, 0, len(text_file.read_bytes()) - 1
     )
     assert "label of dma" in walked
+
+
+def test_beside_the_kept_keys_stands_what_the_full_model_attends_to(tmp_path):
+    page, text = tmp_path / "page.html", tmp_path / "text.txt"
+    text.write_text("The clerk wrote it down, é, and nobody asked again.\nThen came winter.")
+    assert view(text, make_converted(tmp_path / "model"), page, source="--model") == 0
+    data = data_of(page)
+    head = data["models"][0]["layers"][1][0]
+    query, length = 50, len(data["tokens"])
+    keys, probabilities = (
+        numbers("H", head["attended"][name]).view(length, -1)[query] for name in ("keys", "probabilities")
+    )
+    dom = chromium(
+        page, tmp_path / "profile", script=HELPERS + f"mouse('click', {query}); press('ArrowDown'); press('ArrowDown');"
+    )
+    assert kept_in(dom) == visible(data, head)[query].nonzero().flatten().tolist()
+    looked = {key for key, names in enumerate(classes_of(dom)) if {"a1", "a2", "a3"} & set(names.split())}
+    assert looked == {
+        key for key, steps in zip(keys.tolist(), probabilities, strict=True) if steps >= 0.01 * data["steps"]
+    }
+    (rows,) = re.findall(r'<tbody id="looks">(.*?)</tbody>', dom, re.DOTALL)
+    listed = re.findall(
+        r"<tr><td>(\d*)</td><td><span[^>]*>.*?</span></td><td>(.*?) %</td><td>(.*?)</td></tr>", rows, re.DOTALL
+    )
+    assert [int(key) for key, _, _ in listed[:-1]] == keys.tolist()
+    assert [float(percent) for _, percent, _ in listed[:-1]] == pytest.approx(
+        (100 * probabilities / data["steps"]).tolist(), abs=0.0501
+    )
+    assert sum(float(percent) for _, percent, _ in listed) == pytest.approx(100, abs=0.05 * len(listed))
+    assert [fate == "kept" for _, _, fate in listed[:-1]] == visible(data, head)[query, keys.long()].tolist()
+    chosen = re.findall(r'<button [^>]*aria-pressed="true"[^>]*>(\d+)</button>', dom)
+    assert chosen == ["9"]
+    clicked = chromium(
+        page, tmp_path / "profile", script='document.querySelector(\'[data-layer="0"][data-head="1"]\').click();'
+    )
+    assert "in layer 0, head 1 keeps" in clicked

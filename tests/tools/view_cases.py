@@ -1,5 +1,9 @@
-"""For tests of the view: a checkpoint of small models with gates that select, a text with much markup, the dense mask."""
+"""For tests of the view: small models with gates that select, a text with much markup, the data of a page, the dense mask."""
 
+import base64
+import json
+import re
+import struct
 from pathlib import Path
 
 import torch
@@ -34,8 +38,8 @@ def make_text(path: Path) -> Path:
     return path
 
 
-def view(text: Path, checkpoint: Path, out: Path, *options: str) -> int:
-    return main(["view", "--text", str(text), "--checkpoint", str(checkpoint), "--out", str(out), *options])
+def view(text: Path, folder: Path, out: Path, *options: str, source: str = "--checkpoint") -> int:
+    return main(["view", "--text", str(text), source, str(folder), "--out", str(out), *options])
 
 
 def refused(capsys, code: int, says: str) -> None:
@@ -44,6 +48,24 @@ def refused(capsys, code: int, says: str) -> None:
     assert code == 2
     assert error.count("\n") == 1
     assert says in error
+
+
+def data_of(page: Path) -> dict:
+    content = page.read_text(encoding="utf-8")
+    (block,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', content, re.DOTALL)
+    return json.loads(block)
+
+
+def numbers(kind: str, packed: str) -> torch.Tensor:
+    """The array in base64 of the struct module's kind "H" or "f"."""
+    content = base64.b64decode(packed)
+    return torch.tensor(struct.unpack(f"<{len(content) // struct.calcsize(kind)}{kind}", content))
+
+
+def visible(data: dict, head: dict) -> torch.Tensor:
+    """[Q, K] of a head of the page."""
+    query, birth = torch.arange(len(data["tokens"]))[:, None], torch.tensor(data["birth"])
+    return (birth <= query) & (query < numbers("H", head["death"]))
 
 
 def dense_rows(checkpoint: Path, kind: str, content: bytes) -> list[torch.Tensor]:

@@ -27,7 +27,7 @@ def byte_labels(content: bytes) -> list[str]:
         except UnicodeDecodeError:
             labels.append(f"⟨{content[start]:02X}⟩")
         else:
-            labels += [_label(character)] + [CONTINUATION] * (length - 1)
+            labels += [readable(character)] + [CONTINUATION] * (length - 1)
     return labels
 
 
@@ -38,9 +38,7 @@ def _sequence_length(first: int) -> int:
     return 4
 
 
-def _label(character: str) -> str:
-    if character in NAMED:
-        return NAMED[character]
-    if unicodedata.category(character).startswith("M"):  # a mark, which would join the label before it
-        return f"◌{character}"
-    return character if character.isprintable() else f"⟨{ord(character):X}⟩"
+def readable(text: str) -> str:
+    """A text in which no character ends a line, changes its direction, is invisible, or joins what stands before the text."""
+    shown = "".join(NAMED.get(c) or (c if c.isprintable() else f"⟨{ord(c):X}⟩") for c in text)
+    return f"◌{shown}" if unicodedata.category(text[0]).startswith("M") else shown

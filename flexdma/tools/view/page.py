@@ -13,11 +13,12 @@ from typing import Any
 
 # JSON reads \u escapes back, and an HTML parser does not see them.  The last two characters end a line in older JavaScript.
 ESCAPES = {ord(character): f"\\u{ord(character):04x}" for character in "<>&\u2028\u2029"}
+SCRIPTS = ("data.js", "panel.js", "page.js")  # in the order in which each uses what stands before it
 
 
 def view_page(record: dict[str, Any]) -> str:
     """The page for the numbers of `view_record`."""
-    style, script = _part("page.css"), _part("page.js")
+    style, script = _part("page.css"), "".join(map(_part, SCRIPTS))
     data = json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).translate(ESCAPES)
     parts = {"@policy@": _policy(style, script), "@style@": style, "@script@": script, "@data@": data}
     page = _part("page.html")
