@@ -149,11 +149,14 @@ class ValueGate(nn.Module):
         if self.recency == "forget":
             total = self._forgotten(value, mask, forgotten, sequences)
             return gate.double() + total, total
+        slope = self.slope.double()
+        if type(first_position) is int and value.shape[2] == 1 and mask is None and sequences is None:
+            return gate + (slope * first_position).unsqueeze(-1), None
         before = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
         position = before + _real_tokens_before(value, mask)
         if sequences is not None:
             position = position - position[:, sequences.start]
-        return gate.double() + self.slope.double().unsqueeze(-1) * position.unsqueeze(1), None
+        return gate.double() + slope.unsqueeze(-1) * position.unsqueeze(1), None
 
     def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The values with zeros for masked tokens, so that their contents reach neither gates nor gradients."""

@@ -1,27 +1,23 @@
 """A run of tokens that are decoded one by one on a CPU, without derivatives: each writes the slots that it changes, in place.
 
-A token costs more in calls than in arithmetic, so numbers per head are Python's.  One sort finds the last COUNT keys of each
-head in rank.  The tokens after it overwrite those, and join the list where they rank low enough.  Tensors that attention
-does not read (positions, lengths) are written when `state` is called.
+A token costs more in calls than in arithmetic, so numbers per head are Python's (`head_keys.py`).  What attention does not
+read (gates, positions, lengths, and which slots are those of the top-w) is written when `state` is called.
 
-A run ends, and `one_token.py` continues, where a token is not plain: with a gate that is not finite, or where it replaces a
-sink, or may become one.
+A run ends, and `one_token.py` continues, where a token is not plain: its gates are not finite, or it may become a sink.
 """
 
 import math
-from heapq import heappop, heapreplace
 
 import torch
 from torch import Tensor
 
-from flexdma.lifespans.ranking import NEVER
 from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.head_keys import HeadKeys, Later, find_last, heads_at
 from flexdma.state.layout import SLOTS
-from flexdma.state.one_token import beyond_window
 
-# Keys of each head that one sort finds.
-COUNT = 32
+# How far gates may rise above the number that is subtracted from them.  Float32 rounds a difference of 4 by 2e-7.
+RISE = 4.0
 # The tensors of a state that belong to its run.
 OWN = (*SLOTS, "length", "real_length", "last_sink", "last_loss")
 
@@ -33,28 +29,28 @@ class TokenRun:
     forgotten: of `state`; the caller sets it for gates that have it.
     """
 
-    # For each row of [B Hkv] a heap of (gate, position, slot), empty slots first as (-inf, -1, slot).  A key of the top-w is
-    # in it if and only if it does not rank before the row's bound (gate, position).
-    _rows: list[list[tuple[float, int, int]]]
-    _bounds: list[tuple[float, int]]
+    _heads: list[HeadKeys]  # one for each row of [B Hkv]
+    # [B, Hkv, 1, C]: gates minus `_references`, a number per head; -inf for empty slots.
+    _bias: Tensor
+    _references: list[float]
+    # Whether the last keys in rank of each head are known.
+    _is_sorted: bool
 
     def __init__(self, state: DynamicMaskState) -> None:
         """Use `run_of`, which checks the state."""
         self.forgotten = state.forgotten
-        self._threshold = state.policy.threshold if state.selection == "threshold" else -math.inf
-        self._last_sink: list[int] = state.last_sink.flatten().tolist()
+        self._has_threshold = state.selection == "threshold"
+        self._later = Later({}, {})
+        self._heads = heads_at(state, self._later)
         self._begin_at(state)
 
     def _begin_at(self, state: DynamicMaskState) -> None:
         self.before = state
-        self._heads, self._size = state.position.shape[1:]
         # Views, made once.
         self._key, self._value, self._gate, self._position = (getattr(state, name).flatten(0, 2) for name in SLOTS)
-        self._gate_of_slots = state.gate.unsqueeze(2)
-        self._tokens = 0
-        self._first: list[int] = [now for now in state.length.tolist() for _ in range(self._heads)]
-        self._losses: dict[int, int] = {}  # row -> its latest loss
-        self._positions: dict[int, int] = {}  # slot of [B Hkv C] -> position not yet written
+        self._tokens, self._has_lost = 0, False
+        real = state.real_length.tolist()
+        self._real_length = real[0] if len(set(real)) == 1 else None
         self._count_writes()
 
     def _count_writes(self) -> None:
@@ -77,63 +73,56 @@ class TokenRun:
 
         key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1].
         """
-        gate = gate.reshape(-1)
-        gates: list[float] = gate.tolist()
+        gates: list[float] = gate.flatten().tolist()
         # A sum that overflows only ends the run.
-        if not math.isfinite(sum(gates)) or not (all(self._rows) or self._sort()):
+        if not math.isfinite(sum(gates)) or not (self._is_sorted or self._sort()):
             return False
-        replaced = []
-        for index, (row, number) in enumerate(zip(self._rows, gates, strict=True)):
-            lowest, position, _ = row[0]
-            if lowest <= number > self._threshold:
-                if 0 <= position <= self._last_sink[index]:
-                    return False
-                replaced.append(index)
+        rows, places, biases, emptied, is_stale, lost = [], [], [], [], False, False
+        for row, (head, number) in enumerate(zip(self._heads, gates, strict=True)):
+            place, difference = head.insert(number), number - self._references[row]
+            if place >= 0:
+                rows.append(row)
+                places.append(place)
+                biases.append(difference)
+                is_stale = is_stale or difference > RISE
+            if head.emptied >= 0:
+                emptied.append(head.emptied)
+            lost = lost or head.last_loss == head.now - 1
+            self._is_sorted = self._is_sorted and bool(head.lowest)
         self._tokens += 1
-        if not replaced:
-            return True
-        places, is_best, size = [], False, self._size
-        for index in replaced:
-            row, number, now = self._rows[index], gates[index], self._first[index] + self._tokens - 1
-            _, position, slot = row[0]
-            if (number, now) < self._bounds[index]:
-                heapreplace(row, (number, now, slot))
-            else:
-                heappop(row)
-            if position >= 0:
-                self._losses[index] = now
-            self._positions[index * size + slot] = now
-            places.append(index * size + slot)
-            is_best = is_best or number > self._best[index]
-        slots = torch.tensor(places, device=gate.device)
-        key, value = key.reshape(-1, key.shape[3]), value.reshape(-1, value.shape[3])
-        if len(replaced) < len(gates):
-            some = torch.tensor(replaced, device=gate.device)
-            key, value, gate = (tensor.index_select(0, some) for tensor in (key, value, gate))
-        self._key.index_copy_(0, slots, key)
-        self._value.index_copy_(0, slots, value)
-        self._gate.index_copy_(0, slots, gate)
-        if self._versions is not None:
-            self._versions = (self._gate._version, *self._versions[1:])
-        if is_best:
-            self._find_reference()
+        self._has_lost = self._has_lost or lost
+        if places:
+            key, value = key.reshape(-1, key.shape[3]), value.reshape(-1, value.shape[3])
+            if len(places) < len(gates):
+                some = torch.tensor(rows, device=gate.device)
+                key, value = key.index_select(0, some), value.index_select(0, some)
+            slots = torch.tensor(places, device=gate.device)
+            self._key.index_copy_(0, slots, key)
+            self._value.index_copy_(0, slots, value)
+            self._bias_of_slots.index_copy_(0, slots, torch.tensor(biases, dtype=self._bias.dtype, device=gate.device))
+        if emptied:
+            slots = torch.tensor(emptied, device=gate.device)
+            # A key or value that is not finite would reach the output of a later token.
+            self._key.index_fill_(0, slots, 0.0)
+            self._value.index_fill_(0, slots, 0.0)
+            self._bias_of_slots.index_fill_(0, slots, -math.inf)
+        # The best key of a head does not leave before a better one comes, unless it is below a threshold.
+        if is_stale or (lost and self._has_threshold):
+            self._find_references()
         return True
 
     def attention(self, query: Tensor, scale: float) -> Tensor:
         """Attention [B, Hq, 1, Dv] of query [B, Hq, 1, D] to the keys so far.  O(w) time."""
-        state = self.before
-        return attention_of_one(query, state.key, state.value, self._gate_of_slots - self._reference, scale)
+        return attention_of_one(query, self.before.key, self.before.value, self._bias, scale)
 
     def state(self) -> DynamicMaskState:
         """The state after the tokens so far.  The next token overwrites its slots."""
         before = self.before
         if self._tokens:
-            self._write_positions()
+            self._write()
             last_loss = before.last_loss
-            if self._losses:
-                losses = last_loss.flatten().tolist()
-                for row, position in self._losses.items():
-                    losses[row] = position
+            if self._has_lost:
+                losses = [head.last_loss for head in self._heads]
                 last_loss = torch.tensor(losses, device=last_loss.device).view(last_loss.shape)
             self.before = before._with(
                 length=before.length + self._tokens,
@@ -142,9 +131,9 @@ class TokenRun:
                 forgotten=self.forgotten,
                 _run=self,
             )
-            self._first = [first + self._tokens for first in self._first]
-            self._tokens = 0
-            self._losses.clear()
+            if self._real_length is not None:
+                self._real_length += self._tokens
+            self._tokens, self._has_lost = 0, False
         return self.before
 
     def continues(self, state: DynamicMaskState) -> bool:
@@ -159,52 +148,60 @@ class TokenRun:
         return True
 
     @property
-    def real_length(self) -> Tensor:
-        """That of `state`."""
-        return self.before.real_length + self._tokens if self._tokens else self.before.real_length
+    def real_length(self) -> int | Tensor:
+        """That of `state`, as an int where it is the same for all sequences."""
+        if self._real_length is not None:
+            return self._real_length + self._tokens
+        return self.before.real_length + self._tokens
 
     def copied(self, after: DynamicMaskState) -> "TokenRun":
         """The same for a state whose slots are copies of this one's `state`."""
         copy = object.__new__(TokenRun)
-        copy.__dict__.update(self.__dict__, _rows=[list(row) for row in self._rows], _best=list(self._best))
+        later = Later({}, {})  # all is written
+        copy.__dict__.update(self.__dict__, _later=later, _heads=[head.copy(later) for head in self._heads])
+        copy._set_bias(self._bias.clone())
         copy._begin_at(after)
         return copy
 
-    def _write_positions(self) -> None:
-        if self._positions:
-            slots, positions = list(self._positions), list(self._positions.values())
-            device, overwritten = self._position.device, self.is_overwritten()
-            self._position.index_copy_(0, torch.tensor(slots, device=device), torch.tensor(positions, device=device))
-            self._positions.clear()
-            if not overwritten:
-                self._count_writes()
+    def _write(self) -> None:
+        """Write what the tensors of the state do not have yet."""
+        written, moved = self._later
+        if not written:
+            return
+        device, overwritten = self._position.device, self.is_overwritten()
+        slots = torch.tensor(list(written), device=device)
+        gates, positions = zip(*written.values(), strict=True)
+        self._gate.index_copy_(0, slots, torch.tensor(gates, dtype=self._gate.dtype, device=device))
+        self._position.index_copy_(0, slots, torch.tensor(positions, device=device))
+        if moved:
+            to, places = (torch.tensor(list(numbers), device=device) for numbers in (moved.keys(), moved.values()))
+            for tensor in (self._key, self._value, self._bias_of_slots):
+                tensor.index_copy_(0, to, tensor.index_select(0, places))
+        written.clear()
+        moved.clear()
+        if not overwritten:
+            self._count_writes()
 
     def _sort(self) -> bool:
-        """Find the last keys in rank and the best gates; False where a best gate or one of these is not a number."""
-        self._write_positions()
-        state = self.before
-        level, position = state.gate[..., : state.widest], state.position[..., : state.widest]
-        if isinstance(state.window_size, tuple):
-            beyond = beyond_window(state)
-            level, position = level.masked_fill(beyond, math.inf), position.masked_fill(beyond, NEVER)
-        # By gate, and of equal gates by position; NaN comes last.
-        by_position = position.argsort(dim=-1)
-        level, by_level = level.gather(-1, by_position).sort(dim=-1, stable=True)
-        slot = by_position.gather(-1, by_level[..., :COUNT])
-        columns = (level[..., :COUNT], position.gather(-1, slot), slot)
-        rows = [
-            [entry for entry in zip(*row, strict=True) if entry[1] != NEVER]
-            for row in zip(*(column.flatten(0, 1).tolist() for column in columns), strict=True)
-        ]
-        self._rows = rows
-        self._bounds = [row[-1][:2] if len(row) == COUNT < state.widest else (math.inf, NEVER) for row in rows]
-        return self._find_reference() and not any(math.isnan(gate) for row in rows for gate, _, _ in row)
+        """Find the last keys in rank and the references; False where one of these is not a number."""
+        self._write()
+        self._is_sorted = find_last(self._heads, self.before) and self._find_references()
+        return self._is_sorted
 
-    def _find_reference(self) -> bool:
-        """Find the best gates; False where one is not finite.  A best key does not leave before a better one comes."""
-        self._reference = self._gate_of_slots.amax(-1, keepdim=True)
-        self._best: list[float] = self._reference.flatten().tolist()
-        return math.isfinite(sum(self._best))
+    def _find_references(self) -> bool:
+        """Subtract the best gate of each head; False where one is not finite."""
+        self._write()
+        gate = self.before.gate.unsqueeze(2)
+        best = gate.amax(-1, keepdim=True)
+        self._references = best.flatten().tolist()
+        computed = torch.float64 if self._key.dtype == torch.float64 else torch.float32
+        # A tensor made in inference mode could not be written to by a later token outside of it.
+        with torch.inference_mode(False):
+            self._set_bias((gate - best).to(computed))
+        return math.isfinite(sum(self._references))
+
+    def _set_bias(self, bias: Tensor) -> None:
+        self._bias, self._bias_of_slots = bias, bias.view(-1)
 
 
 def run_of(state: DynamicMaskState) -> TokenRun | None:
@@ -215,7 +212,7 @@ def run_of(state: DynamicMaskState) -> TokenRun | None:
     run = state._run
     if run is not None and run.continues(state):
         return run
-    if state.recent or state.position.numel() == 0:
+    if state.position.numel() == 0:
         return None
     if state.sinks:
         sinks = (state.position >= 0) & (state.position <= state.last_sink[..., None])

@@ -5,11 +5,14 @@ from unittest import mock
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from flexdma import DynamicMaskState, dynamic_mask_attention
 from flexdma.reference import dense_dynamic_mask_attention
-from flexdma.state import token_run
+from flexdma.state import head_keys, token_run
 from tests.comparison import inputs
+from tests.lifespans.gate_strategies import gates
 
 LENGTH = 60
 
@@ -36,11 +39,14 @@ def contents(state):
         {"window_size": (2, 7), "sinks": 2},
         {"window_size": 5, "sinks": 1, "selection": "threshold"},
         {"window_size": 1},
+        {"window_size": (2, 7), "sinks": 2, "recent": 4},
+        {"window_size": (12, 3), "sinks": 1, "recent": 5, "selection": "threshold"},
+        {"window_size": 2, "recent": 20},
     ],
 )
 @torch.no_grad()
 def test_a_run_is_one_pass(options, donate, found, monkeypatch):
-    monkeypatch.setattr(token_run, "COUNT", found)
+    monkeypatch.setattr(head_keys, "COUNT", found)
     query, key, value, gate = inputs(2, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
     gate = (2 * gate).round() / 2  # ties
     gate[0, 0, 40] = float("nan")
@@ -52,16 +58,104 @@ def test_a_run_is_one_pass(options, donate, found, monkeypatch):
     state, outputs = empty, []
     with mock.patch.object(token_run.TokenRun, "_sort", autospec=True, side_effect=token_run.TokenRun._sort) as sort:
         for at in range(LENGTH):
+            if not donate:  # another token after the same state
+                dynamic_mask_attention(*token(tensors, (at + 3) % LENGTH), state=state, return_state=True, **options)
             output, state = dynamic_mask_attention(
                 *token(tensors, at), state=state, return_state=True, donate=donate, **options
             )
             outputs.append(output)
-    assert sort.call_count < LENGTH or found == 2
+    assert sort.call_count < LENGTH + LENGTH * (not donate) or found == 2
     torch.testing.assert_close(torch.cat(outputs, 2).double(), want, rtol=1e-5, atol=1e-5, equal_nan=True)
     expected = contents(state_of_one_pass)
     for name, tensor in contents(state).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
     assert donate or not (empty.position >= 0).any()
+
+
+@given(gates(max_length=30), st.data())
+@torch.no_grad()
+def test_a_run_whose_state_is_seldom_read_is_one_pass(gate, data):
+    heads, length = gate.shape[1:]
+    sizes = st.integers(1, 8)
+    options: dict[str, Any] = {
+        "window_size": tuple(data.draw(sizes) for _ in range(heads)) if heads > 1 else data.draw(sizes),
+        "sinks": data.draw(st.integers(0, 3)),
+        "recent": data.draw(st.integers(0, 10)),
+        "selection": data.draw(st.sampled_from(["causal", "threshold"])),
+    }
+    # Two sequences.  The specification adds gates without a reference, so its rounding error grows with the gate.
+    gate = torch.cat([gate, gate.roll(3, -1)])
+    gate = torch.where(gate == -torch.inf, gate, gate.clamp(-1e3, 1e3)).double()
+    tensors: Any = (*inputs(2, 2 * heads, heads, length, length, 4)[:3], gate)
+    want = dense_dynamic_mask_attention(*tensors, **options)
+    begin, reads = data.draw(st.integers(0, length)), data.draw(st.sets(st.integers(0, length), max_size=2))
+    state = DynamicMaskState.empty(2, heads, 4, dtype=torch.float64, gate_dtype=torch.float64, **options)
+    if begin:
+        _, state = dynamic_mask_attention(*(t[:, :, :begin] for t in tensors), return_state=True, **options)
+    run = None
+    with mock.patch.object(head_keys, "COUNT", data.draw(st.sampled_from([1, 3, 32]))):
+        for at in range(begin, length):
+            query, *new = token(tensors, at)
+            run = token_run.run_of(state) if run is None else run
+            if run is not None and run.insert(*new):
+                output = run.attention(query, 0.5)
+            else:
+                state = state if run is None else run.state()
+                run = None
+                # A score_mod keeps this token out of runs.
+                output, state = dynamic_mask_attention(
+                    query, *new, state=state, return_state=True, score_mod=lambda score, *_: score, **options
+                )
+            torch.testing.assert_close(output, want[:, :, at : at + 1], equal_nan=True, rtol=1e-9, atol=1e-9)
+            if run is not None and (at in reads or at == length - 1):
+                state = run.state()
+                prefix = dynamic_mask_attention(*(t[:, :, : at + 1] for t in tensors), return_state=True, **options)[1]
+                torch.testing.assert_close(contents(state), contents(prefix), equal_nan=True, rtol=0, atol=0)
+
+
+@torch.no_grad()
+def test_a_value_that_is_not_finite_leaves_with_its_key():
+    query, key, value, _ = inputs(1, 2, 1, 6, 6, 4)
+    gate = torch.tensor(
+        [[[5.0, 1.0, 1.0, 9.0, 0.0, 0.0]]]
+    )  # the fourth token replaces the first, and the second expires
+    key[:, :, 1], value[:, :, 1] = torch.inf, torch.nan
+    state, finite = DynamicMaskState.empty(1, 1, 4, 1, recent=2, dtype=torch.float64), []
+    for at in range(6):
+        output, state = dynamic_mask_attention(
+            *token((query, key, value, gate), at), window_size=1, recent=2, state=state, return_state=True, donate=True
+        )
+        finite.append(bool(output.isfinite().all()))
+    assert finite == [True, False, False, True, True, True]
+
+
+@torch.no_grad()
+def test_the_number_subtracted_from_gates_falls_with_a_best_gate_that_expires():
+    """Below a threshold keys are only recent.  Float32 rounds a difference of a million by 0.06."""
+    query, key, value, gate = inputs(1, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
+    gate = gate.double() - 1e6
+    gate[:, :, 40] = -1.0
+    options: dict[str, Any] = {"window_size": 4, "recent": 6, "selection": "threshold"}
+    want = dense_dynamic_mask_attention(query.double(), key.double(), value.double(), gate, **options)
+    state = DynamicMaskState.empty(1, 2, 8, gate_dtype=torch.float64, **options)
+    for at in range(LENGTH):
+        output, state = dynamic_mask_attention(
+            *token((query, key, value, gate), at), state=state, return_state=True, donate=True, **options
+        )
+        torch.testing.assert_close(output.double(), want[:, :, at : at + 1], rtol=1e-5, atol=1e-5)
+
+
+def test_a_run_of_inference_mode_goes_on_outside_of_it():
+    tensors = inputs(1, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
+    options: dict[str, Any] = {"window_size": 8, "recent": 4}
+    want, state = dynamic_mask_attention(*(t[:, :, :58] for t in tensors), return_state=True, **options)
+    for at, mode in ((58, torch.inference_mode()), (59, torch.no_grad())):
+        with mode:
+            output, state = dynamic_mask_attention(
+                *token(tensors, at), state=state, return_state=True, donate=True, **options
+            )
+    want = dense_dynamic_mask_attention(*(t.double() for t in tensors), **options)
+    torch.testing.assert_close(output.double(), want[:, :, -1:], rtol=1e-5, atol=1e-5)
 
 
 @torch.no_grad()
