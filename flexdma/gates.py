@@ -150,7 +150,14 @@ class ValueGate(nn.Module):
             total = self._forgotten(value, mask, forgotten, sequences)
             return gate.double() + total, total
         slope = self.slope.double()
-        if type(first_position) is int and value.shape[2] == 1 and mask is None and sequences is None:
+        # Decoding.  A length is compared only after another position than 0, because torch.export would guard it.
+        if (
+            type(first_position) is int
+            and first_position
+            and value.shape[2] == 1
+            and mask is None
+            and sequences is None
+        ):
             return gate + (slope * first_position).unsqueeze(-1), None
         before = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
         position = before + _real_tokens_before(value, mask)

@@ -36,6 +36,8 @@ def test_recency_is_its_formula():
     value = torch.randn(1, 2, 4, 3)
     slope = ValueGate(2, 3, recency="slope", slopes=[0.5, 0.25])
     assert slope(value, first_position=7).tolist() == [[[4.5, 5.0, 5.5, 6.0], [2.75, 3.0, 3.25, 3.5]]]
+    for position in (9, torch.tensor([9])):
+        assert slope(value[:, :, 2:3], first_position=position).tolist() == [[[5.5], [3.25]]]
     forget = ValueGate(2, 3, recency="forget")
     torch.nn.init.zeros_(forget.forget_proj.weight)
     step = math.log1p(math.exp(-3))

@@ -73,7 +73,8 @@ def is_next_token(
         and gate.is_cpu
         and not torch.is_autocast_enabled("cpu")
         and options == (state.window_size, state.selection, state.sinks, state.recent)
-        and tuple(map(type, options)) == (int, str, int, int)
+        and tuple(map(type, options[1:])) == (str, int, int)
+        and all(type(window) is int for window in (options[0] if isinstance(options[0], tuple) else options[:1]))
     )
 
 

@@ -1,7 +1,7 @@
 """Decoding on a CPU without derivatives: one token writes only the slots that it changes, in place.
 
-The code reads values.  `TokenRun` computes plain tokens.  Every other case (NaN, a sink that is new or leaves the window,
-recent tokens, padding, the first token of a document) is computed by the operations of `one_token.py`.
+The code reads values.  `TokenRun` computes plain tokens.  Every other case (a gate that is not finite, a new sink,
+padding, the first token of a document) is computed by the operations of `one_token.py`.
 
 Inside `torch.compile` values cannot be read, and the operations of `one_token.py` are fused to fewer than this file calls.
 """

@@ -21,9 +21,9 @@ def tokens(model, ids, side="none", **options):
     return model.generate(ids, attention_mask=padding(side, ids), **{**GREEDY, **options})
 
 
-def gated(family="Llama", **options):
+def gated(family="Llama", window_size=6, **options):
     """A converted model whose gates differ."""
-    model = convert_to_dma(causal_lm(family), 6, **options)
+    model = convert_to_dma(causal_lm(family), window_size, **options)
     for name, parameter in model.named_parameters():
         if name.endswith("value_gate.A"):
             torch.nn.init.normal_(parameter)
@@ -51,7 +51,8 @@ def test_a_converted_model_generates_the_same_with_either_cache(recency):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("recency", [None, "slope", "forget"])
 def test_reading_copying_and_recording_between_tokens_change_nothing(recency, mode):
-    model, ids = gated(recency=recency, sinks=2), distinct_tokens(2, 40)
+    model = gated(recency=recency, sinks=2, window_size=[6, (2, 9)], recent=[0, 4])
+    ids = distinct_tokens(2, 40)
     with mode():
         want = model(ids, use_cache=False).logits
         cache = DynamicMaskCache()

@@ -193,5 +193,10 @@ def test_a_token_after_a_run_is_checked():
         step(query, key.double(), value, gate, window_size=8)
     with pytest.raises(ValueError, match="query: expected a multiple of key's 2 heads, got 3 heads"):
         step(query[:, :3], key, value, gate, window_size=8)
+    windows: dict[str, Any] = {"window_size": (8, 1), "return_state": True}
+    _, of_windows = dynamic_mask_attention(*(t[:, :, :40] for t in tensors), **windows)
+    _, of_windows = dynamic_mask_attention(*token(tensors, 40), state=of_windows, **windows)
+    with pytest.raises(TypeError, match="window_size"):
+        dynamic_mask_attention(*token(tensors, 41), state=of_windows, window_size=(8, True), return_state=True)
     with pytest.raises(ValueError, match="donate: expected False unless a state is given and returned"):
         dynamic_mask_attention(query, key, value, gate, state=state, window_size=8, donate=True)
