@@ -1,6 +1,7 @@
 """The suite "decode": every contender runs at tiny shapes, the caches are those of a forward pass, tables and targets."""
 
 from dataclasses import replace
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 
 from flexdma.__main__ import CANNOT, main
 from flexdma.tools.bench import decoding, report
-from flexdma.tools.bench.decoding import GROWING, OURS, STATIC, Decoder, contender
+from flexdma.tools.bench.decoding import GROWING, OURS, SCALE, SLOPE, STATIC, Decoder, contender
 from flexdma.tools.bench.decoding_models import filled_cache, models
 from flexdma.tools.bench.sections import Setting, begun, planned
 from flexdma.tools.bench.suites import SUITES
@@ -46,6 +47,41 @@ def test_every_contender_is_timed_at_every_context(compiled):
     assert "One token, whole model:" in text
     assert "Prefill of a whole model:" in text
     assert f"| B=2, {'compiled' if compiled else 'eager'} | 40 |" in text
+
+
+def test_a_calibrated_model_has_targets_of_its_own():
+    found = results("decode models", decoder=replace(TINY, calibrated=True))
+    (case,) = found.cases("decode models")
+    assert case.title == "B=2, eager, calibrated"
+    assert not case.metric("failed")
+    assert "| B=2, eager, calibrated | 40 |" in report.markdown(found)
+    seconds = {GROWING: 4.0, STATIC: 3.0, OURS: 2.0}
+    for context in (4096, 16384):
+        rows = ((contender(context, name), "seconds", s) for name, s in seconds.items())
+        found.add("decode models", "B=1, eager, calibrated", rows)
+    text = report.markdown(found)
+    assert "| a token of a calibrated model, N = 4096: at most the time of the faster full cache | 1.50" in text
+    assert "| a token of a calibrated model, N = 16384: 2 times faster | **missed**: 1.50" in text
+    assert "| a token of a model, N = 16384: 2 times faster | not measured |" in text
+
+
+@torch.no_grad()
+def test_a_calibrated_model_decodes_in_runs_with_gates_of_unit_spread():
+    decoder = replace(TINY, calibrated=True, layers=4)
+    full, converted = models(decoder, torch.float32)
+    cache = filled_cache(decoder, 40, OURS, full)
+    seen = []
+    gate = converted.model.layers[2].self_attn.value_gate
+    gate.register_forward_hook(lambda gate, args, gates: seen.append(gates))
+    ids = torch.randint(TINY.vocabulary, (2, 60))
+    converted(ids)
+    distances = torch.arange(60) * SCALE * SLOPE
+    assert 0.3 < (seen[0] - distances).std() / SCALE < 3
+    converted(ids[:, :1], **{cache_argument(): cache})
+    assert all(layer._run is not None for layer in cache.layers)
+    windows: list[Any] = [decoder.window_size(layer) for layer in range(30)]
+    assert len(set(windows)) == 11
+    assert 110 < sum(map(sum, windows)) / 60 < 146
 
 
 def test_a_context_that_does_not_fit_is_a_row_with_the_reason():

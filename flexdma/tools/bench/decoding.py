@@ -1,7 +1,7 @@
 """Decoding: the time of one token of a layer against a context, by full key/value caches with SDPA and by a state of w keys.
 
 Contexts are filled with random keys, without a forward pass.  The gates of a converted model are equal at its start, so every
-token replaces a key, which is the state's slowest case.
+token replaces a key.  A model of `calibrate` has random gates, another window in each head, and recent tokens.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,15 +18,24 @@ from flexdma.tools.timing import Turns, UnavailableError, interleaved
 
 GROWING, STATIC, OURS = "full, DynamicCache", "full, StaticCache", "flexdma"
 LAYER_TOKENS = 8  # of one timed run; the growing cache starts each run at N keys
+# Windows of heads in the proportions that `calibrate` gives to SmolLM2-135M, with a mean of 128.
+WINDOWS = (17, 38, 44, 51, 55, 59, 67, 90, 125, 296, 560)
+RECENT = 128
+# A calibrated gate is SCALE (a number of standard deviation 1 + SLOPE position).
+SCALE, SLOPE = 2.0**-20, 1e-3
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """A decoder of SmolLM2-135M's shape with random weights, its window and sinks, and contexts to measure."""
+    """A decoder of SmolLM2-135M's shape with random weights, its window and sinks, and contexts to measure.
+
+    calibrated: with windows, recent tokens and gates as `calibrate` gives, instead of equal windows and gates; models only.
+    """
 
     batch: int
     contexts: tuple[int, ...]
     compiled: bool = False
+    calibrated: bool = False
     window: int = 252
     sinks: int = 4
     layers: int = 30
@@ -38,16 +47,32 @@ class Decoder:
     size: int = 64
 
     def __str__(self) -> str:
-        return f"B={self.batch}, {'compiled' if self.compiled else 'eager'}"
+        return f"B={self.batch}, {'compiled' if self.compiled else 'eager'}{', calibrated' if self.calibrated else ''}"
+
+    @property
+    def recent(self) -> int:
+        """Number of recent tokens that are always visible."""
+        return RECENT if self.calibrated else 0
+
+    def window_size(self, layer: int) -> int | tuple[int, ...]:
+        """Of one layer."""
+        if not self.calibrated:
+            return self.window
+        # 7 and the number of windows have no common factor, so neighbouring heads differ.
+        return tuple(WINDOWS[(layer * self.heads + head) * 7 % len(WINDOWS)] for head in range(self.heads))
 
     def keys(self, count: int, dtype: torch.dtype) -> Tensor:
         """Random keys or values [B, Hkv, count, D]."""
         return torch.randn(self.batch, self.heads, count, self.size, dtype=dtype)
 
-    def state(self, context: int, dtype: torch.dtype) -> DynamicMaskState:
-        """The state after `context` random keys with equal gates."""
+    def state(self, context: int, dtype: torch.dtype, layer: int = 0) -> DynamicMaskState:
+        """The state of a layer after `context` random keys."""
         key, gate = self.keys(context, dtype), torch.ones(self.batch, self.heads, context)
-        options: dict[str, Any] = {"window_size": self.window, "sinks": self.sinks}
+        if self.calibrated:
+            gate = SCALE * (torch.randn(gate.shape).double() + SLOPE * torch.arange(context))
+        options: dict[str, Any] = {
+            "window_size": self.window_size(layer), "sinks": self.sinks, "recent": self.recent
+        }  # fmt: skip
         return dynamic_mask_attention(key[:, :, -1:], key, key, gate, return_state=True, **options)[1]
 
     def check_fits(self, context: int, layers: int, dtype: torch.dtype) -> None:

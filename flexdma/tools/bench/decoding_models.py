@@ -7,7 +7,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma.tools.bench.decoding import GROWING, OURS, STATIC, Decoder, contender, made_at_first_call
+from flexdma import DynamicMaskState
+from flexdma.tools.bench.decoding import (
+    GROWING,
+    OURS,
+    SCALE,
+    SLOPE,
+    STATIC,
+    Decoder,
+    contender,
+    made_at_first_call,
+)
 from flexdma.tools.language_models import cache_argument
 
 MODEL_TOKENS = 2  # of one timed run; a growing cache grows on by a few keys
@@ -28,12 +38,28 @@ def models(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, Any]:
         eos_token_id=None, bos_token_id=None, pad_token_id=None,
     )  # fmt: skip
     full = LlamaForCausalLM(config).to(dtype).eval()
-    converted = convert_to_dma(copy.deepcopy(full), decoder.window, sinks=decoder.sinks)
+    windows = [decoder.window_size(layer) for layer in range(decoder.layers)]
+    gates: dict[str, Any] = {"form": "identity", "recency": "slope"} if decoder.calibrated else {}
+    converted = convert_to_dma(copy.deepcopy(full), windows, sinks=decoder.sinks, recent=decoder.recent, **gates)
+    if decoder.calibrated:
+        _calibrate(converted, decoder)
     own = dict(full.named_parameters())
     for name, parameter in converted.named_parameters():
         if name in own:
             parameter.data = own[name].data
     return full, converted
+
+
+@torch.no_grad()
+def _calibrate(model: Any, decoder: Decoder) -> None:
+    """Give the gates of a model with random weights the scale and slope of calibrated ones."""
+    # Hidden states are normalised, and the weights before a gate have this standard deviation.
+    spread = model.config.initializer_range * (decoder.hidden * decoder.heads * decoder.size) ** 0.5
+    for layer in model.modules():
+        if hasattr(layer, "value_gate"):
+            layer.value_gate.A.fill_(SCALE)
+            layer.value_gate.slope.fill_(SCALE * SLOPE)
+            layer.value_gate.dt_proj.weight.normal_(std=1 / spread)
 
 
 def model_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:
@@ -81,10 +107,14 @@ def filled_cache(decoder: Decoder, context: int, name: str, model: Any) -> Any:
 
     dtype = model.dtype
     if name == OURS:
-        ours, state = DynamicMaskCache(), decoder.state(context, dtype)
-        for _ in range(decoder.layers):
+        ours = DynamicMaskCache()
+        states: dict[int | tuple[int, ...], DynamicMaskState] = {}  # one for each window; layers get copies
+        for number in range(decoder.layers):
+            window = decoder.window_size(number)
+            if window not in states:
+                states[window] = decoder.state(context, dtype, number)
             layer = DynamicMaskLayer()
-            layer.state, layer.tokens, layer.is_initialized = state.checkpoint(), context, True
+            layer.state, layer.tokens, layer.is_initialized = states[window].checkpoint(), context, True
             ours.layers.append(layer)
         return ours
     decoder.check_fits(context, decoder.layers, dtype)

@@ -43,19 +43,23 @@ def _milliseconds(case: Case, name: str) -> str:
     return case.metric("failed").get(name, "") if seconds is None else f"{seconds * 1e3:.3f}"
 
 
-def _ratios(results: Results, section: str, least: int) -> Iterator[tuple[str, float]]:
+def _ratios(results: Results, section: str, least: int, calibrated: bool) -> Iterator[tuple[str, float]]:
     for case in results.cases(section):
+        if ("calibrated" in case.title) != calibrated:
+            continue
         for context in contexts(case):
             found = [r for name in (GROWING, STATIC) if (r := ratio(case, context, name)) is not None]
             if found and context >= least:
                 yield f"{case.title}, N={context}", min(found)
 
 
-def _at_least(section: str, times: float, least: int, most: int | None = None) -> Callable[[Results], str]:
+def _at_least(
+    section: str, times: float, least: int, most: int | None = None, *, calibrated: bool = False
+) -> Callable[[Results], str]:
     def reached(results: Results) -> str:
         found = {
             where: value
-            for where, value in _ratios(results, section, least)
+            for where, value in _ratios(results, section, least, calibrated)
             if most is None or int(where.rpartition("=")[2]) <= most
         }
         if not found:
@@ -70,6 +74,12 @@ def _at_least(section: str, times: float, least: int, most: int | None = None) -
 DECODING_TARGETS: dict[str, Callable[[Results], str]] = {
     f"a token of a model, N >= {FROM}: at most the time of the faster full cache": _at_least("decode models", 1, FROM),
     "a token of a model, N = 16384: 2 times faster": _at_least("decode models", 2, 16384, 16384),
+    "a token of a calibrated model, N = 4096: at most the time of the faster full cache": _at_least(
+        "decode models", 1, 4096, 4096, calibrated=True
+    ),
+    "a token of a calibrated model, N = 16384: 2 times faster": _at_least(
+        "decode models", 2, 16384, 16384, calibrated=True
+    ),
     f"a token of a layer, N >= {FROM}: at most the time of the faster full cache": _at_least("decode layers", 1, FROM),
     "prefill of a model, N >= 1024: at most the time of the original": _at_least("prefill", 1, 1024),
 }

@@ -80,6 +80,7 @@ SUITES = {
         budget=480,
         decoding=(
             ("decode models", Decoder(1, CONTEXTS)),
+            ("decode models", Decoder(1, (1024, 4096, 16384), calibrated=True)),
             *(("decode layers", Decoder(batch, CONTEXTS)) for batch in (1, 8)),
             ("prefill", Decoder(1, (256, 1024, 4096))),
             ("decode models", Decoder(8, CONTEXTS)),
