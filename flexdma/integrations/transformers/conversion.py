@@ -20,6 +20,7 @@ from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
 from flexdma.integrations.transformers.masks import FULL, NAME
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
+from flexdma.integrations.transformers.probe import NAME as PROBE
 from flexdma.integrations.transformers.saving import save_with_the_gates
 from flexdma.lifespans import Selection
 
@@ -110,6 +111,8 @@ def finish(model: Model, choice: dict[str, Any]) -> Model:
 
 def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-hook that adds the cache to the layer's keywords: layers pass unknown ones, but not the cache, to the interface."""
+    if layer.config._attn_implementation == PROBE:
+        return args, kwargs  # the probe has such a hook of its own
     if layer.config._attn_implementation not in (NAME, FULL):
         raise ValueError(
             f"attn_implementation: expected {NAME!r} for a converted model, got {layer.config._attn_implementation!r}, "

@@ -9,10 +9,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from flexdma.integrations.transformers.attention import attend
+from flexdma.integrations.transformers.attention import PLAIN, attend
 from flexdma.integrations.transformers.falcon import rerouted
 from flexdma.integrations.transformers.masks import FULL, light_mask
+from flexdma.integrations.transformers.packed_positions import POSITION_DOCUMENTS
 
 
 @dataclass(frozen=True)
@@ -67,16 +69,31 @@ def _attention(
     dynamic_mask_cache: object = None,
     **arguments: Any,
 ) -> tuple[Tensor, None]:
-    """The attention interface: with equal gates a window as long as the text is full attention."""
+    """The attention interface: PyTorch's attention, or a window by equal gates, as long as the text or the model's own."""
     observer, own_windows = _active.get()
     window = min(key.shape[2], own_windows.get(module, key.shape[2]))
     observer(ObservedAttention(module, query, key, value, scaling, arguments, window))
+    is_plain = attention_mask is None and not dropout and dynamic_mask_cache is None and window == key.shape[2]
+    if is_plain and _is_one_text(arguments) and _has_groups(module, query, key):
+        # What the model computes with attn_implementation="sdpa", bit for bit.
+        return sdpa_attention_forward(module, query, key, value, None, scaling=scaling, is_causal=True)
     options = {"window_size": window, "sinks": 0, "recent": 0, "lowering": None}
     output = attend(
         module, query, key, value, attention_mask, _equal_gates, dynamic_mask_cache, dropout=dropout, scaling=scaling,
         options=options, arguments=arguments,
     )  # fmt: skip
     return output, None
+
+
+def _is_one_text(arguments: Mapping[str, Any]) -> bool:
+    """Whether no argument of a layer changes attention, and the hook of a converted model found no packed sequences."""
+    given = {name for name, value in arguments.items() if value is not None}
+    return POSITION_DOCUMENTS in arguments and POSITION_DOCUMENTS not in given and given <= PLAIN
+
+
+def _has_groups(module: Any, query: Tensor, key: Tensor) -> bool:
+    """Whether transformers' function for PyTorch's attention knows how many query heads read a key."""
+    return getattr(module, "num_key_value_groups", 1) == query.shape[1] // key.shape[1]
 
 
 def _equal_gates(value: Tensor, key_padding_mask: Tensor | None = None) -> Tensor:

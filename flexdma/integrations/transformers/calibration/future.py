@@ -1,22 +1,12 @@
 """Sums of one layer over the calibration tokens: what its values predict of their keys' future."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from flexdma.integrations.transformers.calibration.regression import RidgeSums
 from flexdma.integrations.transformers.full_attention import ObservedAttention
-from flexdma.lifespans import Lifespans
-from flexdma.mass import attention_mass
-from flexdma.score_mods import softcap_score_mod
+from flexdma.integrations.transformers.future_peaks import FLOOR, LEAST_QUERIES, future_peaks, sampled_keys
 
-# Added to a probability before its logarithm, so that keys that are never looked at differ little.
-FLOOR = 1e-4
-# Keys at the start, which the sinks and their neighbours take, are no samples.
-FIRST = 8
-# Keys with fewer queries in their future than this are no samples either.
-LEAST_QUERIES = 16
 # Every fifth sequence measures how well the fit of the others predicts.
 HELD_OUT = 5
 # A penalty on squared weights, in samples.
@@ -28,8 +18,7 @@ SAMPLES = 4
 class FutureOfKeys:
     """Sums over the keys of one layer.
 
-    The target of a key is log(FLOOR + its largest probability), over the query heads of its group and the queries that
-    are at least `far` tokens later: one large look back decides whether a key is needed, however rare it is.
+    The target of a key is log(FLOOR + its peak), see `future_peaks`.
     """
 
     def __init__(self, num_kv_heads: int, head_dim: int, far: int) -> None:
@@ -41,14 +30,8 @@ class FutureOfKeys:
 
     def add(self, seen: ObservedAttention) -> None:
         """Add the keys of a pass."""
-        softcap: Any = seen.arguments.get("softcap")
-        length = seen.key.shape[2]
-        lifespans = _sliding(seen) if seen.window < length else None
-        peak = attention_mass(
-            seen.query, seen.key, lifespans, reduction="max", ages=[(self.far, None)], scale=seen.scaling,
-            score_mod=None if softcap is None else softcap_score_mod(softcap),
-        )[0]  # fmt: skip
-        keys = slice(FIRST, length - self.far - LEAST_QUERIES)
+        peak = future_peaks(seen, self.far)
+        keys = sampled_keys(seen.key.shape[2], self.far)
         for value, target in zip(seen.value[:, :, keys], peak[:, :, keys], strict=True):
             sums = self.held_out if self.sequences % HELD_OUT == 1 else self.fitted
             sums.add(value.transpose(0, 1).flatten(1), (target.T + FLOOR).log())
@@ -75,8 +58,3 @@ class FutureOfKeys:
         if not (both.features_features.isfinite().all() and both.features_targets.isfinite().all()):
             raise ValueError("model: expected finite values and attention probabilities, got NaN or infinity")
         return both.solve(RIDGE), self.held_out.r_squared(self.fitted.solve(RIDGE))
-
-
-def _sliding(seen: ObservedAttention) -> Lifespans:
-    position = torch.arange(seen.key.shape[2], device=seen.key.device).expand(seen.key.shape[0], 1, -1)
-    return Lifespans(position, position + seen.window)
