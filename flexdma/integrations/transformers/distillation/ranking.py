@@ -1,0 +1,43 @@
+"""The gates' own loss: how well they predict the logarithm of the attention that a key gets later.
+
+A divergence of predictions teaches gates little: its gradient reaches a gate only through keys that are seen, and through
+logits, which gates that rank leave alone.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import huber_loss
+
+from flexdma.gates import ValueGate
+from flexdma.integrations.transformers.calibration.calibrate import SCALE
+from flexdma.integrations.transformers.future_peaks import FLOOR, sampled_keys
+
+
+def ranking_loss(gate: Any, value: Tensor, peaks: Tensor, far: int) -> Tensor:
+    """Huber loss, in logarithms, between a gate in units of its A, without slope, and log(FLOOR + peak).
+
+    gate: a ValueGate with recency None or "slope".  value: [B, Hkv, K, Dv], without gradient.  peaks: [B, Hkv, K].
+    Both are compared up to their mean over the keys of a head, because a constant changes no rank.
+    """
+    keys = sampled_keys(value.shape[2], far)
+    predicted = logarithms(gate, value)[..., keys]
+    target = (peaks[..., keys] + FLOOR).log().to(predicted.dtype)
+    return huber_loss(predicted - predicted.mean(-1, keepdim=True), target - target.mean(-1, keepdim=True)).float()
+
+
+def logarithms(gate: Any, value: Tensor) -> Tensor:
+    """[B, Hkv, K] float64: the gates of these values without their slope, divided by A."""
+    gates = gate(value).double()
+    if gate.recency == "slope":
+        gates = gates - gate.slope.double()[:, None] * torch.arange(value.shape[2], device=value.device)
+    return gates / gate.A.double()[:, None]
+
+
+def start_constant_gates(gate: ValueGate) -> None:
+    """Give heads with A = 0 a scale, with weights of 0, so that their gates stay constant and can learn."""
+    with torch.no_grad():
+        constant = gate.A == 0
+        gate.A[constant] = SCALE
+        gate.dt_proj.weight[constant] = 0.0
