@@ -52,7 +52,7 @@ def load_language_model(name: str, *, device: str = "cpu", dtype: torch.dtype = 
         )
     if is_file:
         check_installed("gguf", extra=EXTRA)
-    with _without_bars():
+    with without_bars():
         try:
             model, tokenizer = _gguf(path, dtype) if is_file else _folder_or_hub(name, dtype)
         except UNLOADABLE as error:
@@ -84,6 +84,22 @@ def why_not_converted() -> str | None:
     if supported is None or not supported.is_older(version):
         return None
     return f"flexdma converts models of transformers {supported}, got {version}"
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """No bars and reports of transformers, as the command has its own."""
+    from transformers.utils import logging
+
+    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(level)
+        if shown:
+            logging.enable_progress_bar()
 
 
 def _folder_or_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -121,22 +137,6 @@ def _empty(kind: type, config: Any, device: torch.device) -> Any:
 
     with no_init_weights(), torch.device(device):
         return kind(config)
-
-
-@contextmanager
-def _without_bars() -> Iterator[None]:
-    """No bars and reports of transformers, as the command has its own."""
-    from transformers.utils import logging
-
-    level, shown = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        logging.set_verbosity(level)
-        if shown:
-            logging.enable_progress_bar()
 
 
 def _first_line(error: BaseException) -> str:

@@ -7,10 +7,11 @@ import torch
 from flexdma.tools import arguments as types
 from flexdma.tools.evaluate.join import joined
 from flexdma.tools.evaluate.models import contenders
-from flexdma.tools.evaluate.options import add_arguments, resolved
+from flexdma.tools.evaluate.options import SIZES, add_arguments
 from flexdma.tools.language_models import EXTRA, LanguageModel, load_language_model
+from flexdma.tools.long_context.options import resolved
 from flexdma.tools.long_context.plan import Plan, material
-from flexdma.tools.long_context.report import about, measure_with_progress, print_report, write_report
+from flexdma.tools.long_context.report import about, measure_with_progress, planned, print_report, write_report
 from flexdma.tools.long_context.texts import read_texts, tokenized
 from flexdma.tools.records import Results
 from flexdma.tools.refusal import RefusedError, check_installed, refusing
@@ -30,7 +31,7 @@ def run(arguments: argparse.Namespace) -> int:
         return 0
     if not arguments.models:
         raise RefusedError("MODEL: expected a hub name, a model folder or a .gguf file, got none")
-    options = resolved(arguments)
+    options = resolved(arguments, SIZES)
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     contents = read_texts(options.text)
@@ -46,7 +47,8 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = material(loaded[0].tokenizer, texts, plan)
     except ValueError as error:
         raise RefusedError(f"--lengths: {str(error).removeprefix('length: ')}") from error
-    results = Results(about(loaded, plan, texts, options.device) | {"dtype": options.dtype, "sinks": options.sinks})
+    setting = about(loaded, options.device) | planned(plan, texts)
+    results = Results(setting | {"dtype": options.dtype, "sinks": options.sinks})
     results.add("contenders", "", [(name, "skipped", reason) for name, reason in found.skipped.items()])
     measure_with_progress(found.measured, tokens, plan, results, options.out)
     print_report(options.out, results)

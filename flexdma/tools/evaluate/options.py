@@ -1,39 +1,21 @@
 """The options of `python -m flexdma evaluate`, and those that --quick makes smaller."""
 
 import argparse
-from dataclasses import dataclass
 from pathlib import Path
 
 from flexdma.tools import arguments as types
 from flexdma.tools.evaluate.presses import PRESSES
-from flexdma.tools.long_context.needles import KINDS
+from flexdma.tools.long_context.options import Sizes, add_measure_arguments
 
-
-@dataclass(frozen=True)
-class Defaults:
-    """Defaults that --quick makes smaller."""
-
-    lengths: tuple[int, ...]
-    needles: int
-    stretches: int
-    rounds: int
-
-
-FULL_RUN = Defaults(lengths=(1024, 2048, 4096), needles=3, stretches=2, rounds=3)
-QUICK_RUN = Defaults(lengths=(1024,), needles=1, stretches=1, rounds=1)
+SIZES = (
+    Sizes(lengths=(1024, 2048, 4096), needles=3, stretches=2, rounds=3),
+    Sizes(lengths=(1024,), needles=1, stretches=1, rounds=1),
+)
 BUDGET = 256
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-
-    def sized(flag: str, of: object, meaning: str, **more: object) -> None:
-        name = flag.removeprefix("--")
-        full, quick = (getattr(run, name) for run in (FULL_RUN, QUICK_RUN))
-        shown = [" ".join(map(str, value)) if isinstance(value, tuple) else value for value in (full, quick)]
-        text = f"{meaning} (default: {shown[0]}; with --quick {shown[1]})"
-        parser.add_argument(flag, type=of, metavar="N", default=argparse.SUPPRESS, help=text, **more)  # type: ignore[arg-type]
-
     parser.add_argument(
         "models",
         metavar="MODEL",
@@ -57,13 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help=f"keys per KV head besides the sinks (default: as many as the converted models keep, else {BUDGET})",
     )
     parser.add_argument("--sinks", metavar="N", type=types.natural, default=4, help="first tokens that stay visible")
-    sized("--lengths", types.positive_int, "tokens of the contexts", nargs="+")
-    sized("--needles", types.natural, "depths at which needles of each kind, length and seed are hidden")
-    sized("--stretches", types.positive_int, "stretches of each text whose likelihood is measured")
-    sized("--rounds", types.natural, "timed rounds; 0 = no timing")
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="kinds of needles (default: all)"
-    )
+    add_measure_arguments(parser, SIZES)
     parser.add_argument("--seed", metavar="N", nargs="+", type=types.seed, default=[0], help="seeds of the needles")
     parser.add_argument(
         "--presses",
@@ -72,7 +48,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="presses of NVIDIA kvpress (default: all where it is installed)",
     )
-    parser.add_argument("--quick", action="store_true", help="a smaller run, to check that everything works")
     parser.add_argument(
         "--join",
         metavar="FILE",
@@ -85,12 +60,3 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--out", metavar="DIR", type=types.output_folder, default=Path("evaluation"), help="folder for JSON and page"
     )
     parser.add_argument("--dtype", choices=types.DTYPES, default="float32", help="of the weights")
-    parser.add_argument("--device", type=types.device("cpu", "cuda"), default="cpu", help="cpu or cuda")
-    parser.add_argument(
-        "--threads", metavar="N", type=types.positive_int, default=None, help="CPU threads (default: PyTorch's)"
-    )
-
-
-def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
-    """The arguments with every default filled in."""
-    return argparse.Namespace(**{**vars(QUICK_RUN if arguments.quick else FULL_RUN), **vars(arguments)})

@@ -10,5 +10,6 @@ speed         seconds of prefill and decoding, and bytes of caches
 measure       all of it for several contenders -> records
 summary       records -> the numbers of tables and pictures
 tables, pictures, page    what shows them
+options       options of commands that measure
 report        a measurement as a command runs it
 """

@@ -31,7 +31,7 @@ BIN = 256  # tokens of the first two ranges of positions; each further one is as
 
 @dataclass(frozen=True)
 class Measurement:
-    """Adds the records of contenders to results.
+    """Adds the records of contenders to results.  What the results have is not measured again.
 
     tick: called with what is done next and the tokens of the forward passes since the last call.
     save: called after each case, so that an interruption loses one case.
@@ -45,7 +45,7 @@ class Measurement:
     def run(self, material: Material, plan: Plan) -> None:
         """Measure everything."""
         about = self.results.about
-        about["cases"] = {}
+        about.setdefault("cases", {})
         about["contenders"] = {one.name: {"keys": one.keys, "bounded": one.bounded} for one in self.contenders}
         for text, found in material.stretches.items():
             for number, stretch in enumerate(found):
@@ -57,18 +57,22 @@ class Measurement:
 
     def _nll(self, text: str, number: int, ids: Tensor, keys: int) -> None:
         length = ids.shape[1]
+        cases = {
+            f"{text}, stretch {number}, tokens {first} to {last - 1}": (first, last)
+            for first, last in ranges(length, keys)
+        }
         for one in self.contenders:
             self.tick(f"{text}: {one.name}", 0)
-            values = one.nll(ids)
-            for first, last in ranges(length, keys):
+            missing = [name for name in cases if not self._has(NLL, name, one)]
+            values = one.nll(ids) if missing else None
+            for name in missing:
                 if values is None:
                     break
+                first, last = cases[name]
                 case = {"text": text, "stretch": number, "first": first, "last": last, "tokens": checksum(ids)}
                 # The first token of all has no likelihood.
                 mean = values[max(first - 1, 0) : last - 1].double().mean().item()
-                self._add(
-                    NLL, f"{text}, stretch {number}, tokens {first} to {last - 1}", case, [(one.name, "nll", mean)]
-                )
+                self._add(NLL, name, case, [(one.name, "nll", mean)])
             self.tick(f"{text}: {one.name}", length)
         self.save()
 
@@ -78,18 +82,25 @@ class Measurement:
         name = f"{needle.kind}, {needle.length} tokens, depth {needle.depth}, seed {needle.seed}"
         for one in self.contenders:
             self.tick(f"needle, {needle.kind}: {one.name}", 0)
-            exact, nll = found(one.answer(needle), needle)
-            self._add(NEEDLES, name, case, [(one.name, "exact", int(exact)), (one.name, "nll", nll)])
+            if not self._has(NEEDLES, name, one):
+                exact, nll = found(one.answer(needle), needle)
+                self._add(NEEDLES, name, case, [(one.name, "exact", int(exact)), (one.name, "nll", nll)])
             self.tick(f"needle, {needle.kind}: {one.name}", needle.length)
         self.save()
 
     def _speed(self, length: int, ids: Tensor, rounds: int) -> None:
-        rows = list(
-            speed(self.contenders, ids, rounds, lambda name: self.tick(f"timing, {length:,} tokens: {name}", 0))
-        )
-        self._add(SPEED, f"{length} tokens", {"length": length, "decoded": DECODED}, rows)
+        name = f"{length} tokens"
+        # All together, because they take turns.
+        if not all(self._has(SPEED, name, one) for one in self.contenders):
+            rows = list(
+                speed(self.contenders, ids, rounds, lambda name: self.tick(f"timing, {length:,} tokens: {name}", 0))
+            )
+            self._add(SPEED, name, {"length": length, "decoded": DECODED}, rows)
         self.tick("timing", len(self.contenders) * (rounds + 1) * length)
         self.save()
+
+    def _has(self, section: str, name: str, contender: Contender) -> bool:
+        return any(record[:3] == (section, name, contender.name) for record in self.results.records)
 
     def _add(self, section: str, name: str, case: dict[str, Any], rows: list[tuple[str, str, Any]]) -> None:
         self.results.about["cases"][name] = case

@@ -4,30 +4,26 @@ import base64
 import hashlib
 import html
 import json
-from collections.abc import Callable
 from importlib.resources import files
 
-from matplotlib.figure import Figure
-
-from flexdma.tools.long_context.pictures import as_svg, pictures
 from flexdma.tools.long_context.summary import Summary
 from flexdma.tools.long_context.tables import as_html, tables
 
 TITLES = {
     "nll": "Negative log-likelihood against position",
     "needles": "Needles found, by length of the context and depth",
+    "heads": "Keys kept by gate in each layer and head, and how well gates predict what is looked at",
 }
 
 
-def page(summary: Summary, title: str) -> str:
-    """The page.  Names of models, files and devices are escaped."""
+def page(summary: Summary, drawn: dict[str, dict[str, str]], title: str) -> str:
+    """The page.  Names of models, files and devices are escaped.  drawn: as `pictures` returns."""
     style = files("flexdma.tools.long_context").joinpath("page.css").read_text(encoding="utf-8")
     hashed = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
     policy = f"default-src 'none'; style-src 'sha256-{hashed}'; img-src data:; base-uri 'none'"
     parts = [
         *map(as_html, tables(summary)),
-        *(f"<figure><h2>{TITLES[name]}</h2>{_picture(draw, TITLES[name])}</figure>" for name, draw in
-          pictures(summary).items()),
+        *(f"<figure><h2>{TITLES[name]}</h2>{_picture(themes, TITLES[name])}</figure>" for name, themes in drawn.items()),
         *(f'<p class="note">{html.escape(note)}</p>' for note in summary.notes()),
         f"<details><summary>How it was measured</summary><pre>{html.escape(how(summary))}</pre></details>",
     ]  # fmt: skip
@@ -48,8 +44,8 @@ def how(summary: Summary) -> str:
     return json.dumps(about, indent=1)
 
 
-def _picture(draw: Callable[[str], Figure], title: str) -> str:
-    light, dark = (_address(as_svg(draw(theme))) for theme in ("light", "dark"))
+def _picture(themes: dict[str, str], title: str) -> str:
+    light, dark = (_address(themes[theme]) for theme in ("light", "dark"))
     return (
         f'<picture><source media="(prefers-color-scheme: dark)" srcset="{dark}"><img src="{light}" '
         f'alt="{html.escape(title)}"></picture>'

@@ -1,6 +1,7 @@
-"""Likelihood against position, and needles by length and depth, each for a light and a dark page."""
+"""Likelihood against position, needles by length and depth, and what heads keep, each for a light and a dark page."""
 
 import io
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -19,23 +20,16 @@ THEMES = {"light": ("#1F2328", ("#F2F2F2", "#0B3C6F")), "dark": ("#E6EDF3", ("#2
 INKED: tuple[Any, ...] = ("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color")
 
 
-def pictures(summary: Summary) -> dict[str, Callable[[str], Figure]]:
-    """By name, a function of the theme ("light" or "dark") that draws the figure; only those that have results."""
-    made: dict[str, Callable[[str], Figure]] = {}
+def pictures(summary: Summary) -> dict[str, dict[str, str]]:
+    """By name and theme ("light", "dark") the picture as SVG, without a background; only those that have results."""
+    draws: dict[str, Callable[[Summary, tuple[str, str]], Figure]] = {}
     if summary.has(NLL):
-        made["nll"] = lambda theme: _themed(theme, nll_figure, summary)
+        draws["nll"] = nll_figure
     if summary.has(NEEDLES):
-        made["needles"] = lambda theme: _themed(theme, needle_figure, summary)
-    return made
-
-
-def as_svg(figure: Figure) -> str:
-    """The figure as SVG, without a background."""
-    written = io.StringIO()
-    # Without date and random ids, so that the same results are the same file.
-    with matplotlib.rc_context({"svg.hashsalt": "flexdma"}):
-        figure.savefig(written, format="svg", transparent=True, metadata={"Date": None})
-    return written.getvalue()
+        draws["needles"] = needle_figure
+    if "calibration" in summary.about:
+        draws["heads"] = heads_figure
+    return {name: {theme: _svg(draw, summary, theme) for theme in THEMES} for name, draw in draws.items()}
 
 
 def nll_figure(summary: Summary, tiles: tuple[str, str]) -> Figure:
@@ -81,6 +75,27 @@ def needle_figure(summary: Summary, tiles: tuple[str, str]) -> Figure:
     return figure
 
 
+def heads_figure(summary: Summary, tiles: tuple[str, str]) -> Figure:
+    """By layer and KV head, the keys that are kept by gate, and how well a key's future is predicted."""
+    shades = LinearSegmentedColormap.from_list("kept", tiles)
+    calibration = summary.about["calibration"]
+    layers, heads = len(calibration["windows"]), max(map(len, calibration["windows"]))
+    figure = Figure(figsize=(2.6 + 0.24 * layers, 1.6 + 0.44 * heads), layout="constrained")
+    grid = figure.subplots(2, 1, sharex=True)
+    for axes, name, label in zip(grid, ("windows", "r_squared"), ("keys kept by gate", "R squared"), strict=True):
+        # Layers may have different numbers of heads.
+        rows = [[*layer, *[math.nan] * (heads - len(layer))] for layer in calibration[name]]
+        mesh = axes.pcolormesh(list(zip(*rows, strict=True)), cmap=shades, vmin=0, edgecolors="none")
+        figure.colorbar(mesh, ax=axes, label=label)
+        axes.set_ylabel("KV head")
+        axes.set_yticks([head + 0.5 for head in range(heads)], list(map(str, range(heads))))
+        axes.invert_yaxis()
+    step = max(1, layers // 16)
+    grid[1].set_xticks([layer + 0.5 for layer in range(0, layers, step)], list(map(str, range(0, layers, step))))
+    grid[1].set_xlabel("layer")
+    return figure
+
+
 def _heat_map(
     axes: Axes, summary: Summary, name: str, lengths: list[int], depths: list[float], tiles: tuple[str, str]
 ) -> None:
@@ -106,7 +121,10 @@ def _line(index: int) -> dict[str, str]:
     return {**style, "color": "#888888" if style["color"] == "#444444" else style["color"]}
 
 
-def _themed(theme: str, draw: Callable[[Summary, tuple[str, str]], Figure], summary: Summary) -> Figure:
+def _svg(draw: Callable[[Summary, tuple[str, str]], Figure], summary: Summary, theme: str) -> str:
     ink, tiles = THEMES[theme]
-    with matplotlib.rc_context(dict.fromkeys(INKED, ink)):
-        return draw(summary, tiles)
+    written = io.StringIO()
+    # Without date and random ids, so that the same results are the same file.
+    with matplotlib.rc_context({**dict.fromkeys(INKED, ink), "svg.hashsalt": "flexdma"}):
+        draw(summary, tiles).savefig(written, format="svg", transparent=True, metadata={"Date": None})
+    return written.getvalue()

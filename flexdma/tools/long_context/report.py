@@ -19,12 +19,13 @@ from flexdma.tools.long_context.tables import as_markdown, as_rich, tables
 from flexdma.tools.machine import machine
 from flexdma.tools.records import Results
 
+RECORDS = "evaluation.json"
 SUITE = "evaluate"  # in the JSON, so that other results are refused
 WIDTH = 140  # of tables that go to a file or a pipe
 
 
-def about(loaded: Sequence[LanguageModel], plan: Plan, texts: dict[str, Tensor], device: str) -> dict[str, Any]:
-    """The setting of a measurement: machine, versions, models, texts and plan, in types that JSON has."""
+def about(loaded: Sequence[LanguageModel], device: str) -> dict[str, Any]:
+    """Machine, versions and models, in types that JSON has."""
     versions = {}
     for name in ("transformers", "kvpress"):
         with suppress(importlib.metadata.PackageNotFoundError):
@@ -38,10 +39,12 @@ def about(loaded: Sequence[LanguageModel], plan: Plan, texts: dict[str, Tensor],
         }
         for one in loaded
     ]
+    return {"suite": SUITE, "machine": machine(device) | versions, "models": models}
+
+
+def planned(plan: Plan, texts: dict[str, Tensor]) -> dict[str, Any]:
+    """What is measured, in types that JSON has."""
     return {
-        "suite": SUITE,
-        "machine": machine(device) | versions,
-        "models": models,
         "plan": {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(plan).items()},
         "texts": {name: len(ids) for name, ids in texts.items()},
     }
@@ -61,29 +64,34 @@ def measure_with_progress(
                 contenders,
                 results,
                 tick=lambda note, read: bars.update(task, advance=read, note=note),
-                save=lambda: _write_json(out, results),
+                save=lambda: write_records(out, results),
             ).run(material, plan)
     finally:
         if results.about.get("cases"):
             write_report(out, results)
 
 
+def write_records(out: Path, results: Results) -> None:
+    """Write the records atomically."""
+    out.mkdir(parents=True, exist_ok=True)
+    _write(out / RECORDS, results.to_json())
+
+
 def write_report(out: Path, results: Results) -> None:
-    """Write evaluation.json, index.html, tables.md, and the pictures as SVG, each atomically."""
+    """Write the records, index.html, tables.md, and the pictures as SVG, each atomically."""
     # Imported here, because it needs matplotlib.
     from flexdma.tools.long_context.page import page
-    from flexdma.tools.long_context.pictures import as_svg, pictures
+    from flexdma.tools.long_context.pictures import pictures
 
-    out.mkdir(parents=True, exist_ok=True)
-    _write_json(out, results)
+    write_records(out, results)
     summary = Summary(results)
+    drawn = pictures(summary)
     models = ", ".join(model["name"] for model in results.about["models"])
     texts = {
-        "index.html": page(summary, f"Bounded memory in long contexts: {models}"),
+        "index.html": page(summary, drawn, f"Bounded memory in long contexts: {models}"),
         "tables.md": "\n".join(map(as_markdown, tables(summary))),
     }
-    for name, draw in pictures(summary).items():
-        texts |= {f"{name}-{theme}.svg": as_svg(draw(theme)) for theme in ("light", "dark")}
+    texts |= {f"{name}-{theme}.svg": svg for name, themes in drawn.items() for theme, svg in themes.items()}
     for name, text in texts.items():
         _write(out / name, text)
 
@@ -99,12 +107,8 @@ def print_report(out: Path, results: Results) -> None:
         console.print(as_rich(table))
     for note in summary.notes():
         console.print(note, soft_wrap=True, markup=False)
-    where = f"The page is {out / 'index.html'}, the records are {out / 'evaluation.json'}."
+    where = f"The page is {out / 'index.html'}, the records are {out / RECORDS}."
     console.print(where, soft_wrap=True, markup=False)
-
-
-def _write_json(out: Path, results: Results) -> None:
-    _write(out / "evaluation.json", results.to_json())
 
 
 def _write(path: Path, text: str) -> None:

@@ -87,9 +87,11 @@ class Summary:
                 reasons.setdefault(f"{record.metric}: {record.value}", []).append(record.contender)
         notes = [f"{', '.join(dict.fromkeys(names))}: {reason}" for reason, names in reasons.items()]
         positions = self.about["models"][0].get("positions")
-        longest = max(self.about["plan"]["lengths"])
+        longest = max(self.about.get("plan", {"lengths": [0]})["lengths"])
         if positions is not None and longest > positions:
             notes.append(f"{longest:,} tokens are more than the model's max_position_embeddings, {positions:,}")
+        if "calibration" in self.about:
+            notes.append(_calibration(**self.about["calibration"]))
         for part in self.about.get("joined", ()):
             versions = ", ".join(f"{name} {part['machine'][name]}" for name in ("transformers", "kvpress")
                                  if name in part["machine"])  # fmt: skip
@@ -109,6 +111,14 @@ class Needles(NamedTuple):
     def rate(self) -> float:
         """The share that was exact."""
         return self.exact / self.cases
+
+
+def _calibration(r_squared: list, windows: list, tokens: int, texts: str, **_more: Any) -> str:
+    explained, kept = ([value for layer in layers for value in layer] for layers in (r_squared, windows))
+    return (
+        f"Calibrated on {tokens:,} tokens of {texts}; windows of {min(kept)} to {max(kept)} keys, R squared "
+        f"{min(explained):.2f} to {max(explained):.2f}, mean {statistics.fmean(explained):.2f}"
+    )
 
 
 def _mean(values: Iterable[float | None]) -> float | None:

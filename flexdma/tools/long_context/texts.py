@@ -12,7 +12,7 @@ from flexdma.tools.refusal import RefusedError
 PYTHON_TOPICS = "pydoc_data.topics"
 
 
-def read_texts(paths: Sequence[Path]) -> dict[str, str]:
+def read_texts(paths: Sequence[Path], option: str = "--text") -> dict[str, str]:
     """The contents of UTF-8 files by name; without paths the documentation that every CPython has.
 
     Raises RefusedError for files that are not text, and for two of the same name.
@@ -24,15 +24,15 @@ def read_texts(paths: Sequence[Path]) -> dict[str, str]:
     texts: dict[str, str] = {}
     for path in paths:
         if path.name in texts:
-            raise RefusedError(f"--text: expected files of different names, got two of the name {path.name}")
+            raise RefusedError(f"{option}: expected files of different names, got two of the name {path.name}")
         try:
             texts[path.name] = path.read_text(encoding="utf-8")
         except UnicodeDecodeError as error:
-            raise RefusedError(f"--text: expected UTF-8, got other bytes in {path}") from error
+            raise RefusedError(f"{option}: expected UTF-8, got other bytes in {path}") from error
     return texts
 
 
-def tokenized(tokenizer: Any, texts: dict[str, str], least: int) -> dict[str, Tensor]:
+def tokenized(tokenizer: Any, texts: dict[str, str], least: int, option: str = "--text") -> dict[str, Tensor]:
     """The token ids [T] of each text, without special tokens.  Raises RefusedError where T < least."""
     found = {}
     for name, text in texts.items():
@@ -40,7 +40,8 @@ def tokenized(tokenizer: Any, texts: dict[str, str], least: int) -> dict[str, Te
         ids = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
         if len(ids) < least:
             raise RefusedError(
-                f"--text: expected at least {least:,} tokens, as many as the longest of --lengths, got {len(ids):,} in {name}"
+                f"{option}: expected at least {least:,} tokens, as many as the longest of --lengths, got {len(ids):,} in "
+                f"{name}"
             )
         found[name] = torch.tensor(ids, dtype=torch.int64)
     return found
