@@ -33,6 +33,10 @@ COMMANDS = {
         "flexdma.tools.evaluate.command",
         "compare a language model under full attention, a window, gates and kvpress at equal keys",
     ),
+    "retrofit": (
+        "flexdma.tools.retrofit.command",
+        "convert a language model that you have to bounded memory, and measure what that costs",
+    ),
     "view": ("flexdma.tools.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 CANNOT = 2

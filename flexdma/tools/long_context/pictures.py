@@ -80,13 +80,14 @@ def heads_figure(summary: Summary, tiles: tuple[str, str]) -> Figure:
     shades = LinearSegmentedColormap.from_list("kept", tiles)
     calibration = summary.about["calibration"]
     layers, heads = len(calibration["windows"]), max(map(len, calibration["windows"]))
-    figure = Figure(figsize=(2.6 + 0.24 * layers, 1.6 + 0.44 * heads), layout="constrained")
+    figure = Figure(figsize=(2.6 + 0.24 * layers, 2 + 0.5 * heads), layout="constrained")
     grid = figure.subplots(2, 1, sharex=True)
     for axes, name, label in zip(grid, ("windows", "r_squared"), ("keys kept by gate", "R squared"), strict=True):
         # Layers may have different numbers of heads.
         rows = [[*layer, *[math.nan] * (heads - len(layer))] for layer in calibration[name]]
         mesh = axes.pcolormesh(list(zip(*rows, strict=True)), cmap=shades, vmin=0, edgecolors="none")
-        figure.colorbar(mesh, ax=axes, label=label)
+        figure.colorbar(mesh, ax=axes)
+        axes.set_title(label, fontsize=10, loc="left")
         axes.set_ylabel("KV head")
         axes.set_yticks([head + 0.5 for head in range(heads)], list(map(str, range(heads))))
         axes.invert_yaxis()
