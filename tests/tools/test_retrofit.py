@@ -191,7 +191,39 @@ def test_a_gguf_file_becomes_a_folder_and_is_measured_later(given, run, tmp_path
     assert {record.section for record in records(tmp_path / "model").records} == {"nll"}
 
 
+def test_a_distilled_model_stands_beside_the_calibrated_one(out, run, tmp_path, monkeypatch, capsys):
+    options = ["--distill", "2", "--lora", "2", "--needles", "0", "--rounds", "0"]
+    with monkeypatch.context() as patch:
+        patch.setattr("flexdma.integrations.transformers.distill", lambda *given, **options: interrupt())
+        assert run(tmp_path / "model", *options) == INTERRUPTED
+    made = (tmp_path / "model" / "model.safetensors").read_bytes()
+    assert made == (out / "model.safetensors").read_bytes()
+    assert run(tmp_path / "model", *options, "--resume") == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert {path.name for path in (tmp_path / "model").iterdir()} == MODEL_FILES
+    calibrated = tmp_path / "model" / "retrofit" / "calibrated"
+    assert {path.name for path in calibrated.iterdir()} == MODEL_FILES - {"retrofit"}
+    assert (calibrated / "model.safetensors").read_bytes() == made
+    found = records(tmp_path / "model")
+    assert list(found.about["contenders"]) == [FULL, WINDOW, "calibrated", "distilled"]
+    assert len(found.about["distillation"]["divergence"]) == 2
+    assert [record for record in found.records if record.contender != "distilled"] == [
+        record for record in records(out).records if record.section == "nll"
+    ]
+    distilled = from_pretrained(tmp_path / "model")
+    assert distilled.config.flexdma["distilled"]
+    rest = torch.tensor(byte_tokenizer()(TEXT[::-1])["input_ids"])[None, :600]
+    expected = torch.nn.functional.cross_entropy(distilled(rest).logits[0, :-1], rest[0, 1:], reduction="none")
+    (value,) = [record.value for record in found.records if record.contender == "distilled"
+                and record.shape == "two <b>.txt, stretch 0, tokens 64 to 599"]  # fmt: skip
+    assert value == pytest.approx(expected[63:].mean().item(), rel=1e-4)
+
+
 # Refusals
+
+
+def interrupt():
+    raise KeyboardInterrupt
 
 
 def refused(options, message, capsys):
@@ -224,6 +256,7 @@ def test_refusals(given, tmp_path, capsys):
         ([plain, *text, "--evaluation-text", given / "one.txt", *out], "--evaluation-text: expected texts other than"),
         ([plain, *text, *out, "--sequence", "600"], "--sequence: expected enough tokens for 8 facts"),
         ([plain, *text, *out, "--far", "500"], "--tokens: expected sequences of at least 3 far = 1500 tokens, got 1300"),
+        ([plain, *text, *out, "--lora", "4"], "--lora: expected --distill beside it, got 4"),
         ([plain, *text, *out, "--recent", "61"], "--recent: expected less than --budget, which is 61, got 61"),
         ([plain, *text, *out, "--lengths", "64"], "--lengths: expected one of more than 64 tokens"),
         ([plain, *text, *out, "--lengths", "300"], "--lengths: expected at least"),

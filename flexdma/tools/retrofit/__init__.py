@@ -4,7 +4,7 @@ options      the options of the command
 texts        the parts of texts: one calibrates, the other is measured
 record       what an earlier run left, and whether this one may go on from it
 folder       folders that an interruption leaves whole or absent
-conversion   the model of a folder with its gates
+conversion   calibration and distillation, each -> a folder
 measurement  the converted model against full attention and a window
 command      the command line
 """

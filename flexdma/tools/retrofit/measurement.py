@@ -1,6 +1,7 @@
 """The converted model against full attention and a window, at equal keys."""
 
 import argparse
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -40,11 +41,17 @@ def measurable(loaded: LanguageModel, texts: Parts, options: argparse.Namespace)
         raise RefusedError(f"--lengths: {str(error).removeprefix('length: ')}") from error
 
 
-def measure(what: Measurable, loaded: LanguageModel, results: Results, options: argparse.Namespace) -> None:
-    """Add the records that `results` has not, and write the report inside the folder of the model."""
+def measure(
+    what: Measurable, converted: Sequence[LanguageModel], results: Results, options: argparse.Namespace
+) -> None:
+    """Add the records that `results` has not, and write the report inside the folder of the model.
+
+    converted: the calibrated model, which has the weights of full attention, and the distilled one if there is one.
+    """
     setting = planned(what.plan, what.texts)
     check_plan(results, setting["plan"], options.out)
     results.about |= setting
-    whole = full(loaded.model)
-    contenders = [whole, sinks_and_window(whole.model, options.budget, options.sinks), as_converted(loaded)]
+    whole = full(converted[0].model)
+    window = sinks_and_window(whole.model, options.budget, options.sinks)
+    contenders = [whole, window, *map(as_converted, converted)]
     measure_with_progress(contenders, what.tokens, what.plan, results, options.out / REPORT)

@@ -1,6 +1,7 @@
 """The options of `python -m flexdma retrofit`, and those that --quick makes smaller."""
 
 import argparse
+import importlib.util
 from dataclasses import dataclass
 
 from flexdma.tools import arguments as types
@@ -73,6 +74,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=128,
         help="a gate predicts what queries this many tokens after a key, or more, look at",
     )
+    parser.add_argument(
+        "--distill",
+        metavar="STEPS",
+        type=types.natural,
+        default=0,
+        help="steps of training gates and adapters to the full model, each on one sequence; 0 = none",
+    )
+    parser.add_argument(
+        "--lora", metavar="RANK", type=types.natural, default=0, help="of the adapters (needs peft); 0 = gates alone"
+    )
     parser.add_argument("--seed", metavar="N", type=types.seed, default=0, help="of calibration sequences and needles")
     add_measure_arguments(parser, SIZES)
     parser.add_argument(
@@ -96,5 +107,9 @@ def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
         options.recent = options.budget // 2
     if options.recent >= options.budget:
         raise RefusedError(f"--recent: expected less than --budget, which is {options.budget}, got {options.recent}")
+    if options.lora and not options.distill:
+        raise RefusedError(f"--lora: expected --distill beside it, got {options.lora}")
+    if options.lora and importlib.util.find_spec("peft") is None:
+        raise RefusedError("--lora: needs peft: pip install peft")
     options.window = options.budget - options.recent
     return options

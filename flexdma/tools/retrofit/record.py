@@ -12,8 +12,10 @@ from flexdma.tools.retrofit.texts import Parts
 
 # Inside DIR, beside the files of the model.
 REPORT = "retrofit"
+# Inside DIR, the calibrated model where DIR has the distilled one.
+CALIBRATED = f"{REPORT}/calibrated"
 # The options that decide what the model and its measurement are.
-DECIDING = ("budget", "recent", "sinks", "tokens", "sequence", "far", "seed", "dtype", "device")
+DECIDING = ("budget", "recent", "sinks", "tokens", "sequence", "far", "distill", "lora", "seed", "dtype", "device")
 
 
 def settings(options: argparse.Namespace, texts: Parts) -> dict[str, Any]:
