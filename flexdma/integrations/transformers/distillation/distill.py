@@ -29,8 +29,8 @@ def distill(
     merge: bool = True,
     anneal: float = 0.5,
     far: int = 128,
-    lr: float = 2e-4,
-    gate_lr: float = 1e-3,
+    lr: float = 1e-3,
+    gate_lr: float = 1e-2,
     warmup: float = 0.1,
     seed: int = 0,
 ) -> Distillation:
@@ -52,8 +52,8 @@ def distill(
     merge: add the adapters to the weights at the end.  False = leave the model inside the PeftModel that the result has,
         whose `save_pretrained` saves adapters and gates.
     anneal: share of the steps in which windows shrink from N to their sizes, along half a cosine, in 8 sizes.
-    lr, gate_lr: highest learning rates of AdamW for adapters and gates; `warmup` is the share of steps in which they grow,
-        and half a cosine brings them to 0.  Gradients are clipped to norm 1.
+    lr, gate_lr: highest learning rates of AdamW for adapters and gates, for short runs of small models; `warmup` is the share
+        of steps in which they grow, and half a cosine brings them to 0.  Gradients are clipped to norm 1.
     seed: of the adapters' initial weights.
 
     Returns the losses of each step.  At the end, also after an exception or Ctrl-C, the model has its final windows, and

@@ -37,7 +37,7 @@ class DistillTrainer(Trainer):
         anneal: float = 0.5,
         far: int = 128,
         seed: int = 0,
-        gate_lr: float = 1e-3,
+        gate_lr: float = 1e-2,
         **named: Any,
     ) -> None:
         self.distiller = Distiller(model, Recipe(gates, lora, merge, anneal, far, seed))
