@@ -87,11 +87,11 @@ def test_a_needle_that_cannot_be_made_is_refused(change, message):
         make_needle(TOKENIZER, TEXTS, **arguments)
 
 
-# Gemma2 caps its logits after the head, Cohere scales them, GPTNeoX names its body differently.
+# Gemma2 caps its logits after the head, Cohere scales them, GPTNeoX names its body differently, OPT calls the decoder in it.
 @pytest.mark.parametrize(
     ("family", "config"),
     [("Llama", {}), ("Gemma2", {"final_logit_softcapping": 2.0, "head_dim": 8}), ("Cohere", {"logit_scale": 0.2}),
-     ("GPTNeoX", {})],
+     ("GPTNeoX", {}), ("OPT", {"ffn_dim": 48})],
 )  # fmt: skip
 def test_likelihoods_by_chunks_are_those_of_all_logits(family, config):
     model = tiny_model(family, **config)

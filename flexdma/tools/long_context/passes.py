@@ -39,24 +39,40 @@ def logits_after(model: Any, ids: Tensor, first: int, last: int) -> Tensor:
 def _logits(model: Any, ids: Tensor, first: int, last: int, chunk: int) -> Iterator[tuple[int, Tensor]]:
     """(first token, logits [up to chunk, V]) for the tokens first .. last - 1."""
     ids = ids.to(model.device)
-    body = model.base_model
+    body = _body(model)
     output = body(input_ids=ids, use_cache=False)
     hidden = output.last_hidden_state
     for start in range(first, last, chunk):
         end = min(start + chunk, last)
         output.last_hidden_state = hidden[:, start:end]
-        with _replaced(body, output):
+        with _replaced(body, output) as calls:
             logits = model(input_ids=ids[:, start:end], use_cache=False).logits[0]
+        if not calls:
+            raise TypeError(f"model: expected a forward pass that calls {type(body).__name__}, got another one")
         yield start, logits
 
 
+def _body(model: Any) -> Any:
+    """The part that computes hidden states: in OPT, Bart and others the decoder inside of the base model."""
+    from transformers import PreTrainedModel
+
+    decoder = model.get_decoder()
+    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
+
+
 @contextmanager
-def _replaced(body: Any, output: Any) -> Iterator[None]:
-    """Inside, calls of `body` return `output`."""
+def _replaced(body: Any, output: Any) -> Iterator[list[object]]:
+    """Inside, calls of `body` return `output`.  The list has one item per call."""
     own = body.__dict__.get("forward")
-    body.forward = lambda *arguments, **named: output
+    calls: list[object] = []
+
+    def forward(*_arguments: Any, **_named: Any) -> Any:
+        calls.append(None)
+        return output
+
+    body.forward = forward
     try:
-        yield
+        yield calls
     finally:
         if own is None:
             del body.forward
