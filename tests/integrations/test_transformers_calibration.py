@@ -55,13 +55,13 @@ def test_gates_windows_and_r_squared_are_those_of_a_dense_fit(family):
     rows = torch.cat(texts)
     layers = [dense_targets(model, rows, layer) for layer in range(2)]
     mean = 5
-    found = calibrate(model, texts, window_size=mean, sinks=1, recent=2, far=FAR, slope=0.01)
+    found = calibrate(model, texts, window_size=mean, sinks=1, recent=2, far=FAR, decay=0.05)
     held_out = torch.arange(len(rows)) % 5 == 1
     for layer, (values, peaks) in enumerate(layers):
         gate = model.model.layers[layer].self_attn.value_gate
         want = dense_fit(values, peaks, torch.ones_like(held_out))(values)
         got = gate(values.unflatten(-1, (2, -1)).transpose(1, 2).float()).detach().double() * 2.0**20
-        got = got.mT - 0.01 * torch.arange(values.shape[1])[:, None]
+        got = got.mT - 0.05 / torch.tensor(found.windows[layer]) * torch.arange(values.shape[1])[:, None]
         shift = (got - want).mean(dim=(0, 1))
         assert_close(got - shift, want, 1e-4)
         part = dense_fit(values, peaks, ~held_out)(values[held_out])
@@ -122,6 +122,7 @@ def test_batches_may_be_mappings_and_an_iterator():
         ("", {"window_size": 0}, "window_size"),
         ("Mistral", {"recent": 7}, "recent: expected at most the model's own sliding window of 6, got 7"),
         ("", {"far": 0}, "far"),
+        ("", {"decay": -1.0}, "decay: expected a number >= 0, got -1.0"),
     ],
 )  # fmt: skip
 def test_refusals_leave_the_model_as_it_was(problem, options, message):

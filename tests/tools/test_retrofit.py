@@ -254,7 +254,7 @@ def test_refusals(given, tmp_path, capsys):
         ([plain, *text, "--evaluation-text", tmp_path / "short.txt", *out], "--evaluation-text: expected at least 600"),
         ([plain, *text, "--evaluation-text", tmp_path / "bytes.txt", *out], "--evaluation-text: expected UTF-8"),
         ([plain, *text, "--evaluation-text", given / "one.txt", *out], "--evaluation-text: expected texts other than"),
-        ([plain, *text, *out, "--sequence", "600"], "--sequence: expected enough tokens for 8 facts"),
+        ([plain, *text, *out, "--sequence", "60"], "--sequence: expected enough tokens for 1 facts"),
         ([plain, *text, *out, "--far", "500"], "--tokens: expected sequences of at least 3 far = 1500 tokens, got 1300"),
         ([plain, *text, *out, "--lora", "4"], "--lora: expected --distill beside it, got 4"),
         ([plain, *text, *out, "--recent", "61"], "--recent: expected less than --budget, which is 61, got 61"),

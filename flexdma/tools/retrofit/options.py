@@ -65,7 +65,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sinks", metavar="N", type=types.natural, default=4, help="first tokens that stay visible")
     sized_argument(parser, "--tokens", SIZES, "tokens of calibration", type=types.positive_int)
     parser.add_argument(
-        "--sequence", metavar="N", type=types.positive_int, default=2048, help="tokens of a calibration sequence"
+        "--sequence", metavar="N", type=types.positive_int, default=4096, help="tokens of a calibration sequence"
     )
     parser.add_argument(
         "--far",

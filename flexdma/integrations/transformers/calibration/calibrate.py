@@ -51,7 +51,7 @@ def calibrate(
     sinks: int = 4,
     recent: int | Sequence[int] = 128,
     far: int = 128,
-    slope: float = 1e-3,
+    decay: float = 1 / 16,
     lowering: str | None = None,
 ) -> Calibration:
     """Convert a model, and compute gates that keep the keys which its full attention will look back at.
@@ -67,11 +67,12 @@ def calibrate(
         mean peak of their keys' future.  A sequence, as in `convert_to_dma`, gives each layer or head its own.
     sinks, recent, lowering: as in `convert_to_dma`.  A query sees at most window + sinks + recent keys of a head.
     far: queries this many tokens after a key or more are its future.
-    slope: preference for newer keys, in logarithms of probability per token.
+    decay: preference for newer keys: the logarithm of probability that a key loses while it ages by its head's window.  Heads
+        with large windows retrieve from far away, so their gates decay slowly.
 
         one full pass   ->  p_j = max over queries i >= j + far and the heads of a group of P_ij
         ridge           ->  log(p_j + 1e-4) ~ v_j . Delta_h + constant
-        gates           ->  2 ** -20 (v_j . Delta_h + slope j)
+        gates           ->  2 ** -20 (v_j . Delta_h + j decay / window_h)
 
     One pass of the full model over all tokens, layer by layer, O(N) memory per layer, and sums of (Hkv Dv) ** 2 per layer.
     Raises TypeError or ValueError naming the argument; for too few tokens, for models with learned sinks (`s_aux`).
@@ -79,6 +80,8 @@ def calibrate(
     """
     choice = {"window_size": window_size, "sinks": sinks, "recent": recent}
     checks.positive_int("far", far)
+    if not isinstance(decay, int | float) or not 0 <= decay < float("inf"):
+        raise ValueError(f"decay: expected a number >= 0, got {decay!r}")
     check_unconverted(model)
     if model.training:
         raise ValueError("model: expected eval mode, got training mode, whose dropout would change what it attends to")
@@ -98,7 +101,7 @@ def calibrate(
         model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering
     )
     for layer, (weights, _) in zip(layers, fits, strict=True):
-        _set_gate(layer.value_gate, weights, slope)
+        _set_gate(layer.value_gate, weights, decay / torch.tensor(_per_head(layer)))
     model.config.flexdma = model.config.flexdma | {"calibrated": True}
     return Calibration(
         r_squared=[r_squared.tolist() for _, r_squared in fits],
@@ -148,11 +151,11 @@ def _per_head(layer: Any) -> list[int]:
 
 
 @torch.no_grad()
-def _set_gate(gate: ValueGate, weights: Tensor, slope: float) -> None:
-    """Make the gate SCALE (value . weights + slope position); the intercept is the same for all keys."""
+def _set_gate(gate: ValueGate, weights: Tensor, slopes: Tensor) -> None:
+    """Make the gate SCALE (value . weights + slopes position); the intercept is the same for all keys."""
     gate.dt_proj.weight.copy_(weights[:-1].mT)
     gate.A.fill_(SCALE)
-    gate.slope.fill_(slope * SCALE)
+    gate.slope.copy_(slopes * SCALE)
 
 
 def _token_ids(batch: Tensor | Mapping[str, Tensor], far: int) -> Tensor:

@@ -37,23 +37,27 @@ FORMS = (
     ("The serial of the {colour} {thing} is", "##{letter}###"),
     ("{name} returned the {thing} on", "{day} {month} {year}"),
 )
+TOKENS_PER_FACT = 170
 # Tokens at both ends of a text without statements.
 MARGIN = 16
 
 
 def recall_sequences(
-    tokenizer: Any, text: str, *, length: int = 2048, count: int = 10, facts: int = 8, seed: int = 0
+    tokenizer: Any, text: str, *, length: int = 4096, count: int = 5, facts: int | None = None, seed: int = 0
 ) -> Iterator[Tensor]:
-    """Token ids [1, length] of stretches of a text, with `facts` statements inside that are asked at the end.
+    """Token ids [1, length] of stretches of a text, with statements inside that are asked at the end.
 
         text ... "The parcel of Greta has the number 4831." ... text ... "The parcel of Greta has the number 4831." ...
 
     tokenizer: of transformers.  text: real text, of which `count` stretches are taken at equal distances.
+    length: like that of contexts to come, because gates learn what is looked back at over such distances.
+    facts: None = one per 170 tokens.
     The statements are English, of ten forms (numbers, names, passwords, dates, words), with names of their own.
     A function of its arguments alone.  Raises ValueError for a text that is too short, or more facts than fit.
     """
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     first = tokenizer("")["input_ids"]
+    facts = max(1, length // TOKENS_PER_FACT) if facts is None else facts
     for number in range(count):
         chance = random.Random(f"recall {seed}, sequence {number}")
         statements = _statements(chance, facts)
