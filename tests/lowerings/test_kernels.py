@@ -43,6 +43,19 @@ needs_the_interpreter = pytest.mark.skipif(
 )
 
 
+# The longest of those whose parts other cases also have.
+LONG = {
+    "causal, small blocks, many periods, learned sinks, float32",
+    "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16",
+    "sm_90, D = 128, the gate's gradient by transposed attention",
+}
+
+
+def each(names):
+    """The names, of which LONG ones run with `-m slow`."""
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in LONG else []) for name in names]
+
+
 def interpreted(program, *arguments):
     """The lines that a program of this folder prints, where Triton interprets."""
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
@@ -53,7 +66,7 @@ def interpreted(program, *arguments):
 
 
 @needs_the_interpreter
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", each(CASES))
 def test_generated_kernels_agree_with_the_specification(case):
     results = interpreted("interpreted_kernels", case)
     sound = [result for result in results if result["control"] is None]
@@ -84,7 +97,7 @@ def test_generated_kernels_compute_the_attention_mass():
     assert max(result["errors"]) < 1e-5, result
 
 
-@pytest.mark.parametrize("setting", SETTINGS)
+@pytest.mark.parametrize("setting", each(SETTINGS))
 def test_kernels_take_what_is_recorded(setting):
     recorded = json.loads(RECORD.read_text())
     have = {"torch": torch.__version__, "triton": importlib.metadata.version("triton")}

@@ -265,6 +265,7 @@ def test_layer_in_chunks_is_the_layer(recency):
         torch.testing.assert_close(torch.cat(outputs, 1), whole, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_decoding_compiles_once_and_chunks_through_flex():
     """Static shapes: no recompilation as the context grows, and eager's numbers; the flex kernel supports a state too."""
     torch._dynamo.reset()

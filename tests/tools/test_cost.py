@@ -75,6 +75,7 @@ def test_the_peak_of_narrow_heads_is_packing_or_making_the_lists(window, trainin
     assert got == pytest.approx(peak, rel=0.03), "refresh with: python -m tests.tools.fitted_bytes"
 
 
+@pytest.mark.slow
 @pytest.mark.kernels
 @pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="needs Triton: pip install triton")
 @pytest.mark.skipif(

@@ -284,7 +284,7 @@ def test_refusals(folder, capsys, tmp_path):
     text = ["--text", folder / "two.txt"]
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfd")
     save(tmp_path / "other", converted_model(window=30))
-    save(tmp_path / "gptj", tiny_model("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4))
+    save(tmp_path / "bloom", tiny_model("Bloom", n_layer=2, n_head=4))
     capsys.readouterr()  # bars of saving
     for options, message in (
         ([], "MODEL: expected a hub name, a model folder or a .gguf file, got none"),
@@ -300,7 +300,7 @@ def test_refusals(folder, capsys, tmp_path):
         ([converted, *text, "--sinks", "64"], "--sinks: expected fewer than the 64 keys that the converted models keep, got"),
         ([converted, tmp_path / "other", *text], "MODEL: expected converted models that keep equal numbers of keys, got"),
         ([converted, plain, *text], "MODEL: expected models converted by flexdma after the first, got"),
-        ([tmp_path / "gptj", *text], "cannot be converted (docs/transformers.md has the families): model: expected"),
+        ([tmp_path / "bloom", *text], "cannot be converted (docs/transformers.md has the families): model: expected"),
         (["--join", folder / "two.txt"], "--join: expected JSON that evaluate wrote, got"),
         ([plain, "--join", folder / "two.txt"], "--join: expected no MODEL beside it, got"),
     ):  # fmt: skip

@@ -236,7 +236,7 @@ def refused(options, message, capsys):
 def test_refusals(given, tmp_path, capsys):
     plain, text, out = given / "plain", ["--text", given / "one.txt"], ["--out", tmp_path / "out"]
     save(tmp_path / "converted", convert_to_dma(tiny_model(), 20).eval())
-    save(tmp_path / "gptj", tiny_model("GPTJ", n_embd=32, n_layer=2, n_head=4, rotary_dim=4))
+    save(tmp_path / "bloom", tiny_model("Bloom", n_layer=2, n_head=4))
     save(tmp_path / "mistral", tiny_model("Mistral", sliding_window=20))
     write_gguf(tmp_path / "other.gguf", "nonesuch")
     (tmp_path / "short.txt").write_text("short")
@@ -246,7 +246,7 @@ def test_refusals(given, tmp_path, capsys):
         ([plain, *text], "the following arguments are required: --out"),
         ([tmp_path / "absent", *text, *out], "which does not exist"),
         ([tmp_path / "other.gguf", *text, *out], "nonesuch"),
-        ([tmp_path / "gptj", *text, *out], "gptj cannot be converted (docs/transformers.md has the families): model: exp"),
+        ([tmp_path / "bloom", *text, *out], "bloom cannot be converted (docs/transformers.md has the families): model: exp"),
         ([tmp_path / "converted", *text, *out], "converted cannot be converted (docs/transformers.md has"),
         ([tmp_path / "mistral", *text, *out], "--budget: expected at most the model's own sliding window of 20, got"),
         ([plain, "--text", tmp_path / "short.txt", *out], "--text: expected at least 600 tokens, as many as the longest"),

@@ -1,5 +1,6 @@
 """Compiled calls at many lengths, larger and smaller than a block: few compilations, and right results at each."""
 
+import pytest
 import torch
 from torch._dynamo.testing import CompileCounterWithBackend
 
@@ -46,6 +47,7 @@ def test_inference_at_more_lengths_than_torch_recompiles_for():
     assert counter.frame_count <= 3
 
 
+@pytest.mark.slow
 def test_inference_that_the_fused_kernel_does_not_serve():
     """Unequal head sizes and a score_mod are traced."""
     compiled, _ = counted(attend, "aot_eager", dynamic=True)

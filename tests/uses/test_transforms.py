@@ -184,7 +184,7 @@ def test_flex_refuses_transforms_by_name_and_is_not_chosen_there(monkeypatch):
     with pytest.raises(ValueError, match=message):
         vmap(lambda query: attend(query, *tensors[1:]))(tensors[0][None])
     want = by_dual_tensors(CASES[0][0], tensors, tensors)
-    monkeypatch.setattr("flexdma.lowerings.attend.choose_lowering", lambda *arguments: "flex")
+    monkeypatch.setattr("flexdma.lowerings.choice.choose_lowering", lambda *arguments: "flex")
     torch.testing.assert_close(by_dual_tensors(CASES[0][0], tensors, tensors), want)
 
 
