@@ -47,7 +47,9 @@ needs_the_interpreter = pytest.mark.skipif(
 LONG = {
     "causal, small blocks, many periods, learned sinks, float32",
     "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16",
+    "global, grouped, odd length, bfloat16",
     "sm_90, D = 128, the gate's gradient by transposed attention",
+    "gfx942, D = 64",
 }
 
 
