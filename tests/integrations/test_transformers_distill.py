@@ -15,8 +15,7 @@ from tests.integrations.hf_models import assert_close, causal_lm
 
 import transformers  # isort: skip  # after hf_models, which keeps it offline
 from flexdma.integrations.transformers import DistillTrainer, convert_to_dma, distill, from_pretrained  # isort: skip
-from flexdma.integrations.transformers.calibration.calibrate import UNBOUNDED  # isort: skip
-from flexdma.integrations.transformers.distillation.refusals import own_windows  # isort: skip
+from flexdma.integrations.transformers.eligibility import UNBOUNDED, attention_calls, own_windows  # isort: skip
 from flexdma.integrations.transformers.full_attention import full_attention  # isort: skip
 from flexdma.integrations.transformers.future_peaks import future_peaks, sampled_keys  # isort: skip
 
@@ -61,7 +60,7 @@ def dense_peaks(original, ids, far, heads=2):
 def test_the_teacher_is_the_original_model(family, config):
     original, ids, peaks = causal_lm(family, **config), batches(1)[0], {}
     model = convert_to_dma(copy.deepcopy(original), 6, form="linear")
-    own = own_windows(model)
+    own = own_windows(attention_calls(model))
     for layer in own:
         layer.value_gate.A.data.fill_(1.0)
     with full_attention(model, lambda seen: peaks.update({seen.layer: future_peaks(seen, FAR)}), own):

@@ -1,11 +1,8 @@
-"""The attention layers of a converted model and their selections."""
+"""The attention layers of a converted model and their windows."""
 
-from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
-
-from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
 
 
 def converted_layers(model: nn.Module) -> list[Any]:
@@ -16,14 +13,7 @@ def converted_layers(model: nn.Module) -> list[Any]:
     return sorted(layers, key=lambda layer: layer.layer_idx)
 
 
-def set_windows(model: Any, window_size: int | Sequence[int | Sequence[int]]) -> None:
-    """Give the layers of a converted model these windows, as `convert_to_dma` takes them, and write them to its config.
-
-    States made before have the windows that they were made with.
-    """
-    layers = converted_layers(model)
-    choice = model.config.flexdma | {"window_size": as_json(window_size)}
-    selections = layer_selections(choice, [layer.value_gate.num_kv_heads for layer in layers])
-    for layer, selection in zip(layers, selections, strict=True):
-        layer.dynamic_mask_options["window_size"] = selection.window_size
-    model.config.flexdma = choice
+def windows_per_head(layer: Any) -> list[int]:
+    """The window of each KV head of a layer with gates."""
+    window = layer.dynamic_mask_options["window_size"]
+    return list(window) if isinstance(window, tuple) else [window] * layer.value_gate.num_kv_heads

@@ -17,6 +17,8 @@ from flexdma.integrations.transformers.layer_selections import argument_at
 from flexdma.integrations.transformers.probe import TOKENS, AttentionCall, observe
 from flexdma.lifespans import Selection
 
+# A bound above any window.
+UNBOUNDED = 2**20
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 # Arguments of the attention interface that flexdma computes, or that change nothing in attention.
 ARGUMENTS = {
@@ -78,11 +80,21 @@ def refuse_wider_windows(
             if size and not _sees(call, size - 1, 0):
                 raise ValueError(
                     f"{argument_at(name, choice, number)}: expected at most the model's own sliding window of "
-                    f"{own_window(call, size)}, got {size}"
+                    f"{_own_window(call, size)}, got {size}"
                 )
 
 
-def own_window(call: AttentionCall, bound: int) -> int:
+def own_windows(calls: Sequence[AttentionCall]) -> dict[Any, int]:
+    """The sliding window of the model's own of each attention layer; UNBOUNDED without one.
+
+    For passes with full attention.  Raises ValueError for learned sinks.
+    """
+    if any(call.arguments.get("s_aux") is not None for call in calls):
+        raise ValueError("model: expected attention without learned sinks (s_aux), which take part of each probability")
+    return {call.layer: _own_window(call, UNBOUNDED) for call in calls}
+
+
+def _own_window(call: AttentionCall, bound: int) -> int:
     """The size of the layer's own sliding window, or `bound` if that is smaller."""
     return bisect_left(range(1, bound), True, key=lambda age: not _sees(call, age, 0)) + 1
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexdma.integrations.transformers.full_attention import ObservedAttention
-from flexdma.lifespans import Lifespans
+from flexdma.lifespans import sliding_window
 from flexdma.mass import attention_mass
 from flexdma.score_mods import softcap_score_mod
 
@@ -24,7 +24,9 @@ LEAST_QUERIES = 16
 def future_peaks(seen: ObservedAttention, far: int) -> Tensor:
     """[B, Hkv, N]: the largest probability of each key, over its group and queries at least `far` tokens later."""
     softcap: Any = seen.arguments.get("softcap")
-    lifespans = _sliding(seen) if seen.window < seen.key.shape[2] else None
+    batch, _, length, _ = seen.key.shape
+    any_gate = torch.zeros(batch, 1, length, device=seen.key.device)
+    lifespans = sliding_window(any_gate, seen.window) if seen.window < length else None
     return attention_mass(
         seen.query, seen.key, lifespans, reduction="max", ages=[(far, None)], scale=seen.scaling,
         score_mod=None if softcap is None else softcap_score_mod(softcap),
@@ -34,8 +36,3 @@ def future_peaks(seen: ObservedAttention, far: int) -> Tensor:
 def sampled_keys(length: int, far: int) -> slice:
     """The keys of a text of this length whose peaks are samples."""
     return slice(FIRST, length - far - LEAST_QUERIES)
-
-
-def _sliding(seen: ObservedAttention) -> Lifespans:
-    position = torch.arange(seen.key.shape[2], device=seen.key.device).expand(seen.key.shape[0], 1, -1)
-    return Lifespans(position, position + seen.window)

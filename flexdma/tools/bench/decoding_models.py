@@ -53,13 +53,14 @@ def models(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, Any]:
 @torch.no_grad()
 def _calibrate(model: Any, decoder: Decoder) -> None:
     """Give the gates of a model with random weights the scale and slope of calibrated ones."""
+    from flexdma.integrations.transformers.converted import converted_layers
+
     # Hidden states are normalised, and the weights before a gate have this standard deviation.
     spread = model.config.initializer_range * (decoder.hidden * decoder.heads * decoder.size) ** 0.5
-    for layer in model.modules():
-        if hasattr(layer, "value_gate"):
-            layer.value_gate.A.fill_(SCALE)
-            layer.value_gate.slope.fill_(SCALE * SLOPE)
-            layer.value_gate.dt_proj.weight.normal_(std=1 / spread)
+    for layer in converted_layers(model):
+        layer.value_gate.A.fill_(SCALE)
+        layer.value_gate.slope.fill_(SCALE * SLOPE)
+        layer.value_gate.dt_proj.weight.normal_(std=1 / spread)
 
 
 def model_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

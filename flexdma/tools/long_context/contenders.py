@@ -86,12 +86,10 @@ def as_converted(loaded: LanguageModel, taken: frozenset[str] = frozenset()) -> 
 
 def keys_per_head(model: Any) -> float:
     """The most keys that a query of a converted model sees, sinks and recent tokens included, on average over its heads."""
-    capacities: list[float] = []
-    for layer in model.modules():
-        options = getattr(layer, "dynamic_mask_options", None)
-        if options is not None:
-            heads = layer.value_gate.num_kv_heads
-            windows = options["window_size"]
-            windows = [windows] * heads if isinstance(windows, int) else list(windows)
-            capacities += [window + options["sinks"] + options["recent"] for window in windows]
-    return statistics.fmean(capacities)
+    from flexdma.integrations.transformers.converted import converted_layers, windows_per_head
+
+    return statistics.fmean(
+        window + layer.dynamic_mask_options["sinks"] + layer.dynamic_mask_options["recent"]
+        for layer in converted_layers(model)
+        for window in windows_per_head(layer)
+    )

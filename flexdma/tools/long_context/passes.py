@@ -1,16 +1,13 @@
-"""Negative log-likelihoods by one forward pass, without a cache and without the logits of all tokens at once.
-
-The body of the model computes hidden states for all tokens.  Then the model's own forward pass runs on a chunk of them at a
-time, with its body replaced, so that what a family does to its logits (scaling, softcap) is done here too.
-"""
+"""Negative log-likelihoods by one forward pass, without a cache and without the logits of all tokens at once."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
+
+from flexdma.integrations.partial_logits import body_of, partial_logits
 
 CHUNK = 512  # tokens whose logits exist at once
 
@@ -39,42 +36,7 @@ def logits_after(model: Any, ids: Tensor, first: int, last: int) -> Tensor:
 def _logits(model: Any, ids: Tensor, first: int, last: int, chunk: int) -> Iterator[tuple[int, Tensor]]:
     """(first token, logits [up to chunk, V]) for the tokens first .. last - 1."""
     ids = ids.to(model.device)
-    body = _body(model)
-    output = body(input_ids=ids, use_cache=False)
-    hidden = output.last_hidden_state
+    output = body_of(model)(input_ids=ids, use_cache=False)
     for start in range(first, last, chunk):
-        end = min(start + chunk, last)
-        output.last_hidden_state = hidden[:, start:end]
-        with _replaced(body, output) as calls:
-            logits = model(input_ids=ids[:, start:end], use_cache=False).logits[0]
-        if not calls:
-            raise TypeError(f"model: expected a forward pass that calls {type(body).__name__}, got another one")
-        yield start, logits
-
-
-def _body(model: Any) -> Any:
-    """The part that computes hidden states: in OPT, Bart and others the decoder inside of the base model."""
-    from transformers import PreTrainedModel
-
-    decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-
-
-@contextmanager
-def _replaced(body: Any, output: Any) -> Iterator[list[object]]:
-    """Inside, calls of `body` return `output`.  The list has one item per call."""
-    own = body.__dict__.get("forward")
-    calls: list[object] = []
-
-    def forward(*_arguments: Any, **_named: Any) -> Any:
-        calls.append(None)
-        return output
-
-    body.forward = forward
-    try:
-        yield calls
-    finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own
+        part = slice(start, min(start + chunk, last))
+        yield start, partial_logits(model, ids[:, part], output, output.last_hidden_state[:, part])[0]

@@ -79,10 +79,11 @@ def _of_a_converted_model(arguments: argparse.Namespace) -> tuple[ShownText, Seq
         loaded = load_converted(arguments.model)
         ids, text = tokens_shown(loaded.tokenizer, arguments.text, arguments.start, arguments.tokens or DEFAULT)
     # Registers an attention interface, so it imports transformers.
-    from flexdma.tools.view.converted import attention_layers, shown_model, windows
+    from flexdma.integrations.transformers.converted import converted_layers, windows_per_head
+    from flexdma.tools.view.converted import shown_model
 
-    layers = attention_layers(loaded.model).values()
-    _check_size(text, ids.shape[1], [size for layer in layers for size in windows(layer)])
+    layers = converted_layers(loaded.model)
+    _check_size(text, ids.shape[1], [size for layer in layers for size in windows_per_head(layer)])
     # A bar that is gone at the end leaves an empty line in a file.
     with progress_bars(console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("layers", total=2 * len(layers), note="with gates, then of full attention")

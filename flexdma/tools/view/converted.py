@@ -10,6 +10,7 @@ from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import eager_mask
 
+from flexdma.integrations.transformers.converted import converted_layers, windows_per_head
 from flexdma.integrations.transformers.falcon import rerouted
 from flexdma.lifespans import Lifespans, Selection
 from flexdma.tools.language_models import full_attention
@@ -20,37 +21,25 @@ NAME = "flexdma_view"
 Tick = Callable[[], object]
 
 
-def attention_layers(model: Any) -> dict[int, Any]:
-    """The layers with gates by `layer_idx`, in order."""
-    layers = {layer.layer_idx: layer for layer in model.modules() if hasattr(layer, "value_gate")}
-    return dict(sorted(layers.items()))
-
-
-def windows(layer: Any) -> list[int]:
-    """The window of each KV head of a layer with gates."""
-    sizes = layer.dynamic_mask_options["window_size"]
-    return [sizes] * layer.value_gate.num_kv_heads if isinstance(sizes, int) else list(sizes)
-
-
 def shown_model(model: Any, ids: Tensor, label: str, tick: Tick) -> ShownModel:
     """The page's numbers of a converted model for tokens ids [1, N].
 
     tick: called after each layer of the two forward passes.
     """
-    layers, gates = attention_layers(model), observed_gates(model, ids, tick)
-    selections = {number: _selection(layer) for number, layer in layers.items()}
+    layers, gates = converted_layers(model), observed_gates(model, ids, tick)
+    selections = {layer.layer_idx: _selection(layer) for layer in layers}
     kept = {number: selections[number].lifespans(gate) for number, gate in gates.items()}
     attended = observed_attention(full_attention(model), ids, kept, tick)
     return ShownModel(
         label,
         [
             ShownLayer(
-                [window + selections[number].sinks + selections[number].recent for window in windows(layer)],
+                [window + selections[number].sinks + selections[number].recent for window in windows_per_head(layer)],
                 kept[number],
                 gates[number],
                 attended[number],
             )
-            for number, layer in layers.items()
+            for number, layer in zip(selections, layers, strict=True)
         ],
     )
 
@@ -67,7 +56,7 @@ def observed_gates(model: Any, ids: Tensor, tick: Tick) -> dict[int, Tensor]:
 
         return hook
 
-    hooks = [layer.value_gate.register_forward_hook(note(number)) for number, layer in attention_layers(model).items()]
+    hooks = [layer.value_gate.register_forward_hook(note(layer.layer_idx)) for layer in converted_layers(model)]
     try:
         model.base_model(input_ids=ids, use_cache=False)
     finally:

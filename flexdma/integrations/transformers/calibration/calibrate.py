@@ -14,7 +14,8 @@ from flexdma.gates import ValueGate
 from flexdma.integrations.transformers.calibration.budget import divided
 from flexdma.integrations.transformers.calibration.future import FutureOfKeys
 from flexdma.integrations.transformers.conversion import check_unconverted, convert_to_dma
-from flexdma.integrations.transformers.eligibility import attention_calls, own_window, refuse_wider_windows
+from flexdma.integrations.transformers.converted import windows_per_head
+from flexdma.integrations.transformers.eligibility import attention_calls, own_windows, refuse_wider_windows
 from flexdma.integrations.transformers.falcon import rerouted
 from flexdma.integrations.transformers.full_attention import full_attention
 from flexdma.integrations.transformers.layer_selections import layer_selections
@@ -23,8 +24,6 @@ from flexdma.integrations.transformers.layer_selections import layer_selections
 SCALE = 2.0**-20
 # A window is at least mean / 8 and at most 6 means, because measured shares of rarely used heads are noise.
 NARROWEST, WIDEST = 8, 6
-# A bound above any window.
-UNBOUNDED = 2**20
 
 
 @dataclass(frozen=True)
@@ -87,26 +86,24 @@ def calibrate(
         raise ValueError("model: expected eval mode, got training mode, whose dropout would change what it attends to")
     with rerouted(model):
         calls = attention_calls(model)
-    if any(call.arguments.get("s_aux") is not None for call in calls):
-        raise ValueError("model: expected attention without learned sinks (s_aux), which take part of each probability")
+    sliding = own_windows(calls)
     heads = [call.value.shape[1] for call in calls]
     refuse_wider_windows(calls, layer_selections(choice, heads), choice)
     layers = [call.layer for call in calls]
-    own_windows = {call.layer: own_window(call, UNBOUNDED) for call in calls}
     futures = {call.layer: FutureOfKeys(call.value.shape[1], call.value.shape[3], far) for call in calls}
-    tokens = _observe(model, batches, futures, own_windows, far)
+    tokens = _observe(model, batches, futures, sliding, far)
     fits = [futures[layer].fit() for layer in layers]
-    windows = _divided(window_size, [futures[layer].mean_peak for layer in layers], list(own_windows.values()))
+    windows = _divided(window_size, [futures[layer].mean_peak for layer in layers], list(sliding.values()))
     convert_to_dma(
         model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering
     )
     for layer, (weights, _) in zip(layers, fits, strict=True):
-        _set_gate(layer.value_gate, weights, decay / torch.tensor(_per_head(layer)))
+        _set_gate(layer.value_gate, weights, decay / torch.tensor(windows_per_head(layer)))
     model.config.flexdma = model.config.flexdma | {"calibrated": True}
     return Calibration(
         r_squared=[r_squared.tolist() for _, r_squared in fits],
         peaks=[futures[layer].mean_peak.tolist() for layer in layers],
-        windows=[_per_head(layer) for layer in layers],
+        windows=[windows_per_head(layer) for layer in layers],
         tokens=tokens,
     )
 
@@ -116,12 +113,12 @@ def _observe(
     model: PreTrainedModel,
     batches: Iterable[Tensor | Mapping[str, Tensor]],
     futures: Mapping[nn.Module, FutureOfKeys],
-    own_windows: Mapping[nn.Module, int],
+    sliding: Mapping[nn.Module, int],
     far: int,
 ) -> int:
     """Run the full model over the batches; the number of their tokens."""
     tokens = 0
-    with full_attention(model, lambda seen: futures[seen.layer].add(seen), own_windows):
+    with full_attention(model, lambda seen: futures[seen.layer].add(seen), sliding):
         for batch in logging.tqdm(batches, desc="Calibrating", unit="batch"):
             ids = _token_ids(batch, far)
             # Without the head, whose logits would be the largest tensor of the pass.
@@ -130,24 +127,18 @@ def _observe(
     return tokens
 
 
-def _divided(window_size: Any, peaks: Sequence[Tensor], own_windows: Sequence[int]) -> Any:
+def _divided(window_size: Any, peaks: Sequence[Tensor], sliding: Sequence[int]) -> Any:
     """Windows [layers][heads] of this mean in proportion to the peaks; a given sequence as it is."""
     if not isinstance(window_size, int) or isinstance(window_size, bool):
         return window_size
     checks.positive_int("window_size", window_size)
     heads = [len(peak) for peak in peaks]
-    widest = [min(own, WIDEST * window_size) for own in own_windows]
+    widest = [min(own, WIDEST * window_size) for own in sliding]
     whole = divided(
         window_size * sum(heads), torch.cat(list(peaks)), max(1, window_size // NARROWEST),
         torch.tensor(widest).repeat_interleave(torch.tensor(heads)),
     )  # fmt: skip
     return [part.tolist() for part in whole.split(heads)]
-
-
-def _per_head(layer: Any) -> list[int]:
-    """The windows of a converted layer."""
-    window = layer.dynamic_mask_options["window_size"]
-    return list(window) if isinstance(window, tuple) else [window] * layer.value_gate.num_kv_heads
 
 
 @torch.no_grad()

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from flexdma import checks
+from flexdma.integrations.partial_logits import body_of
 from flexdma.integrations.transformers.distillation.adapters import add_adapters, merge_adapters, without_adapters
 from flexdma.integrations.transformers.distillation.annealing import Annealing
-from flexdma.integrations.transformers.distillation.divergence import body_of, divergence
+from flexdma.integrations.transformers.distillation.divergence import divergence
 from flexdma.integrations.transformers.distillation.passes import recorded, without_gradients
 from flexdma.integrations.transformers.distillation.ranking import ranking_loss, start_constant_gates
 from flexdma.integrations.transformers.distillation.record import Distillation
@@ -20,9 +21,9 @@ from flexdma.integrations.transformers.distillation.refusals import (
     check_model,
     check_share,
     check_tokens,
-    own_windows,
     token_ids,
 )
+from flexdma.integrations.transformers.eligibility import attention_calls, own_windows
 from flexdma.integrations.transformers.full_attention import ObservedAttention, full_attention
 from flexdma.integrations.transformers.future_peaks import future_peaks
 
@@ -55,7 +56,7 @@ class Distiller:
         """Raises TypeError, ValueError or ImportError naming what cannot be distilled, before it changes the model."""
         check_model(model, recipe.gates)
         self.model, self.recipe, self.record = model, recipe, Distillation(model=model)
-        self.body, self.own_windows = body_of(model), own_windows(model)
+        self.body, self.own_windows = body_of(model), own_windows(attention_calls(model))
         self.layers = list(self.own_windows)
         self.annealing = Annealing(self.own_windows, recipe.anneal)
         self.ended = False

@@ -1,18 +1,13 @@
-"""The Kullback-Leibler divergence of two sets of predictions, without the logits of all tokens at once.
+"""The Kullback-Leibler divergence of two sets of predictions, without the logits of all tokens at once."""
 
-The body of a model computes hidden states for all tokens.  Then the model's own forward pass runs on a chunk of them at a
-time, with its body replaced, so that what a family does to its logits (scaling, softcap) is done here too.
-"""
-
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.functional import kl_div
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+
+from flexdma.integrations.partial_logits import partial_logits
 
 CHUNK = 256  # positions whose logits exist at once
 
@@ -41,35 +36,5 @@ def divergence(model: Any, ids: Tensor, teacher: Any, student: Any) -> Tensor:
     return total / ids.numel()
 
 
-def body_of(model: PreTrainedModel) -> PreTrainedModel:
-    """The part of a causal language model that computes hidden states: in some families the decoder inside its base model."""
-    decoder = model.get_decoder()
-    return decoder if isinstance(decoder, PreTrainedModel) else model.base_model
-
-
 def _log_probabilities(model: Any, ids: Tensor, output: Any, hidden: Tensor) -> Tensor:
-    made = type(output)(**{**output, "last_hidden_state": hidden})
-    with _replaced(body_of(model), made) as calls:
-        logits = model(input_ids=ids, use_cache=False).logits
-    if not calls:
-        raise TypeError(f"model: expected a forward pass that calls {type(body_of(model)).__name__}, got another one")
-    return logits.float().log_softmax(-1)
-
-
-@contextmanager
-def _replaced(body: Any, output: Any) -> Iterator[list[None]]:
-    """Inside, calls of `body` return `output`.  The list has one item per call."""
-    own, calls = body.__dict__.get("forward"), list[None]()
-
-    def forward(*_arguments: Any, **_named: Any) -> Any:
-        calls.append(None)
-        return output
-
-    body.forward = forward
-    try:
-        yield calls
-    finally:
-        if own is None:
-            del body.forward
-        else:
-            body.forward = own
+    return partial_logits(model, ids, output, hidden).float().log_softmax(-1)

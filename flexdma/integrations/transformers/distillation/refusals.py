@@ -7,9 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from flexdma.integrations.transformers.calibration.calibrate import UNBOUNDED
 from flexdma.integrations.transformers.converted import converted_layers
-from flexdma.integrations.transformers.eligibility import attention_calls, own_window
 from flexdma.integrations.transformers.future_peaks import FIRST, LEAST_QUERIES
 
 # Forms of gates that can predict a logarithm: linear in it, at any scale.
@@ -36,17 +34,6 @@ def check_share(name: str, share: object) -> None:
     """Raise ValueError unless it is a share of the steps."""
     if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
         raise ValueError(f"{name}: expected a share of the steps from 0 to 1, got {share!r}")
-
-
-def own_windows(model: PreTrainedModel) -> dict[Any, int]:
-    """The sliding window of the model's own of each attention layer, in order of `layer_idx`; UNBOUNDED without one.
-
-    Two forward passes of three tokens observe it.  Raises ValueError for learned sinks.
-    """
-    calls = attention_calls(model)
-    if any(call.arguments.get("s_aux") is not None for call in calls):
-        raise ValueError("model: expected attention without learned sinks (s_aux), which take part of each probability")
-    return {call.layer: own_window(call, UNBOUNDED) for call in calls}
 
 
 def token_ids(batch: Tensor | Mapping[str, Any]) -> Tensor:
