@@ -22,6 +22,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lifespans.visible import births_are_positions, seen_by_queries
 from flexdma.lowerings.reference_gate import biases
 from flexdma.packing import along_keys
+from flexdma.packing.counting import count_up_to
 from flexdma.signatures import ScoreMod
 
 
@@ -49,9 +50,9 @@ def timeline(lifespans: Lifespans, queries: int) -> Timeline:
     # Keys that no query sees come first, before all queries.
     entry, order = torch.where(never, -1, born).sort(dim=-1, stable=True)
     numbers = torch.arange(queries, dtype=entry.dtype, device=entry.device).expand(*entry.shape[:-1], -1).contiguous()
-    slot = numbers + torch.searchsorted(entry, numbers, right=True)
+    slot = numbers + count_up_to(entry, numbers)
     slots = torch.arange(keys + queries, device=entry.device).expand(*entry.shape[:-1], -1).contiguous()
-    query = torch.searchsorted(slot, slots).clamp(max=queries - 1)
+    query = count_up_to(slot, slots - 1).clamp(max=queries - 1)
     key_slot = torch.arange(keys, device=entry.device) + entry.clamp(min=0)
     last = slot.gather(-1, (dies.gather(-1, order) - 1).clamp(min=0).long())
     death = torch.where(never.gather(-1, order), key_slot, last + 1)

@@ -1,6 +1,7 @@
 """Lifespans -> places of the keys, and the blocks that a kernel visits.
 
 places.py           the place of each key, in periods
+counting.py         binary search in rows
 block_index.py      the blocks to visit, and which of them need no mask
 schedule.py         both in one operator
 """

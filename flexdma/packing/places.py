@@ -19,6 +19,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.order_statistics import scattered
+from flexdma.packing.counting import count_up_to
 from flexdma.rounding import ceil_div, round_up
 
 # The least number of positions of a period, in units of w (the best of 2, 3, 4 and 8 over seven gate families, measured),
@@ -119,7 +120,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     number = torch.arange(layout.total, dtype=torch.int32, device=born.device)
     owner, sorted_end, by_end = _sorted_pieces(first_period, dies, count, ends, number, layout)
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
-    period_begin = torch.searchsorted(sorted_end, bounds.expand(*born.shape[:-1], -1).contiguous(), right=True)
+    period_begin = count_up_to(sorted_end, bounds)
 
     # The n-th place of a period takes its n-th piece.  place_begin [B, H, periods], period_begin [B, H, periods + 1], others
     # [B, H, L].
@@ -130,7 +131,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     else:
         room = (period_begin[..., 1:] - period_begin[..., :-1] + unit - 1) // unit * unit
         place_begin = (room.cumsum(-1) - room).int()
-        place_period = torch.searchsorted(place_begin, number.expand_as(owner).contiguous(), right=True) - 1
+        place_period = count_up_to(place_begin, number) - 1
         rank = number - place_begin.gather(-1, place_period)
     piece = period_begin.gather(-1, place_period) + rank
     period_end = period_begin.gather(-1, place_period + 1)
@@ -159,8 +160,7 @@ def _sorted_pieces(
     Returns three [B, H, L].  Numbers beyond the last piece get an end above every other.
     """
     period, periods, *_ = layout
-    owner = torch.searchsorted(ends, number.expand(*ends.shape[:-1], -1).contiguous(), right=True)
-    owner = owner.clamp(max=ends.shape[-1] - 1)
+    owner = count_up_to(ends, number).clamp(max=ends.shape[-1] - 1)
     reached = first_period.gather(-1, owner) + number - (ends - count).gather(-1, owner)
     end = torch.minimum(dies.gather(-1, owner), (reached + 1) * period)
     # Sorting pieces by end groups them by period: that is the final layout.
