@@ -17,6 +17,7 @@ from flexdma import checks
 from flexdma.lifespans import Selection
 from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
+from flexdma.opaque import apart
 from flexdma.signatures import AttentionOptions, ScoreMod
 from flexdma.state import DynamicMaskState, check_state_matches, state_options
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
@@ -135,6 +136,7 @@ def dynamic_mask_attention(
         output, after = decode(query, key, value, gate, state, scale=scale, donate=donate)
         return (output, after) if return_state else output
     query, key, value = autocast(query, key, value)
+    gate = apart(gate)
     checks.attention_arguments(query, key, value)
     checks.bias("gate", gate, key)
     checks.scores(scale, score_mod)

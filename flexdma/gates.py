@@ -23,6 +23,7 @@ from torch.nn.functional import logsigmoid, softplus
 
 from flexdma import checks
 from flexdma.mixed_precision import is_autocast
+from flexdma.opaque import apart
 from flexdma.sequences import Sequences, packed_sequences
 
 FORMS = ("exp", "linear", "identity")
@@ -179,16 +180,17 @@ class ValueGate(nn.Module):
         decay = -logsigmoid(self._project(self.forget_proj, value)).double()
         if mask is not None:
             decay = decay.masked_fill(~mask[:, None], 0.0)
+        decay = apart(decay)
         if sequences is not None:
             total = decay.cumsum(-1)
             return total - (total - decay)[..., sequences.start]
-        decay = decay.cumsum(-1)
+        total = apart(decay.cumsum(-1))
         if before is None:
-            return decay
+            return total
         checks.tensor("forgotten", before, (value.shape[0], self.num_kv_heads), value)
         if before.dtype != torch.float64:
             raise TypeError(f"forgotten: expected torch.float64, got {before.dtype}")
-        return decay + before[..., None]
+        return total + before[..., None]
 
     def _project(self, projection: nn.Module, value: Tensor) -> Tensor:
         """[B, Hkv, K, Dv] -> [B, Hkv, K] float32, from all heads of a position.

@@ -32,6 +32,16 @@ def _realize_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Ten
     return realize(tensor.movedim(in_dims[0], 0)), 0
 
 
+def apart(tensor: Tensor) -> Tensor:
+    """The tensor as a buffer of its own in a graph that Inductor compiles for a GPU; elsewhere the tensor itself.
+
+    Inductor would otherwise compute a gate again in each of the many kernels of selection and state, and torch 2.11 fails to
+    generate some of the kernels that it fuses from them.
+    """
+    fuses = tensor.device.type != "cpu" and torch.compiler.is_compiling() and not is_exporting()
+    return realize(tensor) if fuses else tensor
+
+
 def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[Tensors], Tensors]:
     """Decorator: on a CPU the function is one opaque operator `flexdma::name`; on other devices it is traced and fused.
 

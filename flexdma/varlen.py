@@ -14,7 +14,7 @@ from flexdma import checks
 from flexdma.lifespans import Selection
 from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
-from flexdma.opaque import realize
+from flexdma.opaque import apart, realize
 from flexdma.sequences import Sequences, packed_sequences
 from flexdma.signatures import ScoreMod, VarlenOptions
 from flexdma.state import DynamicMaskState
@@ -108,7 +108,7 @@ def dynamic_mask_attention_varlen(
     """
     refuse_jit_trace()
     query, key, value = autocast(query, key, value)
-    query, key, value, gate = _as_one_row(query, key, value, gate)
+    query, key, value, gate = _as_one_row(query, key, value, apart(gate))
     checks.attention_arguments(query, key, value)
     checks.bias("gate", gate, key)
     checks.scores(scale, score_mod)
