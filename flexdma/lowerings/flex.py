@@ -15,7 +15,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lowerings import gate_gradient
 from flexdma.lowerings.default_options import block_size_of, device_options
 from flexdma.lowerings.flash import flash_block_size, is_flash
-from flexdma.lowerings.packed_keys import at_places, folded_rows
+from flexdma.lowerings.packed_keys import at_places, folded_rows, wide_enough
 from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
@@ -55,6 +55,8 @@ def flex_attend(
         for tensor in (query, key, value, bias, *lifespans):
             for length in () if tensor is None else tensor.shape:
                 index(length)
+    value_size = value.shape[-1]
+    query, key, value = map(wide_enough, (query, key, value))
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     # Groups, blocks and periods are constants of a kernel and cannot be symbols: each value compiles once.
@@ -100,7 +102,7 @@ def flex_attend(
         route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
         () if on_cpu else device_options(*call), return_lse=sink_logits is not None,
     )  # fmt: skip
-    output = output.unflatten(2, (queries, group))  # [B, Hkv, Q, G, Dv]
+    output = output[..., :value_size].unflatten(2, (queries, group))  # [B, Hkv, Q, G, Dv]
     if sink_logits is not None and lse is not None:
         share = share_of_keys(lse.unflatten(2, (queries, group)), sink_scores(sink_logits, reference).float())
         output = (output * share[..., None]).to(query.dtype)

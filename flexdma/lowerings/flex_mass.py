@@ -24,7 +24,7 @@ from flexdma.lowerings.default_options import (
     with_defaults,
 )
 from flexdma.lowerings.gate_gradient import COLUMNS, transposed_block_mask
-from flexdma.lowerings.packed_keys import at_places, folded_rows, sum_of_pieces
+from flexdma.lowerings.packed_keys import at_places, folded_rows, sum_of_pieces, wide_enough
 from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.opaque import realize
@@ -64,6 +64,7 @@ def flex_mass(
     in_order, capacity: as in `flexdma.lowerings.attend`.  block_size: None = tuned on this device, or the default.
     Call it compiled: uncompiled FlexAttention materialises Q x K scores.
     """
+    query, key = wide_enough(query), wide_enough(key)
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
     group = index(query_heads // heads)

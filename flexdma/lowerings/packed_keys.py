@@ -1,16 +1,24 @@
-"""Gather keys to the places of a `Packing`, sum numbers of places back to keys, and fold the query heads of a group."""
+"""Heads as FlexAttention takes them, keys at the places of a `Packing`, and sums of places back to keys."""
 
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import embedding_bag
+from torch.nn.functional import embedding_bag, pad
 
 from flexdma.packing import Packing, along_keys
 from flexdma.rounding import ceil_div
 
 # Largest bag of unused entries in `sum_of_pieces`.
 TAIL = 64
+# The smallest head of FlexAttention's Triton kernels.
+SMALLEST_HEAD = 16
+
+
+def wide_enough(tensor: Tensor) -> Tensor:
+    """[..., D] with zeros up to D = 16 on a GPU; wider heads, and those on a CPU, as they are."""
+    missing = SMALLEST_HEAD - tensor.shape[-1]
+    return pad(tensor, (0, missing)) if missing > 0 and tensor.device.type != "cpu" else tensor
 
 
 def folded_rows(query: Tensor, heads: int) -> Tensor:
