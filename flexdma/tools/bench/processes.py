@@ -78,8 +78,11 @@ def measure_apart(case: Planned, setting: Setting, turns: Turns) -> list[Row]:
 def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
     context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
-        # Import these once, so that a process forks in milliseconds and compiles seconds earlier.  Neither uses CUDA.
-        context.set_forkserver_preload([__name__, "torch._inductor.compile_fx"])
+        # Import these once, so that a process forks in milliseconds and compiles seconds earlier.  A process that has
+        # initialised CUDA cannot fork, and importing Inductor does so (torch 2.11).
+        context.set_forkserver_preload(
+            ["torch"] if setting.device == "cuda" else [__name__, "torch._inductor.compile_fx"]
+        )
     ours, theirs = context.Pipe()
     process = context.Process(target=_measure, args=(theirs, case, setting, turns.rounds, turns.budget, turns.without))
     process.start()
