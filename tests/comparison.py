@@ -31,7 +31,7 @@ def with_gradients(function, tensors, *captured, **options):
     leaves = [t.detach().clone().requires_grad_() for t in tensors]
     output = function(*leaves, **options)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    gradients = torch.autograd.grad(output, [*leaves, *captured], cotangent.to(output.dtype))
+    gradients = torch.autograd.grad(output, [*leaves, *captured], cotangent.to(output))
     return [output.detach(), *gradients]
 
 

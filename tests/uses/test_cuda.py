@@ -29,7 +29,7 @@ def compare(tensors, **options):
     plain = with_gradients_on_gpu(dense_dynamic_mask_attention, tensors, **options)
     got = with_gradients_on_gpu(flexdma.dynamic_mask_attention, tensors, lowering="flex", **options)
     for name, a, b, c in zip(("output", "query", "key", "value", "gate"), got, plain, exact, strict=True):
-        error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max() + 2e-5
+        error, allowed = (a.double() - c).abs().max(), 2 * (b.double() - c).abs().max() + 2e-6 * c.abs().max() + 2e-5
         assert error <= allowed, f"{name}: {error} > {allowed}"
 
 
@@ -38,11 +38,6 @@ def with_gradients_on_gpu(function, tensors, **options):
     output = function(*leaves, **options)
     cotangent = torch.randn(output.shape, generator=torch.Generator().manual_seed(1)).to(output)
     return [output.detach(), *torch.autograd.grad(output, leaves, cotangent)]
-
-
-@pytest.fixture(autouse=True)
-def _full_float32(monkeypatch):
-    monkeypatch.setattr(torch.backends.cuda.matmul, "allow_tf32", False)
 
 
 @pytest.mark.parametrize("name", [name for name in VARIANTS if name != "softcap"])
