@@ -68,14 +68,12 @@ class Selection:
         assert self.window_size is not None
         return _on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
 
-    def refuse_without_state(self) -> None:
-        """Raise ValueError unless a state bounds what later queries can see."""
+    def refuse_without_state(self, where: str = "with a state") -> None:
+        """Raise ValueError unless a state bounds what later queries can see.  where: of the call, for the message."""
         if self.kind not in STATEFUL_SELECTIONS:
-            raise ValueError(f"selection: expected one of {STATEFUL_SELECTIONS} with a state, got {self.kind!r}")
+            raise ValueError(f"selection: expected one of {STATEFUL_SELECTIONS} {where}, got {self.kind!r}")
         if self.window_size is None:
-            raise ValueError(
-                "window_size: expected an int or one per gate head with a state, which it bounds, got None"
-            )
+            raise ValueError(f"window_size: expected an int or one per gate head {where}, which it bounds, got None")
 
     @staged("lifespans")
     def lifespans(

@@ -3,6 +3,7 @@
 dynamic_mask_state.py   DynamicMaskState
 layout.py               the tensors of a state, and the check that two states match
 carry.py                the keys of a state before new ones, and the state after them
+joined.py               the state after two runs of tokens that were read apart
 rollback.py             the state before the last tokens
 decoding.py             one new token
 files.py                states as safetensors files

@@ -95,16 +95,21 @@ def _places(state: "DynamicMaskState") -> Tensor:
     return slots.scatter(-1, place, ordinal.expand_as(place))[..., :capacity]
 
 
-def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> "DynamicMaskState":
+def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans | None) -> "DynamicMaskState":
     """The state after these keys.  O(M log M) time.
 
-    state: the state before them, for its options, length and last positions.  lifespans: of `keys`.
+    state: the state before them, for its options, length and last positions.
+    lifespans: of `keys`; None = not computed, and last_loss is the last position, so that `crop` refuses.
     """
     total = keys.gate.shape[-1]
     real = keys.gate != float("-inf")
     if keys.key_padding_mask is not None:
         real = real & keys.key_padding_mask[:, None]
-    last_loss = _last_loss(state, lifespans, total, keys.new)
+    length = state.length + keys.new
+    if lifespans is None:
+        last_loss = (length - 1)[:, None].expand_as(state.last_loss).contiguous()
+    else:
+        last_loss = _last_loss(state, lifespans, total, keys.new)
     document = state.document
     if keys.document_ids is not None:
         # A copy: the caller may overwrite the ids, and torch.compile would guard the strides of a view.
@@ -119,7 +124,7 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans) -> 
     return kept(
         replace(
             state,
-            length=state.length + keys.new,
+            length=length,
             real_length=real_length,
             last_padding=last_padding,
             document=document,
