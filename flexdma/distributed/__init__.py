@@ -1,9 +1,15 @@
 """Attention on more than one device, by torch.distributed: the part of flexdma that needs a process group.
 
 context_parallel_dynamic_mask_attention     the operator over a sequence that is divided over ranks
-shard_positions                             the positions of a rank's tokens, for rotary embeddings
+context_parallel, ContextParallelDynamicMaskAttention   the same for layers; shard_positions: for rotary embeddings
 """
 
 from flexdma.distributed.context_parallel import context_parallel_dynamic_mask_attention, shard_positions
+from flexdma.distributed.context_parallel_layer import ContextParallelDynamicMaskAttention, context_parallel
 
-__all__ = ["context_parallel_dynamic_mask_attention", "shard_positions"]
+__all__ = [
+    "ContextParallelDynamicMaskAttention",
+    "context_parallel",
+    "context_parallel_dynamic_mask_attention",
+    "shard_positions",
+]
