@@ -4,7 +4,7 @@ context_parallel_dynamic_mask_attention     the operator over a sequence that is
 context_parallel, ContextParallelDynamicMaskAttention   the same for layers; shard_positions: for rotary embeddings
 """
 
-from flexdma.distributed.context_parallel import context_parallel_dynamic_mask_attention, shard_positions
+from flexdma.distributed.context_parallel_attention import context_parallel_dynamic_mask_attention, shard_positions
 from flexdma.distributed.context_parallel_layer import ContextParallelDynamicMaskAttention, context_parallel
 
 __all__ = [

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
 from flexdma.distributed.agreement import refuse_other_mesh, same_on_all_ranks
-from flexdma.distributed.context_parallel import context_parallel_dynamic_mask_attention
+from flexdma.distributed.context_parallel_attention import context_parallel_dynamic_mask_attention
 from flexdma.distributed.prefix_scan import sum_of_earlier_ranks
 from flexdma.mixed_precision import autocast
 from flexdma.modules import DynamicMaskAttention

@@ -119,6 +119,10 @@ def context_parallel_dynamic_mask_attention(
     Messages: ceil(log2 P) per rank of P, each with C = w + sinks + recent keys per KV head, and as many in the backward;
     the length of the sequence is in none.  Otherwise the time and memory of n queries over C + n keys, and O(C log C log P).
     """
+    if is_transformed():
+        raise NotImplementedError(
+            "torch.func: expected a call outside of its transformations, as they send no messages"
+        )
     query, key, value = autocast(query, key, value)
     checks.attention_arguments(query, key, value)
     checks.bias("gate", gate, key)
