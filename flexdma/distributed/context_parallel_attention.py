@@ -24,7 +24,7 @@ from flexdma.signatures import ScoreMod, VarlenOptions
 from flexdma.state import DynamicMaskState
 from flexdma.state.dynamic_mask_state import TENSORS
 from flexdma.state.joined import Run, empty_run, joined, run_of
-from flexdma.transforms import needs_gradient
+from flexdma.transforms import is_transformed, needs_gradient
 
 
 @overload

@@ -16,9 +16,10 @@ from torch.distributed.device_mesh import DeviceMesh
 def shifted(tensors: Sequence[Tensor], distance: int, mesh: DeviceMesh) -> tuple[Tensor, ...]:
     """The tensors of the rank `distance` before this one in a mesh of one dimension; zeros where there is none.
 
-    tensors: of shapes and dtypes that are equal on all ranks.
-    Differentiable: the backward sends the gradients of what was received back, in float32 where dtypes have 16 bits, because
-    the owner adds gradients of several ranks.  All ranks must call it, and its backward, in the same order.
+    tensors: of shapes and dtypes that are equal on all ranks.  distance: may be negative.
+    Differentiable, any number of times: the backward sends the gradients of what was received back, in float32 where dtypes
+    have 16 bits, because the owner adds gradients of several ranks.  All ranks must call it, and its backward, in the same
+    order.
     """
     return _Shift.apply(distance, mesh.get_local_rank(), mesh.size(), mesh.get_group().group_name, *tensors)
 
@@ -40,7 +41,7 @@ class _Shift(torch.autograd.Function):
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
             if dtype.is_floating_point
         ]
-        returned = iter(_exchanged(wide, -distance, rank, size, group))
+        returned = iter(_Shift.apply(-distance, rank, size, group, *wide))
         return (
             None, None, None, None,
             *(next(returned).to(dtype) if dtype.is_floating_point else None for dtype in ctx.dtypes),
@@ -48,7 +49,7 @@ class _Shift(torch.autograd.Function):
 
 
 def _exchanged(tensors: Sequence[Tensor], distance: int, rank: int, size: int, group: Any) -> tuple[Tensor, ...]:
-    """`shifted` without gradients; distance may be negative."""
+    """`shifted` without gradients."""
     # Large elements first, so that each tensor starts at a multiple of its element size.
     order = sorted(range(len(tensors)), key=lambda index: -tensors[index].element_size())
     message = torch.cat([tensors[index].contiguous().view(-1).view(torch.uint8) for index in order])

@@ -1,6 +1,7 @@
 """The bytes that a rank receives in collectives."""
 
 from collections.abc import Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -39,5 +40,5 @@ def _received(func: Any, args: tuple[Any, ...]) -> int:
     if func is COLLECTIVES.all_to_all_single.default:
         rank = torch.distributed.get_rank(distributed_c10d._resolve_process_group(args[3]))
         others = sum(size for source, size in enumerate(args[1]) if source != rank)
-        return others * tensor.element_size() * tensor[:1].numel()
+        return others * tensor.element_size() * prod(tensor.shape[1:])
     raise NotImplementedError(f"bytes of {func}")

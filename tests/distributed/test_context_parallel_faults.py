@@ -1,12 +1,14 @@
 """Calls over ranks that differ, have no meaning, or lose a rank end with an error on every rank."""
 
 import os
+from collections.abc import Callable
 from datetime import timedelta
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 from torch.distributed import distributed_c10d
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -85,8 +87,13 @@ def refused(call):
     }
     if call == "fewer queries":
         tensors[0] = tensors[0][:, :, 1:]
-    with pytest.raises((TypeError, ValueError)) as error:
-        context_parallel_dynamic_mask_attention(*tensors, mesh=mesh, **{"window_size": 4} | changes.get(call, {}))
+    options = {"window_size": 4, "mesh": mesh} | changes.get(call, {})
+    attend: Callable[..., Tensor] = partial(context_parallel_dynamic_mask_attention, **options)
+    if call == "torch.func":
+        attend = torch.func.vmap(attend)
+        tensors = [tensor[None] for tensor in tensors]
+    with pytest.raises((TypeError, ValueError, NotImplementedError)) as error:
+        attend(*tensors)
     return str(error.value)
 
 
@@ -101,6 +108,7 @@ def refused(call):
             "window_size: expected an int or one per gate head over several ranks, which it bounds, got None",
         ),
         ("global", "selection: expected one of ('causal', 'threshold') over several ranks, got 'global'"),
+        ("torch.func", "torch.func: expected a call outside of its transformations, as they send no messages"),
         ("fewer queries", "query: expected 10 positions as key has, got 9"),
     ],
 )

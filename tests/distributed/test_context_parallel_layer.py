@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.utils.checkpoint import checkpoint
 
 from flexdma import DynamicMaskAttention
@@ -55,6 +56,19 @@ def results(layer, hidden, positions, mask, documents, *, wrap=None, autocast=Fa
     return output.detach(), hidden.grad, parameters
 
 
+def changing_lengths(layer):
+    """The compiled layer after calls with fewer tokens."""
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+
+    def call(hidden, tables, **masks):
+        for tokens in (2, 3):
+            fewer = {name: mask[:, :tokens] for name, mask in masks.items()}
+            compiled(hidden[:, :tokens], [table[:tokens] for table in tables], **fewer)
+        return compiled(hidden, tables, **masks)
+
+    return call
+
+
 def on_ranks(layer, how, autocast=False, lengths=LENGTHS):
     """`results` of this rank's part; None on ranks without one."""
     mesh = DeviceMesh("cpu", list(range(len(lengths))))
@@ -69,6 +83,7 @@ def on_ranks(layer, how, autocast=False, lengths=LENGTHS):
             lambda *inputs, **options: checkpoint(layer, *inputs, use_reentrant=False, **options)
         ),
         "compiled": lambda layer: torch.compile(layer, fullgraph=True, backend="aot_eager"),
+        "compiled for changing lengths": changing_lengths,
         "compiled by Inductor": lambda layer: torch.compile(layer, fullgraph=True),
     }[how]
     return results(
@@ -95,7 +110,7 @@ def in_one_process(layer, **options):
         *((recency, "eager", LENGTHS) for recency in RECENCIES),
         ("forget", "checkpointed", LENGTHS),
         ("slope", "compiled", [30, 10]),
-        pytest.param("forget", "compiled", LENGTHS, marks=pytest.mark.slow),
+        pytest.param("forget", "compiled for changing lengths", LENGTHS, marks=pytest.mark.slow),
         pytest.param("slope", "compiled by Inductor", LENGTHS, marks=pytest.mark.slow),
     ],
 )
@@ -114,6 +129,26 @@ def test_autocast_rounds_as_in_one_process(ranks, recency):
     assert got[0].dtype == plain[0].dtype == torch.bfloat16
     for a, b, c in zip(got, plain, exact, strict=True):
         assert (a - c).norm() <= 2 * (b - c).norm()
+
+
+def gradients_of_shards(layer):
+    """The whole gradients of parameters, by FSDP2, which averages over ranks."""
+    mesh = init_device_mesh("cpu", (WORLD,))
+    layer = fully_shard(context_parallel(layer, mesh), mesh=mesh)
+    hidden, mask, _ = (tensor.split(LENGTHS, 1)[mesh.get_local_rank()] for tensor in tokens())
+    output = layer(hidden.float(), key_padding_mask=mask)
+    (WORLD * output.square().sum()).backward()
+    return {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
+
+
+def test_fully_shard_sums_the_gradients_of_ranks(ranks):
+    layer = make_layer("forget").float()
+    hidden, mask, _ = tokens()
+    layer(hidden.float(), key_padding_mask=mask).square().sum().backward()
+    for gradients in ranks.run(gradients_of_shards, make_layer("forget").float()):
+        assert gradients.keys() == dict(layer.named_parameters()).keys()
+        for name, parameter in layer.named_parameters():
+            torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
 
 
 def forgotten(layer):
