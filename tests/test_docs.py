@@ -23,7 +23,7 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 # Packages whose `__all__` is public; the names that flexdma itself has are added.
-PUBLIC = ("score_mods", "block_masks", "integrations.transformers", "plots", "tools.cost", "tools.doctor",
+PUBLIC = ("score_mods", "block_masks", "distributed", "integrations.transformers", "plots", "tools.cost", "tools.doctor",
           "tools.explain", "tools.inspect")  # fmt: skip
 
 

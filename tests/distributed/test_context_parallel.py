@@ -91,7 +91,7 @@ def cases(draw):
     return [query, key, value, gate], lengths, options
 
 
-@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
 def test_ranks_compute_what_one_process_computes(ranks, case):
     tensors, lengths, options = case
