@@ -39,7 +39,8 @@ def same_on_all_ranks(
     return _compared(tensor, *arguments)
 
 
-@torch.library.custom_op("flexdma::same_on_all_ranks", mutates_args=())
+# CUDA graphs leave it out, because it reads the device and keeps a tensor.
+@torch.library.custom_op("flexdma::same_on_all_ranks", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _compared(tensor: Tensor, options: str, sizes: list[int], group: str) -> Tensor:
     _compare(tensor, options, sizes, group)
     return tensor.clone()
