@@ -9,6 +9,7 @@ lifespan_figure    one horizontal line per key, from birth to death
 lifetime_figure    histogram of the lifetimes of keys
 gate_figure        gates along a text, with its tokens
 sparsity_figure    the share of keys that no query sees, per layer and head, over training
+loss_figure        losses over training, and their difference to those of one model
 scaling_figure     time against length and window, from benchmark results
 """
 
@@ -20,6 +21,7 @@ if importlib.util.find_spec("matplotlib") is None:
 from flexdma.plots.blocks import TileMaps, block_figure, tile_maps, visited
 from flexdma.plots.gates import gate_figure
 from flexdma.plots.lifespans import lifespan_figure, lifetime_figure
+from flexdma.plots.losses import loss_figure
 from flexdma.plots.masks import mask_figure
 from flexdma.plots.scaling import scaling_figure
 from flexdma.plots.sparsity import never_visible, sparsity_figure
@@ -30,6 +32,7 @@ __all__ = [
     "gate_figure",
     "lifespan_figure",
     "lifetime_figure",
+    "loss_figure",
     "mask_figure",
     "never_visible",
     "scaling_figure",

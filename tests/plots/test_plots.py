@@ -153,3 +153,22 @@ def test_pyplot_is_not_touched_and_matplotlib_is_asked_for_by_name():
     done = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     assert "pip install flexdma[plot]" in done.stdout
+
+
+def test_losses_are_smoothed_and_compared_step_by_step():
+    losses = {"a": [float(step) for step in range(20)], "b": [step + 0.5 for step in range(20)], "c": [9.0] * 20}
+    figure = drawn(plots.loss_figure(losses, {"a": 1.0, "b": 2.0, "c": 3.0}, baseline="a"))
+    left, right = figure.axes
+    smooth = [np.mean(losses["a"][max(0, step - 14) : step + 1]) for step in range(20)]
+    assert np.asarray(left.lines[0].get_ydata()) == pytest.approx(smooth, abs=1e-5)
+    assert [np.asarray(line.get_ydata())[-1] for line in right.lines] == pytest.approx(
+        [0, 0.5, 9 - smooth[-1]], abs=1e-5
+    )
+    assert right.get_ylim()[1] == pytest.approx(0.6)  # c is far away
+    assert "b: 2.000" in str(left.get_legend_handles_labels()[1])
+    two = plots.loss_figure({name: losses[name] for name in "ac"}, {"a": 1.0, "c": 3.0}, baseline="a")
+    assert two.axes[1].get_ylim()[1] == pytest.approx(1.2 * 9)  # of two models both are seen
+    with pytest.raises(ValueError, match="baseline: expected one of a, b, c, got d"):
+        plots.loss_figure(losses, {}, baseline="d")
+    with pytest.raises(ValueError, match="losses: expected the same number of steps for each label, got"):
+        plots.loss_figure({"a": losses["a"], "d": [1.0]}, {}, baseline="a")
