@@ -27,6 +27,7 @@ from flexdma.tools.bench.suites import FORWARD, SECTIONS, SUITES, TRAINING
 from flexdma.tools.bench.visited import living_pairs, packing_ratios, visited_over_ideal
 from flexdma.tools.budget import Budget
 from flexdma.tools.gate_families import autoregressive, gate_families
+from flexdma.tools.marks import between
 from flexdma.tools.records import Results
 from flexdma.tools.shapes import Shape, inputs
 from flexdma.tools.stages import BEFORE_ATTENTION, WHOLE, Ledger, profile
@@ -366,7 +367,9 @@ def test_the_page_of_the_docs_shows_the_results_beside_it(suite):
     page = (RESULTS.parent.parent / "benchmarks.md").read_text()
     source = RESULTS.with_name(f"bench-{suite}.json")
     text = report.markdown(Results.from_json(source.read_text()) if source.exists() else Results({"suite": suite}))
-    assert report.between(page, suite, text) == page, "python -m flexdma bench --from ... --markdown docs/benchmarks.md"
+    assert between(page, f"bench {suite}", text) == page, (
+        "python -m flexdma bench --from ... --markdown docs/benchmarks.md"
+    )
 
 
 def gpu_results(forward=0.001):

@@ -14,6 +14,7 @@ from flexdma.tools.bench.processes import measure_all
 from flexdma.tools.bench.sections import Setting, begun, planned
 from flexdma.tools.bench.suites import SUITES
 from flexdma.tools.budget import SHARE, Budget
+from flexdma.tools.marks import between
 from flexdma.tools.records import Results
 from flexdma.tools.refusal import RefusedError, check_installed, refusing
 from flexdma.tools.timing import Turns
@@ -41,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     with refusing(ValueError, OSError):
         if arguments.markdown:  # refuse a page without marks before measuring for minutes
             suite = arguments.source.about["suite"] if arguments.source else arguments.suite
-            report.between(arguments.markdown.read_text(), suite, "")
+            between(arguments.markdown.read_text(), f"bench {suite}", "")
         results = arguments.source or _measured(arguments)
         _write(results, arguments)
     return 0
@@ -51,7 +52,7 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
     text = report.markdown(results)
     print(text)
     if arguments.markdown:
-        page = report.between(arguments.markdown.read_text(), results.about["suite"], text)
+        page = between(arguments.markdown.read_text(), f"bench {results.about['suite']}", text)
         atomic_write(arguments.markdown, partial(Path.write_text, data=page))
     if arguments.plot:
         from flexdma.plots import scaling_figure

@@ -19,16 +19,3 @@ def markdown(results: Results) -> str:
     lines += ["", "Cases that failed:", "", *failed] if failed else []
     lines += ["", "Cases skipped, because the time was used up:", "", *skipped] if skipped else []
     return "\n".join(lines) + "\n"
-
-
-def between(page: str, suite: str, text: str) -> str:
-    """`page` with the text between the marks of this suite replaced by `text`.
-
-    The marks are the lines <!-- bench SUITE --> and <!-- end of bench SUITE -->.  Raises ValueError if one is missing.
-    """
-    first, last = f"<!-- bench {suite} -->\n", f"<!-- end of bench {suite} -->"
-    before, found, rest = page.partition(first)
-    _, closed, after = rest.partition(last)
-    if not found or not closed:
-        raise ValueError(f"page: expected the lines {first.strip()!r} and {last!r}, got a page without one of them")
-    return f"{before}{first}\n{text}\n{last}{after}"

@@ -1,4 +1,4 @@
-"""FLOPs, bytes, memory and communication of each call, as expressions.
+"""FLOPs, bytes and memory of each call on one device, as expressions.
 
 Bytes are those that the generated kernels move when each reads its inputs and writes its outputs once.
 tests/tools/test_cost.py checks that the sums are within 10 % of the compiler's count.
@@ -19,7 +19,7 @@ from flexdma.tools.cost_model.packed_blocks import (
     row_blocks_of_a_period,
 )
 from flexdma.tools.cost_model.pairs import shown_pairs
-from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots, w
+from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots
 
 ROUNDS_END = 2**21  # keys; below, ranking resolves two bits per round, from there on one
 # Bytes per row (a query of one head).  Forward: its log-sum-exp.  Backward: that, and D_i = dO_i . o_i twice.
@@ -110,27 +110,6 @@ def decode() -> Cost:
         bytes=keys * (BYTES["decode, byte"] * (D + Dv) * element + BYTES["decode, key"]),
         metadata=keys * (gate_element + 8),
         peak=state,
-    )
-
-
-def context_parallel(*, training: bool = False) -> Cost:
-    """One rank's share of a sequence over `ranks`, by exchanging bounded states; flexdma does not implement it.
-
-    A rank computes N / ranks queries.  Of earlier ranks it needs only the state after them, the w best keys per KV head.
-    Merging two states is associative, so ceil(log2 ranks) exchanges of one state reach every rank.  In training the
-    gradients of those keys return the same way.
-    """
-    calls = [forward(training=training), *([backward()] if training else [])]
-    share = {N: N / ranks}
-    state = B * Hkv * w * ((D + Dv) * element + gate_element + 8)
-    returned = B * Hkv * w * ((D + Dv) * element + gate_element) if training else NOTHING
-    return Cost(
-        # Every query sees w keys, also the first queries of a share, except on the first rank.
-        flops=sum((call.flops for call in calls), NOTHING).subs(shown_pairs(), N * w).subs(share),
-        bytes=sum((call.bytes for call in calls), NOTHING).subs(share) + 3 * state,
-        metadata=metadata(training=training).subs(share),
-        peak=Max(*(call.peak for call in calls)).subs(share) + 2 * state,
-        received=ceiling(log(ranks, 2)) * (state + returned),
     )
 
 

@@ -12,16 +12,24 @@ class Device:
     flops: float
     bandwidth: float  # of its own memory
     memory: float  # bytes
-    link: float  # from other devices, one direction
+    link: float  # from other devices of its node, one direction
     source: str
+    network: float = 50e9  # from devices of other nodes, one direction
+    node: int = 8  # devices that `link` joins
 
 
 TERA, GIGA = 1e12, 1e9
 # Vendors give NVLink's bandwidth for both directions together and, for Hopper and Blackwell, FLOPs with sparsity.  Both are
-# halved here.
+# halved here.  The network is that of the vendor's DGX, one InfiniBand port per device: 200 Gb/s for A100, 400 for others.
 DEVICES = {
     "a100": Device(
-        "NVIDIA A100 SXM 80 GB", 312 * TERA, 2.039 * TERA, 80 * GIGA, 300 * GIGA, "NVIDIA A100 datasheet (2021)"
+        "NVIDIA A100 SXM 80 GB",
+        312 * TERA,
+        2.039 * TERA,
+        80 * GIGA,
+        300 * GIGA,
+        "NVIDIA A100 datasheet (2021)",
+        network=25 * GIGA,
     ),
     "h100": Device("NVIDIA H100 SXM", 989.5 * TERA, 3.35 * TERA, 80 * GIGA, 450 * GIGA, "NVIDIA H100 datasheet (2024)"),
     "h200": Device("NVIDIA H200 SXM", 989.5 * TERA, 4.8 * TERA, 141 * GIGA, 450 * GIGA, "NVIDIA H200 datasheet (2024)"),
