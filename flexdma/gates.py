@@ -16,6 +16,7 @@ alone cancel in the softmax, so these two need one number per key:
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -84,8 +85,11 @@ class ValueGate(nn.Module):
         """
         nn.init.zeros_(self.A)
         if self.recency == "slope":
+            slopes = torch.tensor(self.initial_slopes)
+            if hasattr(self.slope, "device_mesh"):  # a DTensor
+                slopes = _like(self.slope, slopes)
             with torch.no_grad():
-                self.slope.copy_(torch.tensor(self.initial_slopes))
+                self.slope.copy_(slopes)
 
     def extra_repr(self) -> str:
         return (
@@ -140,7 +144,8 @@ class ValueGate(nn.Module):
         sequences: Sequences | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
         """The gates, and with recency="forget" the sums of -logsigmoid."""
-        scale = self.A if self.A.dtype == torch.float32 else self.A.float()
+        scale = self._of_heads("A")
+        scale = scale if scale.dtype == torch.float32 else scale.float()
         projected = self._project(self.dt_proj, value)
         gate = scale.unsqueeze(-1) * (projected if self.form == "identity" else softplus(projected))
         if self.form == "exp":
@@ -150,7 +155,7 @@ class ValueGate(nn.Module):
         if self.recency == "forget":
             total = self._forgotten(value, mask, forgotten, sequences)
             return gate.double() + total, total
-        slope = self.slope.double()
+        slope = self._of_heads("slope").double()
         # Decoding.  A length is compared only after another position than 0, because torch.export would guard it.
         if (
             type(first_position) is int
@@ -165,6 +170,18 @@ class ValueGate(nn.Module):
         if sequences is not None:
             position = position - position[:, sequences.start]
         return gate.double() + slope.unsqueeze(-1) * position.unsqueeze(1), None
+
+    def _of_heads(self, name: str) -> Tensor:
+        """Parameter `name` [Hkv]; under tensor parallelism the numbers of this rank's heads."""
+        parameter: Tensor = getattr(self, name)
+        if hasattr(parameter, "to_local"):  # a DTensor
+            parameter = parameter.to_local()
+            if parameter.shape[0] != self.num_kv_heads:
+                raise RuntimeError(
+                    f"{name}: expected {self.num_kv_heads} numbers, one per KV head, got a shard of "
+                    f"{parameter.shape[0]}; call the module that fully_shard was applied to"
+                )
+        return parameter
 
     def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The values with zeros for masked tokens, so that their contents reach neither gates nor gradients."""
@@ -210,6 +227,13 @@ class _ForgetProjection(nn.Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.constant_(self.bias, FORGET_BIAS)
+
+
+def _like(sharded: Any, whole: Tensor) -> Tensor:
+    """A tensor that every rank has, as a DTensor with the shards of another."""
+    from torch.distributed.tensor import distribute_tensor  # costs an import, so only where there is a DTensor
+
+    return distribute_tensor(whole.to(sharded.device), sharded.device_mesh, sharded.placements, src_data_rank=None)
 
 
 def _real_tokens_before(value: Tensor, mask: Tensor | None) -> Tensor:
