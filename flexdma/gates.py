@@ -47,6 +47,9 @@ class ValueGate(nn.Module):
     round many gates to the same number, so keep the gate in float32 (`layer.gate.float()`) in a model of lower precision.
     """
 
+    # Whether tensor parallelism has divided the heads: then A and slope are DTensors.  Dynamo sees no attribute of a DTensor.
+    is_divided = False
+
     def __init__(
         self,
         num_kv_heads: int,
@@ -173,15 +176,16 @@ class ValueGate(nn.Module):
 
     def _of_heads(self, name: str) -> Tensor:
         """Parameter `name` [Hkv]; under tensor parallelism the numbers of this rank's heads."""
-        parameter: Tensor = getattr(self, name)
-        if hasattr(parameter, "to_local"):  # a DTensor
-            parameter = parameter.to_local()
-            if parameter.shape[0] != self.num_kv_heads:
-                raise RuntimeError(
-                    f"{name}: expected {self.num_kv_heads} numbers, one per KV head, got a shard of "
-                    f"{parameter.shape[0]}; call the module that fully_shard was applied to"
-                )
-        return parameter
+        parameter = getattr(self, name)
+        if not self.is_divided:
+            return parameter
+        own: Tensor = parameter.to_local()
+        if own.shape[0] != self.num_kv_heads:
+            raise RuntimeError(
+                f"{name}: expected {self.num_kv_heads} numbers, one per KV head, got a shard of {own.shape[0]}; call the "
+                f"module that fully_shard was applied to"
+            )
+        return own
 
     def _unmasked(self, value: Tensor, mask: Tensor | None) -> Tensor:
         """The values with zeros for masked tokens, so that their contents reach neither gates nor gradients."""

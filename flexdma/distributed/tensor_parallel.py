@@ -52,7 +52,7 @@ class ValueGateParallel(ParallelStyle):
             name: RowwiseParallel(output_layouts=Shard(-1)) for name, _ in gate.named_children()
         }
         parallelize_module(gate, device_mesh, by_rows, src_data_rank=self.src_data_rank)
-        gate.num_kv_heads = own
+        gate.num_kv_heads, gate.is_divided = own, True
         return gate
 
 

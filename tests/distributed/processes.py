@@ -73,7 +73,14 @@ class Ranks:
 
     def _start(self) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch.distributed.tensor", "flexdma"])
+        context.set_forkserver_preload(
+            [
+                "torch._dynamo",
+                "torch.distributed.checkpoint.state_dict",
+                "torch.distributed.fsdp",
+                "flexdma.distributed",
+            ]
+        )
         store = torch.distributed.TCPStore(
             "127.0.0.1", 0, is_master=True, wait_for_workers=False, timeout=timedelta(seconds=COLLECTIVE_LIMIT)
         )
