@@ -94,10 +94,10 @@ class ByteModel(nn.Module):
         """The attention of each layer."""
         return [module for module in self.modules() if isinstance(module, DynamicMaskAttention)]
 
-    def forward(self, tokens: Tensor, run_block: RunBlock = run_block) -> Tensor:
-        """Logits of the next byte at each position; `run_block` may be compiled."""
+    def forward(self, tokens: Tensor, run_block: RunBlock = run_block, *, first: int = 0) -> Tensor:
+        """Logits of the next byte at each position.  run_block: may be compiled.  first: the position of the first byte."""
         hidden = self.embedding(tokens)
-        embeddings = rotary_embedding(tokens.shape[1], self.sizes.width // self.sizes.heads, tokens.device)
+        embeddings = rotary_embedding(tokens.shape[1], self.sizes.width // self.sizes.heads, tokens.device, first=first)
         for block in self.blocks:
             hidden = run_block(block, hidden, embeddings)
         return self.head(self.norm(hidden))
@@ -119,16 +119,15 @@ class ByteModel(nn.Module):
 
 
 def rotary_embedding(
-    length: int, head_dim: int, device: torch.device, *, first: Tensor | None = None
+    length: int, head_dim: int, device: torch.device, *, first: int | Tensor = 0
 ) -> tuple[Tensor, Tensor]:
     """Cosine and sine of the rotary embedding (arXiv 2104.09864), each [length, head_dim].
 
-    first: [B], the first position of each sequence; then each is [B, length, head_dim].
+    first: the first position; or [B], that of each sequence, and then each is [B, length, head_dim].
     """
     exponent = torch.arange(0, head_dim, 2, device=device) / head_dim
     position = torch.arange(length, device=device)
-    if first is not None:
-        position = first[:, None] + position
+    position = (first[:, None] if isinstance(first, Tensor) else first) + position
     angle = position[..., None] * ROTARY_BASE**-exponent
     angle = torch.cat([angle, angle], -1)
     return angle.cos(), angle.sin()

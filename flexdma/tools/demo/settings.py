@@ -63,6 +63,42 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--no-compile", action="store_true", help="train without torch.compile, which starts at once and runs slower"
     )
+    _add_several_processes(
+        parser.add_argument_group(
+            "several processes",
+            "torchrun --nproc-per-node N -m flexdma demo ... trains the second model alone over N processes, the product of "
+            "--fsdp, --context-parallel and --tensor-parallel",
+        )
+    )
+
+
+def _add_several_processes(group: argparse._ArgumentGroup) -> None:
+    def divided(flag: str, meaning: str) -> None:
+        group.add_argument(flag, type=types.positive_int, metavar="N", default=1, help=f"{meaning} (default: 1)")
+
+    divided("--fsdp", "parts of a batch, and of every parameter")
+    divided("--context-parallel", "parts of each sequence")
+    divided("--tensor-parallel", "parts of the heads of each layer")
+    group.add_argument(
+        "--save-every",
+        type=types.positive_int,
+        metavar="N",
+        default=100,
+        help="steps between checkpoints in DIR/training (default: %(default)s)",
+    )
+    group.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint in DIR/training, if there is one"
+    )
+    group.add_argument(
+        "--timeout",
+        type=types.positive_number,
+        metavar="S",
+        default=600.0,
+        help="seconds that a process waits for others before it ends with an error (default: %(default)s)",
+    )
+    group.add_argument(
+        "--deterministic", action="store_true", help="use deterministic algorithms alone, on a GPU slower"
+    )
 
 
 def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
