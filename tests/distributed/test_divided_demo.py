@@ -17,6 +17,7 @@ pytest.importorskip("rich")
 from flexdma.__main__ import main
 from flexdma.tools.byte_models.checkpoint import load_checkpoint
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes
+from flexdma.tools.demo.divided_model import divide
 from flexdma.tools.demo.progress import TrainingProgress
 from flexdma.tools.demo.ranks import Division
 from flexdma.tools.demo.ranks import Ranks as DemoRanks
@@ -26,14 +27,21 @@ from tests.distributed.processes import Ranks
 
 SMALL = ["--no-compile", "--context", "32", "--window", "8"]
 DIVISIONS = [
-    ["--fsdp", "4"],
     ["--fsdp", "2", "--tensor-parallel", "2"],
+    ["--context-parallel", "2", "--fsdp", "2"],
+    ["--context-parallel", "2", "--tensor-parallel", "2"],
 ]
 
 
 @pytest.fixture(scope="module")
 def four():
     with Ranks(4) as ranks:
+        yield ranks
+
+
+@pytest.fixture(scope="module")
+def two():
+    with Ranks(2) as ranks:
         yield ranks
 
 
@@ -86,16 +94,39 @@ def test_every_division_trains_as_one_process(division, four, text, tmp_path):
     torch.testing.assert_close(saved, model.state_dict(), atol=1e-4, rtol=1e-3)
 
 
-def test_a_training_goes_on_with_the_same_bits(four, text, tmp_path):
-    options = ["--steps", "6", "--save-every", "2", "--deterministic", "--recency", "forget", *DIVISIONS[1]]
-    four.run(demo, text, tmp_path / "whole", *options)
-    ended = four.run(partial(demo, ends_at=5), text, tmp_path / "parts", *options)
-    assert [code for code, _, _ in ended] == [130] * 4
+def compiled(text):
+    """The losses of three steps, of heads divided and blocks compiled, and of one process."""
+    loaded, losses = load_text(str(text), 32), []
+    for backend in ("aot_eager", None):
+        model = ByteModel("dma-recency", ModelSizes(window=8), recency="slope", seed=0)
+        share = None
+        if backend is not None:
+            share = DemoRanks(Division(1, 1, 2), torch.device("cpu"), timedelta(seconds=60))
+            divide(model, share, backend=backend)
+        losses.append(train(model, loaded, Hyperparameters(3, 32), compiled=False, share=share).losses)
+    return losses
+
+
+def test_compiled_blocks_train_as_one_process(two, text):
+    for divided, one in two.run(compiled, text):
+        assert divided == pytest.approx(one, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    "division",
+    [["--tensor-parallel", "2"], pytest.param(["--context-parallel", "2"], marks=pytest.mark.slow)],
+    ids=" ".join,
+)
+def test_a_training_goes_on_with_the_same_bits(division, two, text, tmp_path):
+    options = ["--steps", "6", "--save-every", "2", "--deterministic", "--recency", "forget", *division]
+    two.run(demo, text, tmp_path / "whole", *options)
+    ended = two.run(partial(demo, ends_at=5), text, tmp_path / "parts", *options)
+    assert [code for code, _, _ in ended] == [130] * 2
     assert [path.name for path in (tmp_path / "parts").iterdir()] == ["training"]
     assert [path.name for path in (tmp_path / "parts" / "training").iterdir()] == ["step-000004"]
-    refused = four.run(demo, text, tmp_path / "parts", *options, "--resume", "--window", "9")
+    refused = two.run(demo, text, tmp_path / "parts", *options, "--resume", "--window", "9")
     assert "--window: expected 8, as in" in refused[0][2]
-    four.run(demo, text, tmp_path / "parts", *options, "--resume")
+    two.run(demo, text, tmp_path / "parts", *options, "--resume")
     whole, parts = tmp_path / "whole", tmp_path / "parts"
     assert results(parts)["training_bits_per_byte"] == results(whole)["training_bits_per_byte"]
     saved, again = (load_checkpoint(out / "checkpoint")["dma-recency"].model.state_dict() for out in (whole, parts))

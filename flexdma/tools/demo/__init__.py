@@ -7,5 +7,9 @@ pictures    pictures of masks, gates and losses
 sampling    text from a trained model
 report      the table and results.json
 comparison  the whole run
+ranks       the processes of torchrun: meshes, and the part of a batch of each
+divided_model   a model divided over them
+resumable   checkpoints that all of them write
+divided     the whole run over several processes
 command     the command line
 """

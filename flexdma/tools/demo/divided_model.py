@@ -15,7 +15,7 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
-from flexdma.distributed import DynamicMaskAttentionParallel
+from flexdma.distributed import DynamicMaskAttentionParallel, context_parallel
 from flexdma.tools.byte_models.model import ByteModel
 from flexdma.tools.demo.ranks import Ranks
 
@@ -36,7 +36,7 @@ def tensor_parallel_plan() -> dict[str, ParallelStyle]:
 
 
 def divide(model: ByteModel, ranks: Ranks, *, backend: str | None) -> None:
-    """Divide a model in place.  The order is that of torch's own recipes: heads, compilation, shards.
+    """Divide a model in place.  The order is that of torch's own recipes: heads, sequences, compilation, shards.
 
     backend: of torch.compile, for each block; None = uncompiled.
     """
@@ -44,6 +44,8 @@ def divide(model: ByteModel, ranks: Ranks, *, backend: str | None) -> None:
         parallelize_module(model, ranks.tensor, tensor_parallel_plan())
         # A copy, because compiled blocks get wrong gradients for a tensor whose collective has not finished (torch 2.13).
         model.embedding.register_forward_hook(lambda module, arguments, output: output.clone())
+    if ranks.context is not None:
+        context_parallel(model, ranks.context)
     for block in model.blocks:
         if backend is not None:
             block.compile(fullgraph=True, dynamic=False, backend=backend)
