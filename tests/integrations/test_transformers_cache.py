@@ -42,7 +42,7 @@ def test_doge_generates_what_the_shipped_model_does(side, beams):
 
 @pytest.mark.parametrize("recency", [None, "slope", "forget"])
 def test_a_converted_model_generates_the_same_with_either_cache(recency):
-    model, ids = gated(recency=recency), distinct_tokens(2, 16)
+    model, ids = gated(recency=recency, reads_keys=recency == "slope"), distinct_tokens(2, 16)
     want = tokens(model, ids, "left", use_cache=False)
     assert torch.equal(tokens(model, ids, "left"), want)
     assert torch.equal(tokens(model, ids, "left", cache_implementation="dynamic"), want)
@@ -51,7 +51,7 @@ def test_a_converted_model_generates_the_same_with_either_cache(recency):
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("recency", [None, "slope", "forget"])
 def test_reading_copying_and_recording_between_tokens_change_nothing(recency, mode):
-    model = gated(recency=recency, sinks=2, window_size=[6, (2, 9)], recent=[0, 4])
+    model = gated(recency=recency, sinks=2, window_size=[6, (2, 9)], recent=[0, 4], reads_keys=recency is not None)
     ids = distinct_tokens(2, 40)
     with mode():
         want = model(ids, use_cache=False).logits
@@ -172,7 +172,7 @@ def test_a_cache_without_rows_goes_on(count):
 @pytest.mark.parametrize("removed", [1, 5, 8])  # a whole forward pass, a part of the one before, all of them
 @torch.no_grad()
 def test_it_can_be_rolled_back_exactly_if_it_recorded_the_past(removed):
-    model, ids = gated(recency="forget"), distinct_tokens(1, 24)
+    model, ids = gated(recency="forget", reads_keys=True), distinct_tokens(1, 24)
     cache = DynamicMaskCache()
     model(ids[:, :16], **{CACHE: cache})
     cache.activate_past_recording()

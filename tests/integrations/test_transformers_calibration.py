@@ -22,19 +22,30 @@ def batches(sizes=(2, 1, 3, 2), length=LENGTH):
     return [torch.randint(3, 64, (size, length), generator=generator) for size in sizes]
 
 
-def dense_targets(model, ids, layer):
-    """Values [n, Hkv Dv] and log peaks [n, Hkv] of the sampled keys of each sequence, from transformers' eager attention."""
+def dense_targets(model, ids, layer, reads_keys):
+    """Features [n, Hkv F] and log peaks [n, Hkv] of the sampled keys of each sequence, from transformers' eager attention.
+
+    Keys are those before the rotary embedding: it leaves their energies alone.
+    """
     seen: dict = {}
     attention = model.model.layers[layer].self_attn
-    handle = attention.v_proj.register_forward_hook(lambda _, args, out: seen.update(value=out))
+    handles = [
+        getattr(attention, name).register_forward_hook(lambda _, args, out, name=name: seen.update({name: out}))
+        for name in ("k_proj", "v_proj")
+    ]
     with torch.no_grad():
         weights = model(ids, output_attentions=True, use_cache=False).attentions[layer].double()
-    handle.remove()
+    for handle in handles:
+        handle.remove()
+    features = seen["v_proj"].unflatten(-1, (2, -1)).double()
+    if reads_keys:
+        energies = seen["k_proj"].unflatten(-1, (2, 2, -1)).double().square().sum(-2)
+        features = torch.cat([features, (energies + 1e-6).log()], -1)
     age = torch.arange(ids.shape[1])[:, None] - torch.arange(ids.shape[1])
     groups = weights.masked_fill(age < FAR, 0).unflatten(1, (2, 2))
     peak = groups.amax(dim=(2, 3))
     keys = slice(FIRST, ids.shape[1] - FAR - LEAST_QUERIES)
-    return seen["value"][:, keys].double(), peak[:, :, keys].mT
+    return features.flatten(2)[:, keys], peak[:, :, keys].mT
 
 
 def dense_fit(values, peaks, train):
@@ -48,14 +59,16 @@ def dense_fit(values, peaks, train):
     return lambda given: ((given - mean) / deviation) @ solved[:-1] + solved[-1]
 
 
-@pytest.mark.parametrize("family", ["Llama", "Mistral", "Gemma2"])
-def test_gates_windows_and_r_squared_are_those_of_a_dense_fit(family):
+@pytest.mark.parametrize(
+    ("family", "reads_keys"), [("Llama", False), ("Llama", True), ("Mistral", True), ("Gemma2", False)]
+)
+def test_gates_windows_and_r_squared_are_those_of_a_dense_fit(family, reads_keys):
     own = {} if family == "Llama" else {"sliding_window": 20}
     model, texts = causal_lm(family, **own), batches()
     rows = torch.cat(texts)
-    layers = [dense_targets(model, rows, layer) for layer in range(2)]
+    layers = [dense_targets(model, rows, layer, reads_keys) for layer in range(2)]
     mean = 5
-    found = calibrate(model, texts, window_size=mean, sinks=1, recent=2, far=FAR, decay=0.05)
+    found = calibrate(model, texts, window_size=mean, sinks=1, recent=2, far=FAR, decay=0.05, reads_keys=reads_keys)
     held_out = torch.arange(len(rows)) % 5 == 1
     for layer, (values, peaks) in enumerate(layers):
         gate = model.model.layers[layer].self_attn.value_gate
@@ -116,8 +129,8 @@ def test_batches_may_be_mappings_and_an_iterator():
         ("padded", {}, "batches: expected sequences without padding"),
         ("short", {}, "batches: expected sequences of at least 3 far = 18 tokens, got 17"),
         ("floats", {}, "batches: expected token ids"),
-        ("one", {}, "batches: expected at least two sequences and 68 keys followed by 22 tokens, got 1 sequences and 42"),
-        ("few", {}, "batches: expected at least two sequences and 68 keys followed by 22 tokens, got 2 sequences and 42"),
+        ("one", {}, "batches: expected at least two sequences and 100 keys followed by 22 tokens, got 1 sequences and 42"),
+        ("few", {}, "batches: expected at least two sequences and 100 keys followed by 22 tokens, got 2 sequences and 42"),
         ("", {"window_size": [5, (3, 4, 5)]}, r"window_size\[1\]"),
         ("", {"window_size": 0}, "window_size"),
         ("Mistral", {"recent": 7}, "recent: expected at most the model's own sliding window of 6, got 7"),

@@ -26,8 +26,8 @@ OPTIONS: dict[str, Any] = {"form": "linear", "recency": "slope", "sinks": 2, "re
 pytestmark = pytest.mark.filterwarnings("ignore:`.*gradient_checkpointing.*` is deprecated:FutureWarning")
 
 
-def converted(**config):
-    return convert_to_dma(causal_lm("Llama", **config), WINDOWS, **OPTIONS)
+def converted(*, reads_keys=False, **config):
+    return convert_to_dma(causal_lm("Llama", **config), WINDOWS, **OPTIONS, reads_keys=reads_keys)
 
 
 def batches(count=6, rows=2, length=64, seed=0):
@@ -137,8 +137,9 @@ def test_gates_learn_what_the_full_model_looks_back_at():
     assert record.tokens == 40 * 4 * 96
 
 
-def test_all_weights_but_those_of_dt_proj_stay():
-    model = converted()
+@pytest.mark.parametrize("reads_keys", [False, True])
+def test_all_weights_but_those_of_dt_proj_stay(reads_keys):
+    model = converted(reads_keys=reads_keys)
     model.model.norm.weight.requires_grad_(False)
     gate = model.model.layers[1].self_attn.value_gate
     with torch.no_grad():
@@ -193,12 +194,12 @@ def test_each_step_compares_with_the_original_model():
 
 
 def test_unmerged_adapters_are_saved_with_the_gates(tmp_path):
-    model, ids = converted(), batches(1)[0]
+    model, ids = converted(reads_keys=True), batches(1)[0]
     before = copy.deepcopy(model.state_dict())
     record = distilled(model, lora=peft.LoraConfig(r=2, target_modules=["v_proj"]), merge=False)
     want = record.model(ids, use_cache=False).logits
     record.model.save_pretrained(tmp_path)
-    again = converted()
+    again = converted(reads_keys=True)
     again.load_state_dict(before)
     again = peft.PeftModel.from_pretrained(again, tmp_path)
     assert torch.equal(again.eval()(ids, use_cache=False).logits, want)

@@ -13,6 +13,7 @@ from flexdma.integrations.transformers.documents import (
     refuse_growing_cache_after_documents,
     refuse_other_documents,
 )
+from flexdma.integrations.transformers.key_energies import gate_of
 from flexdma.integrations.transformers.masks import NAME, read_light_mask
 from flexdma.integrations.transformers.packed_positions import POSITION_DOCUMENTS, position_documents
 from flexdma.integrations.transformers.refusals import refuse_arguments, refuse_cache, refuse_traced_cache
@@ -101,8 +102,8 @@ def attention_interface(
             f"attn_implementation: expected a converted model for 'flexdma', got {type(module).__name__} without gates"
         )
     output = attend(
-        module, query, key, value, attention_mask, module.value_gate, dynamic_mask_cache, dropout=dropout, scaling=scaling,
-        options=module.dynamic_mask_options, arguments=arguments,
+        module, query, key, value, attention_mask, gate_of(module.value_gate, key), dynamic_mask_cache, dropout=dropout,
+        scaling=scaling, options=module.dynamic_mask_options, arguments=arguments,
     )  # fmt: skip
     return output, None
 

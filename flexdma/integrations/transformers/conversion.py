@@ -17,6 +17,7 @@ from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.eligibility import attention_calls, refuse_wider_windows
 from flexdma.integrations.transformers.falcon import reroute, rerouted
 from flexdma.integrations.transformers.generation import bound_the_cache
+from flexdma.integrations.transformers.key_energies import KeyValueGate, gate_input_size
 from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
 from flexdma.integrations.transformers.masks import FULL, NAME
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
@@ -37,6 +38,7 @@ def convert_to_dma(
     sinks: int = 0,
     recent: int | Sequence[int] = 0,
     lowering: str | None = None,
+    reads_keys: bool = False,
 ) -> Model:
     """Add a `value_gate` (a `ValueGate`) to every attention layer and compute its attention with flexdma.
 
@@ -49,6 +51,7 @@ def convert_to_dma(
     recent: of the operator, an int or one per attention layer; not larger than the model's own sliding windows either.
     form, recency: of the gate.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
     sinks, lowering: of the operator.
+    reads_keys: whether gates read the energies of keys beside values, see `key_energies.py`.
 
     With recency None and "slope" the converted model starts exactly as a sliding window of max(w, recent), plus `sinks` keys.
     With "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.
@@ -60,6 +63,8 @@ def convert_to_dma(
     choice = {
         "window_size": as_json(window_size), "form": form, "recency": recency, "sinks": sinks, "recent": as_json(recent)
     }  # fmt: skip
+    if reads_keys:
+        choice["reads_keys"] = True
     checks.one_of("form", form, FORMS)
     checks.one_of("recency", recency, RECENCIES)
     checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
@@ -71,7 +76,8 @@ def convert_to_dma(
     gates = []
     for call in calls:
         with torch.device(call.value.device):
-            gates.append(new_gate(call.value.shape[1], call.value.shape[3], choice, slopes))
+            size = gate_input_size(call.key, call.value, reads_keys)
+            gates.append(new_gate(call.value.shape[1], size, choice, slopes))
     for call, gate, selection in zip(calls, gates, selections, strict=True):
         attach(call.layer, gate, selection, lowering)
     names = {module: name for name, module in model.named_modules()}
@@ -80,10 +86,11 @@ def convert_to_dma(
 
 
 def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[float] | None = None) -> ValueGate:
-    """A gate for values [B, heads, K, size], constant at initialisation."""
+    """A gate for heads with this size of input, constant at initialisation."""
     recency = choice["recency"]
     start = [0.0] * heads if recency == "slope" and slopes is None else slopes
-    gate = ValueGate(heads, size, choice["form"], recency, slopes=start)
+    kind = KeyValueGate if choice.get("reads_keys") else ValueGate
+    gate = kind(heads, size, choice["form"], recency, slopes=start)
     if recency == "forget":
         nn.init.zeros_(gate.forget_proj.weight)  # the same decay for all tokens until training
     return gate

@@ -39,7 +39,7 @@ def models(decoder: Decoder, dtype: torch.dtype) -> tuple[Any, Any]:
     )  # fmt: skip
     full = LlamaForCausalLM(config).to(dtype).eval()
     windows = [decoder.window_size(layer) for layer in range(decoder.layers)]
-    gates: dict[str, Any] = {"form": "identity", "recency": "slope"} if decoder.calibrated else {}
+    gates: dict[str, Any] = {"form": "identity", "recency": "slope", "reads_keys": True} if decoder.calibrated else {}
     converted = convert_to_dma(copy.deepcopy(full), windows, sinks=decoder.sinks, recent=decoder.recent, **gates)
     if decoder.calibrated:
         _calibrate(converted, decoder)
@@ -61,6 +61,8 @@ def _calibrate(model: Any, decoder: Decoder) -> None:
         layer.value_gate.A.fill_(SCALE)
         layer.value_gate.slope.fill_(SCALE * SLOPE)
         layer.value_gate.dt_proj.weight.normal_(std=1 / spread)
+        # Energies are as large as this whatever the weights are.
+        layer.value_gate.dt_proj.weight.unflatten(1, (decoder.heads, -1))[..., decoder.size :] *= spread / 10
 
 
 def model_calls(decoder: Decoder, dtype: torch.dtype) -> dict[str, Callable[[], object]]:

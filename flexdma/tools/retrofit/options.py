@@ -18,7 +18,7 @@ class Sizes(measure.Sizes):
 
 
 SIZES = (
-    Sizes(lengths=(1024, 2048), needles=3, stretches=2, rounds=3, tokens=20_000),
+    Sizes(lengths=(1024, 2048), needles=3, stretches=2, rounds=3, tokens=32_768),
     Sizes(lengths=(1024,), needles=3, stretches=2, rounds=1, tokens=8_000),
 )
 

@@ -18,6 +18,7 @@ from flexdma.integrations.transformers.converted import windows_per_head
 from flexdma.integrations.transformers.eligibility import attention_calls, own_windows, refuse_wider_windows
 from flexdma.integrations.transformers.falcon import rerouted
 from flexdma.integrations.transformers.full_attention import full_attention
+from flexdma.integrations.transformers.key_energies import gate_input_size
 from flexdma.integrations.transformers.layer_selections import layer_selections
 
 # The scale of the gates.  It keeps their order and changes logits by less than float32 rounds them.
@@ -51,6 +52,7 @@ def calibrate(
     recent: int | Sequence[int] = 128,
     far: int = 128,
     decay: float = 1 / 16,
+    reads_keys: bool = True,
     lowering: str | None = None,
 ) -> Calibration:
     """Convert a model, and compute gates that keep the keys which its full attention will look back at.
@@ -68,12 +70,15 @@ def calibrate(
     far: queries this many tokens after a key or more are its future.
     decay: preference for newer keys: the logarithm of probability that a key loses while it ages by its head's window.  Heads
         with large windows retrieve from far away, so their gates decay slowly.
+    reads_keys: gates read the energies of keys beside values (`convert_to_dma`).
 
         one full pass   ->  p_j = max over queries i >= j + far and the heads of a group of P_ij
-        ridge           ->  log(p_j + 1e-4) ~ v_j . Delta_h + constant
-        gates           ->  2 ** -20 (v_j . Delta_h + j decay / window_h)
+        x_j             =   v_j, and log(k_jd^2 + k_j(d + D/2)^2) for d < D/2, of all KV heads
+        ridge           ->  log(p_j + 1e-4) ~ x_j . Delta_h + constant
+        gates           ->  2 ** -20 (x_j . Delta_h + j decay / window_h)
 
-    One pass of the full model over all tokens, layer by layer, O(N) memory per layer, and sums of (Hkv Dv) ** 2 per layer.
+    One pass of the full model over all tokens, layer by layer, O(N) memory per layer, and sums of F ** 2 numbers per layer,
+    F = Hkv (Dv + D / 2).
     Raises TypeError or ValueError naming the argument; for too few tokens, for models with learned sinks (`s_aux`).
     The model is converted only if all went well.
     """
@@ -90,13 +95,19 @@ def calibrate(
     heads = [call.value.shape[1] for call in calls]
     refuse_wider_windows(calls, layer_selections(choice, heads), choice)
     layers = [call.layer for call in calls]
-    futures = {call.layer: FutureOfKeys(call.value.shape[1], call.value.shape[3], far) for call in calls}
+    futures = {
+        call.layer: FutureOfKeys(
+            call.value.shape[1], gate_input_size(call.key, call.value, reads_keys), far, reads_keys=reads_keys
+        )
+        for call in calls
+    }
     tokens = _observe(model, batches, futures, sliding, far)
     fits = [futures[layer].fit() for layer in layers]
     windows = _divided(window_size, [futures[layer].mean_peak for layer in layers], list(sliding.values()))
     convert_to_dma(
-        model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering
-    )
+        model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering,
+        reads_keys=reads_keys,
+    )  # fmt: skip
     for layer, (weights, _) in zip(layers, fits, strict=True):
         _set_gate(layer.value_gate, weights, decay / torch.tensor(windows_per_head(layer)))
     model.config.flexdma = model.config.flexdma | {"calibrated": True}
@@ -143,7 +154,7 @@ def _divided(window_size: Any, peaks: Sequence[Tensor], sliding: Sequence[int]) 
 
 @torch.no_grad()
 def _set_gate(gate: ValueGate, weights: Tensor, slopes: Tensor) -> None:
-    """Make the gate SCALE (value . weights + slopes position); the intercept is the same for all keys."""
+    """Make the gate SCALE (input . weights + slopes position); the intercept is the same for all keys."""
     gate.dt_proj.weight.copy_(weights[:-1].mT)
     gate.A.fill_(SCALE)
     gate.slope.copy_(slopes * SCALE)

@@ -1,4 +1,4 @@
-"""Sums of one layer over the calibration tokens: what its values predict of their keys' future."""
+"""Sums of one layer over the calibration tokens: what its values and keys predict of the keys' future."""
 
 import torch
 from torch import Tensor
@@ -6,6 +6,7 @@ from torch import Tensor
 from flexdma.integrations.transformers.calibration.regression import RidgeSums
 from flexdma.integrations.transformers.full_attention import ObservedAttention
 from flexdma.integrations.transformers.future_peaks import FLOOR, LEAST_QUERIES, future_peaks, sampled_keys
+from flexdma.integrations.transformers.key_energies import with_key_energies
 
 # Every fifth sequence measures how well the fit of the others predicts.
 HELD_OUT = 5
@@ -21,10 +22,11 @@ class FutureOfKeys:
     The target of a key is log(FLOOR + its peak), see `future_peaks`.
     """
 
-    def __init__(self, num_kv_heads: int, head_dim: int, far: int) -> None:
-        self.far = far
-        self.fitted = RidgeSums(num_kv_heads * head_dim, num_kv_heads)
-        self.held_out = RidgeSums(num_kv_heads * head_dim, num_kv_heads)
+    def __init__(self, num_kv_heads: int, num_features: int, far: int, *, reads_keys: bool) -> None:
+        """num_features: of a key in one head, of its value or, with reads_keys, of `with_key_energies`."""
+        self.far, self.reads_keys = far, reads_keys
+        self.fitted = RidgeSums(num_kv_heads * num_features, num_kv_heads)
+        self.held_out = RidgeSums(num_kv_heads * num_features, num_kv_heads)
         self.peaks = torch.zeros(num_kv_heads, dtype=torch.float64)
         self.sequences = 0
 
@@ -32,9 +34,12 @@ class FutureOfKeys:
         """Add the keys of a pass."""
         peak = future_peaks(seen, self.far)
         keys = sampled_keys(seen.key.shape[2], self.far)
-        for value, target in zip(seen.value[:, :, keys], peak[:, :, keys], strict=True):
+        features = seen.value[:, :, keys]
+        if self.reads_keys:
+            features = with_key_energies(seen.key[:, :, keys], features)
+        for feature, target in zip(features, peak[:, :, keys], strict=True):
             sums = self.held_out if self.sequences % HELD_OUT == 1 else self.fitted
-            sums.add(value.transpose(0, 1).flatten(1), (target.T + FLOOR).log())
+            sums.add(feature.transpose(0, 1).flatten(1), (target.T + FLOOR).log())
             self.peaks += target.double().sum(1).cpu()
             self.sequences += 1
 
@@ -44,7 +49,7 @@ class FutureOfKeys:
         return self.peaks / (self.fitted.count + self.held_out.count)
 
     def fit(self) -> tuple[Tensor, Tensor]:
-        """Weights [Hkv Dv + 1, Hkv] of the fit to all keys, and R squared [Hkv] of the fit without the held-out sequences.
+        """Weights [Hkv F + 1, Hkv] of the fit to all keys, and R squared [Hkv] of the fit without the held-out sequences.
 
         Raises ValueError for too few samples and for targets that are not finite.
         """
