@@ -47,6 +47,7 @@ needs_the_interpreter = pytest.mark.skipif(
 LONG = {
     "causal, small blocks, many periods, learned sinks, float32",
     "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16",
+    "causal, grouped, the gate's gradient by a column, bfloat16",
     "global, grouped, odd length, bfloat16",
     "sm_90, D = 128, the gate's gradient by transposed attention",
     "gfx942, D = 64",
