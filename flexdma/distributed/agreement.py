@@ -28,7 +28,7 @@ def same_on_all_ranks(
 
     Use the returned tensor in the collectives that follow, so that a compiler keeps their order.
     On a CPU every call is compared.  On other devices the first call with these options is; later ones send the same numbers
-    and read nothing.
+    and read nothing.  A rank that changes an option later raises there, and the others end after the timeout.
     """
     # Text, because an operator takes no lists of names.  Sizes stay numbers, which may be symbolic.
     text = "\n".join([*sizes, *(f"{name}={value!r}" for name, value in options.items())])
@@ -61,10 +61,10 @@ def _compare(tensor: Tensor, options: str, sizes: list[int], group: str) -> None
     if tensor.device.type != "cpu" and call in _read:
         return
     ends = both.tolist()
-    for index, (name, value, number) in enumerate(zip(names, values, numbers, strict=True)):
+    for index, (name, value) in enumerate(zip(names, values, strict=True)):
         largest, least = ends[index], -ends[index + len(names)]
         if largest != least:
-            others = f"{least} to {largest} on all ranks" if str(number) == value else "others elsewhere"
+            others = f"{least} to {largest} on all ranks" if least >= 0 else "another value on some rank"
             raise ValueError(f"{name}: expected the same on every rank of the mesh, got {value} on this rank, {others}")
     if tensor.device.type != "cpu":
         _read.add(call)
@@ -77,8 +77,8 @@ def _both_ends(numbers: tuple[int, ...], device: torch.device) -> Tensor:
 
 
 def _number(value: str) -> int:
-    """A whole number as itself, any other text as its checksum."""
-    return int(value) if value.lstrip("-").isdigit() else zlib.crc32(value.encode())
+    """A whole number as itself, any other text as a negative checksum."""
+    return int(value) if value.isdigit() else -1 - zlib.crc32(value.encode())
 
 
 def refuse_other_mesh(mesh: object, **tensors: Tensor) -> None:

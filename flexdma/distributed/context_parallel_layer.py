@@ -96,8 +96,8 @@ def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
     mesh: of one dimension, the ranks in order of the sequence; mesh["cp"] of a larger one.
 
     The layers then take the tokens of one rank, see `ContextParallelDynamicMaskAttention.forward`.  The gradients of
-    parameters are those of this rank's outputs: sum them over the mesh, as DDP and fully_shard do (both divide by the number
-    of ranks).  Call it before DDP, fully_shard and torch.compile.
+    parameters are those of this rank's outputs: sum them over the mesh.  DDP and fully_shard average them instead, so
+    multiply the loss by the number of ranks.  Call it before DDP, fully_shard and torch.compile.
     Raises ValueError where no layer is found or a layer's selection has no bound, TypeError for a subclass, whose own
     forward would not reach other ranks.
     """

@@ -69,7 +69,7 @@ class DynamicMaskAttentionParallel(ParallelStyle):
     nothing is communicated for them.  Afterwards num_heads, num_kv_heads and windows per head are those of the rank.
     Communication, forward: a reduction of B N hidden_size numbers after o_proj (an all-reduce; with Shard(1) a
     reduce-scatter, and an all-gather before q_proj), and the gate's (`ValueGateParallel`).
-    Raises ValueError where P does not divide num_heads and num_kv_heads, or the layer is sharded already.
+    Raises ValueError where P does not divide num_heads or num_kv_heads, or the layer is sharded already.
     """
 
     def __init__(
@@ -145,7 +145,7 @@ def _prepared(
     arguments: tuple[Any, ...],
     options: dict[str, Any],
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The call with hidden states that every rank has whole, and a score_mod that knows its heads.
+    """The call with hidden states that every rank has whole, and a score_mod that gets the head's number among all Hq.
 
     One DTensor for the three projections: the sum of their gradients is then reduced once.
     """

@@ -5,7 +5,7 @@ from torch import Tensor
 
 
 def count_up_to(ascending: Tensor, bound: Tensor) -> Tensor:
-    """The numbers of each row that are at most a bound.
+    """How many numbers of each row are at most the bound.
 
     ascending: [..., n], n >= 1, ascending along the last dimension; bound: [..., m], which may broadcast.
     Returns [..., m] int64.  O(m log n) time for each row.

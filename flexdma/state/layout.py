@@ -57,10 +57,9 @@ def refuse_difference(
         if have.device != device:
             raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
         if have.dtype != dtype:
-            # No state has such gates or sums, so its caller has been through fully_shard.
             is_cast = field in ("gate", "forgotten") and have.dtype not in (torch.float32, torch.float64)
-            hint = "; pass cast_forward_inputs=False in the MixedPrecisionPolicy that cast the state" if is_cast else ""
-            raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}{hint}")
+            hint = "; if fully_shard cast the state, pass cast_forward_inputs=False in its MixedPrecisionPolicy"
+            raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}{hint if is_cast else ''}")
         if tuple(have.shape[1:]) != tuple(shape[1:]):
             raise ValueError(f"{name}: expected {field} {['B', *shape[1:]]}, got {list(have.shape)}")
         if batch and have.shape[0] != shape[0]:

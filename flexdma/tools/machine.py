@@ -19,7 +19,7 @@ def machine(device: torch.device | str) -> dict[str, Any]:
         "threads": torch.get_num_threads() if on_cpu else None,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "system": platform.platform(),
+        "system": f"{platform.system()} {platform.machine()}",
         "flexdma": __version__,
     }
 

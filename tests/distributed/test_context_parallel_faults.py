@@ -56,15 +56,20 @@ def differ(change):
     ("change", "name", "there", "others"),
     [
         ({"window_size": 5}, "window_size", "5", "4 to 5 on all ranks"),
-        ({"window_size": [4, 5]}, "window_size", "(4, 5)", "others elsewhere"),
+        ({"window_size": [4, 5]}, "window_size", "(4, 5)", "another value on some rank"),
         ({"recent": 1}, "recent", "1", "0 to 1 on all ranks"),
-        ({"selection": "threshold"}, "selection", "'threshold'", "others elsewhere"),
-        ({"scale": 0.5}, "scale", "0.5", "others elsewhere"),
+        ({"selection": "threshold"}, "selection", "'threshold'", "another value on some rank"),
+        ({"scale": 0.5}, "scale", "0.5", "another value on some rank"),
         ({"batch": 2}, "key.shape[0]", "2", "1 to 2 on all ranks"),
         ({"heads": 1}, "key.shape[1]", "1", "1 to 2 on all ranks"),
         ({"size": 16}, "key.shape[3]", "16", "8 to 16 on all ranks"),
-        ({"dtype": torch.float32}, "key.dtype", "torch.float32", "others elsewhere"),
-        ({"document_ids": torch.zeros(1, 12, dtype=torch.long)}, "document_ids is None", "False", "others elsewhere"),
+        ({"dtype": torch.float32}, "key.dtype", "torch.float32", "another value on some rank"),
+        (
+            {"document_ids": torch.zeros(1, 12, dtype=torch.long)},
+            "document_ids is None",
+            "False",
+            "another value on some rank",
+        ),
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
@@ -72,6 +77,7 @@ def test_calls_that_differ_between_ranks_are_refused(ranks, change, name, there,
     messages = ranks.run(differ, change)
     assert all(message.startswith(f"{name}: expected the same on every rank of the mesh, got ") for message in messages)
     assert messages[2].endswith(f"got {there} on this rank, {others}")
+    assert all(message.endswith(f" on this rank, {others}") for message in messages)
 
 
 def refused(call):

@@ -141,7 +141,7 @@ def gradients_of_shards(layer):
     return {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
 
 
-def test_fully_shard_sums_the_gradients_of_ranks(ranks):
+def test_fully_shard_averages_the_gradients_of_ranks(ranks):
     layer = make_layer("forget").float()
     hidden, mask, _ = tokens()
     layer(hidden.float(), key_padding_mask=mask).square().sum().backward()
@@ -158,7 +158,7 @@ def forgotten(layer):
 
 
 @torch.no_grad()
-def test_the_state_of_the_last_rank_goes_on(ranks):
+def test_forgotten_sums_are_those_of_one_process(ranks):
     hidden, mask, _ = tokens()
     state = make_layer("forget")(hidden, key_padding_mask=mask, return_state=True)[1]
     torch.testing.assert_close(ranks.run(forgotten, make_layer("forget"))[-1], state.forgotten)

@@ -228,7 +228,7 @@ def test_states_are_not_cast_by_a_policy_of_mixed_precision(recency, gates, two)
         assert dtypes == (gates, torch.float64, torch.bfloat16)
         assert refused == (
             f"state: expected gate of {gates}, got torch.bfloat16; "
-            "pass cast_forward_inputs=False in the MixedPrecisionPolicy that cast the state"
+            "if fully_shard cast the state, pass cast_forward_inputs=False in its MixedPrecisionPolicy"
         )
 
 

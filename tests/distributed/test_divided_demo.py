@@ -134,7 +134,7 @@ def test_a_training_goes_on_with_the_same_bits(division, two, text, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "says"),
+    ("options", "message"),
     [
         (
             ["--fsdp", "2"],
@@ -144,10 +144,10 @@ def test_a_training_goes_on_with_the_same_bits(division, two, text, tmp_path):
         (["--context-parallel", "4", "--context", "30"], "--context: expected a multiple of --context-parallel 4"),
     ],
 )
-def test_a_division_that_cannot_be_is_refused(options, says, four, text, tmp_path):
+def test_a_division_that_cannot_be_is_refused(options, message, four, text, tmp_path):
     for code, _, errors in four.run(demo, text, tmp_path / "out", *options):
         assert code == 2
-        assert errors.startswith(f"python -m flexdma demo: {says}")
+        assert errors.startswith(f"python -m flexdma demo: {message}")
         assert errors.count("\n") == 1
     assert not (tmp_path / "out").exists()
 

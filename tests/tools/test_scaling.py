@@ -1,6 +1,5 @@
 """A sequence over many devices: the schedules of the scan are run, messages of other ways counted; docs/scaling.md."""
 
-import importlib
 import json
 import re
 from pathlib import Path
@@ -12,9 +11,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdma import cost
 from flexdma.__main__ import main
+from flexdma.distributed import context_parallel_dynamic_mask_attention
 from flexdma.tools.cost_model.prefix_scan import chain, doubling, received_messages, scanned, simulated
 from flexdma.tools.cost_model.rank_seconds import Links, ring_seconds, scan_seconds, ulysses_seconds
 from flexdma.tools.cost_model.sequence_parallel import message, returned_message
+from tests.distributed.processes import Ranks
 
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 SIZES = {"B": 2, "Hq": 8, "Hkv": 4, "D": 6, "Dv": 3, "element": 2}
@@ -150,7 +151,6 @@ class Received(TorchDispatchMode):
 
 def received_by_round(ranks, dtype, sizes, options):
     """On one rank, what it receives in each round of the forward and of the backward."""
-    distributed = importlib.import_module("flexdma.distributed")
     mesh = DeviceMesh("cpu", list(range(ranks)))
     if mesh.get_coordinate() is None:
         return None
@@ -160,17 +160,15 @@ def received_by_round(ranks, dtype, sizes, options):
     )
     gate = torch.randn(sizes["B"], sizes["Hkv"], 20, requires_grad=True)
     with Received() as forward:
-        output = distributed.context_parallel_dynamic_mask_attention(query, key, value, gate, mesh=mesh, **options)
+        output = context_parallel_dynamic_mask_attention(query, key, value, gate, mesh=mesh, **options)
     with Received() as backward:
         output.sum().backward()
     return forward.bytes, backward.bytes
 
 
 def test_the_messages_of_the_operator_are_those_of_the_simulation():
-    pytest.importorskip("flexdma.distributed")
-    processes = importlib.import_module("tests.distributed.processes")
     options = {"window_size": 7, "sinks": 1, "recent": 2}
-    with processes.Ranks(4) as group:
+    with Ranks(4) as group:
         for ranks, dtype in ((4, torch.float32), (2, torch.bfloat16)):
             sizes = SIZES | {"slots": 10, "gate_element": 4, "element": dtype.itemsize}
             one, returned = (

@@ -1,8 +1,8 @@
 """What a gate reads besides values: the energies of keys, which rotary embeddings do not change.
 
 A rotary embedding (arXiv 2104.09864) turns each pair (k_d, k_{d + D/2}) of a key by an angle that grows with its position.
-The length of the pair stays, so log(k_d^2 + k_{d + D/2}^2) says what the key is, wherever it is.  For other pairings, and
-keys that are not rotated, the numbers are other features of the key, and as good as a fit finds them.
+The length of the pair stays, so log(k_d^2 + k_{d + D/2}^2) depends on the key and not on its position.  With other pairings,
+or without rotation, these are other features of the key, and the fit weighs them.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ from torch import Tensor
 from flexdma.gates import ValueGate
 
 # Added to an energy before its logarithm.
-FLOOR = 1e-6
+ENERGY_FLOOR = 1e-6
 
 
 class KeyValueGate(ValueGate):
@@ -50,7 +50,7 @@ def with_key_energies(key: Tensor, value: Tensor) -> Tensor:
     """
     half = key.shape[-1] // 2
     first, second = key[..., :half].float(), key[..., half : 2 * half].float()
-    return torch.cat([value.float(), (first.square() + second.square() + FLOOR).log()], -1)
+    return torch.cat([value.float(), (first.square() + second.square() + ENERGY_FLOOR).log()], -1)
 
 
 def gate_input_size(key: Tensor, value: Tensor, reads_keys: bool) -> int:

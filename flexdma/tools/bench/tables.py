@@ -81,6 +81,8 @@ def _one_profile(case: Case) -> list[str]:
     def together(parts: Iterable[str]) -> float:
         return sum(stages.get(part, 0.0) for part in parts)
 
+    if not stages and whole is None:
+        return [f"Stages of {lowering}, {case.title}: none measured", *_failures([case])]
     total = together(stages)
     rows = [*stages.items(), ("sum of the stages", total)]
     if whole is not None:
@@ -117,7 +119,7 @@ def _launches(cases: Cases) -> list[str]:
 def _sizes(letter: str, varies: str, constant: str, cases: Cases) -> list[str]:
     """Time against N or w, and where it was measured the share of the selection."""
     selects = any(SELECTION in case.rows for case in cases)
-    head = [letter, "flexdma, ms", "causal SDPA, ms", "faster", "useful GFLOP/s"]
+    head = [letter, "flexdma, ms", "causal SDPA by flash, ms", "faster", "useful GFLOP/s"]
     rows = [head + ["ranking + lifespans, ms", "of flexdma"] * selects]
     for case in cases:
         ours, causal, selection = case.seconds.get(FLEXDMA), fastest_causal(case.seconds), case.seconds.get(SELECTION)

@@ -130,7 +130,10 @@ def joined(division: Division, device: str, timeout: float) -> Iterator[Ranks]:
             # Rank 0 shows the same ones.
             warnings.simplefilter("ignore")
             logging.disable(logging.WARNING)
-        yield Ranks(division, place, limit)
+        try:
+            yield Ranks(division, place, limit)
+        finally:
+            logging.disable(logging.NOTSET)
     if begins:
         # Not after an error: other ranks may be waiting, and this one has to end.
         dist.destroy_process_group()

@@ -87,7 +87,9 @@ def _add_several_processes(group: argparse._ArgumentGroup) -> None:
         help="steps between checkpoints in DIR/training (default: %(default)s)",
     )
     group.add_argument(
-        "--resume", action="store_true", help="go on from the last checkpoint in DIR/training, if there is one"
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in DIR/training, if there is one; without this option it is deleted",
     )
     group.add_argument(
         "--timeout",
