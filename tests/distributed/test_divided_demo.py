@@ -107,6 +107,7 @@ def compiled(text):
     return losses
 
 
+@pytest.mark.slow
 def test_compiled_blocks_train_as_one_process(two, text):
     for divided, one in two.run(compiled, text):
         assert divided == pytest.approx(one, rel=1e-5)

@@ -63,7 +63,11 @@ def test_new_gates_do_not_recompile_and_new_sizes_equal_the_specification():
 
 @pytest.mark.parametrize(
     ("dtype", "query_heads", "heads", "size", "value_size"),
-    [(torch.float32, 2, 2, 80, 48), (torch.bfloat16, 4, 1, 64, 64), (torch.float16, 6, 2, 16, 256)],
+    [
+        pytest.param(torch.float32, 2, 2, 80, 48, marks=pytest.mark.slow),
+        (torch.bfloat16, 4, 1, 64, 64),
+        pytest.param(torch.float16, 6, 2, 16, 256, marks=pytest.mark.slow),
+    ],
 )
 def test_compiled_dtypes_heads_and_sizes(dtype, query_heads, heads, size, value_size):
     tensors = inputs(1, query_heads, heads, 200, 200, size, value_size, dtype=dtype)

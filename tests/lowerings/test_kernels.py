@@ -49,6 +49,7 @@ LONG = {
     "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16",
     "causal, grouped, the gate's gradient by a column, bfloat16",
     "global, grouped, odd length, bfloat16",
+    "inference, one gate for all heads, bfloat16",
     "sm_90, D = 128, the gate's gradient by transposed attention",
     "gfx942, D = 64",
 }

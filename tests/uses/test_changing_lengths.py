@@ -30,6 +30,7 @@ def test_training_at_more_lengths_than_torch_recompiles_for():
     assert counter.frame_count == 2  # the first length, others
 
 
+@pytest.mark.slow
 def test_traced_training_is_compiled_five_times_at_most():
     """Also with lengths of whole blocks, for which slices of rows are contiguous, which torch guards."""
     compiled, counter = counted(attend, "aot_eager")
@@ -57,6 +58,7 @@ def test_inference_that_the_fused_kernel_does_not_serve():
         assert_same(compiled, tensors, tolerance=2e-5, gradients=False, **options)
 
 
+@pytest.mark.slow
 def test_a_layer_reads_chunks_of_any_length():
     layer = DynamicMaskAttention(32, 4, 2, 16, 9, recency="slope", recent=2)
     torch.nn.init.normal_(layer.gate.A)

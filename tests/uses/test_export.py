@@ -58,7 +58,8 @@ def exported(module, arguments, **options):
 
 
 @pytest.mark.parametrize(
-    ("lowering", "strict"), [(None, False), (None, True), pytest.param("dense", False, marks=DENSE)]
+    ("lowering", "strict"),
+    [(None, False), pytest.param(None, True, marks=pytest.mark.slow), pytest.param("dense", False, marks=DENSE)],
 )
 @torch.no_grad()
 def test_inference_at_any_length(lowering, strict):
