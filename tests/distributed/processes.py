@@ -1,11 +1,6 @@
 """Groups of processes on this machine that run the cases of a test module, over gloo on loopback.
 
-    @pytest.fixture(scope="module")
-    def four():
-        with Ranks(4) as ranks:
-            yield ranks
-
-    def test_ranks_know_their_number(four):
+    def test_ranks_know_their_number(four):  # of conftest.py; two is there too
         assert four.run(my_rank) == [0, 1, 2, 3]  # my_rank is a function at the top of a module
 
 Each rank starts once for a module, forked from a server that has imported torch.  A rank that raises, dies or takes longer
@@ -18,15 +13,23 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import timedelta
+from functools import cache
 from multiprocessing.connection import Connection, wait
 from types import TracebackType
 from typing import Any
 
 import torch
+from torch.distributed.device_mesh import DeviceMesh
 
 # Seconds.  A case takes a few of them; the limits are for cases that hang.
 CASE_LIMIT = 240
 COLLECTIVE_LIMIT = 120
+
+
+@cache
+def mesh_of(size: int) -> DeviceMesh:
+    """On a rank: the mesh of the first `size` ranks."""
+    return DeviceMesh("cpu", list(range(size)))
 
 
 class RankError(AssertionError):

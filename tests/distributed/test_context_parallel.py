@@ -1,6 +1,5 @@
 """Attention over a sequence that is divided over ranks equals attention over it in one process."""
 
-from functools import cache
 from typing import Any
 
 import pytest
@@ -8,28 +7,17 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.device_mesh import init_device_mesh
 
 from flexdma import dynamic_mask_attention
 from flexdma.distributed import context_parallel_dynamic_mask_attention, shard_positions
 from flexdma.reference import dense_dynamic_mask_attention
 from tests.comparison import inputs, with_gradients
-from tests.distributed.processes import Ranks
+from tests.distributed.processes import mesh_of
 from tests.distributed.received_bytes import ReceivedBytes
 
 WORLD = 4
 NAMES = ("output", "query", "key", "value", "gate")
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(WORLD) as group:
-        yield group
-
-
-@cache
-def mesh_of(size: int) -> DeviceMesh:
-    return DeviceMesh("cpu", list(range(size)))
 
 
 def shard(tensor: Tensor, lengths: list[int], rank: int, dim: int = 2) -> Tensor:
@@ -93,9 +81,9 @@ def cases(draw):
 
 @settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
 @given(case=cases())
-def test_ranks_compute_what_one_process_computes(ranks, case):
+def test_ranks_compute_what_one_process_computes(four, case):
     tensors, lengths, options = case
-    got = over_ranks(ranks, tensors, lengths, options)
+    got = over_ranks(four, tensors, lengths, options)
     exact = with_gradients(dense_dynamic_mask_attention, tensors, **options)
     assert max(errors(got, exact).values()) < 1e-12, (lengths, options)
 
@@ -113,37 +101,37 @@ def nearer(score, b, h, i, j):
     ],
     ids=list,
 )
-def test_other_options_are_those_of_one_process(ranks, options):
+def test_other_options_are_those_of_one_process(four, options):
     options = {"window_size": 5, **options}
     tensors, lengths = inputs(2, 4, 2, 50, 50, 8), [17, 3, 29, 1]
-    got = over_ranks(ranks, tensors, lengths, options)
+    got = over_ranks(four, tensors, lengths, options)
     options.pop("lowering", None)
     exact = with_gradients(dense_dynamic_mask_attention, tensors, **options)
     assert max(errors(got, exact).values()) < 1e-12
 
 
-def test_gates_that_all_heads_share_get_their_gradient(ranks):
+def test_gates_that_all_heads_share_get_their_gradient(four):
     tensors, lengths = inputs(1, 4, 2, 40, 40, 8, gate_heads=1), [10, 10, 10, 10]
-    got = over_ranks(ranks, tensors, lengths, {"window_size": 5})
+    got = over_ranks(four, tensors, lengths, {"window_size": 5})
     assert max(errors(got, with_gradients(dense_dynamic_mask_attention, tensors, window_size=5)).values()) < 1e-12
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_errors_are_those_of_one_process_in_the_same_dtype(ranks, dtype):
+def test_errors_are_those_of_one_process_in_the_same_dtype(four, dtype):
     tensors, lengths = inputs(2, 4, 2, 200, 200, 16, dtype=dtype), [50, 60, 40, 50]
     options = {"window_size": 16, "sinks": 2, "recent": 4}
     exact = with_gradients(dense_dynamic_mask_attention, [tensor.double() for tensor in tensors], **options)
-    got = errors(over_ranks(ranks, tensors, lengths, options), exact)
+    got = errors(over_ranks(four, tensors, lengths, options), exact)
     plain = errors(with_gradients(dynamic_mask_attention, tensors, **options), exact)
     assert all(got[name] <= 2 * plain[name] for name in NAMES), (got, plain)
 
 
-def test_a_nan_reaches_the_queries_that_it_reaches_in_one_process(ranks):
+def test_a_nan_reaches_the_queries_that_it_reaches_in_one_process(four):
     tensors, lengths = inputs(1, 2, 1, 40, 40, 4), [10, 10, 10, 10]
     tensors[3][..., 13] = torch.nan
     document_ids = (torch.arange(40) >= 25).long()[None]
     options = {"window_size": 3, "document_ids": document_ids}
-    output = over_ranks(ranks, tensors, lengths, options)[0]
+    output = over_ranks(four, tensors, lengths, options)[0]
     wanted = torch.zeros(40, dtype=torch.bool)
     wanted[13:25] = True
     assert torch.equal(output.isnan().all(-1)[0, 0], wanted)
@@ -155,9 +143,9 @@ def attend_in_a_larger_mesh(tensors, lengths, options):
     return attend_to_shards([tensor[row : row + 1] for tensor in tensors], lengths, options, mesh["cp"])
 
 
-def test_one_dimension_of_a_mesh_has_the_sequence(ranks):
+def test_one_dimension_of_a_mesh_has_the_sequence(four):
     tensors, lengths = inputs(2, 4, 2, 30, 30, 8), [20, 10]
-    answers = ranks.run(attend_in_a_larger_mesh, tensors, lengths, {"window_size": 6})
+    answers = four.run(attend_in_a_larger_mesh, tensors, lengths, {"window_size": 6})
     rows = [[torch.cat(parts, 2) for parts in zip(*answers[row : row + 2], strict=True)] for row in (0, 2)]
     got = [torch.cat(pair) for pair in zip(*rows, strict=True)]
     exact = with_gradients(dense_dynamic_mask_attention, tensors, window_size=6)
@@ -177,9 +165,9 @@ def penalty(output, leaves):
     return sum(gradient.square().sum() for gradient in gradients)
 
 
-def test_gradients_of_gradients_are_those_of_one_process(ranks):
+def test_gradients_of_gradients_are_those_of_one_process(four):
     tensors, lengths = inputs(1, 2, 1, 20, 20, 4), [5, 6, 2, 7]
-    answers = ranks.run(penalty_of_shards, tensors, lengths, {"window_size": 4})
+    answers = four.run(penalty_of_shards, tensors, lengths, {"window_size": 4})
     got = [torch.cat(parts, 2) for parts in zip(*answers, strict=True)]
     leaves = [tensor.requires_grad_() for tensor in tensors]
     exact = torch.autograd.grad(penalty(dense_dynamic_mask_attention(*leaves, window_size=4), leaves), leaves)
@@ -197,9 +185,9 @@ def without_gradients_then_with(tensors, lengths, options):
     return attend.clone(), attend_to_shards(tensors, lengths, options)[0]
 
 
-def test_inference_mode_leaves_later_calls_alone(ranks):
+def test_inference_mode_leaves_later_calls_alone(four):
     tensors, lengths = inputs(1, 2, 1, 20, 20, 4), [5, 6, 2, 7]
-    for before, after in ranks.run(without_gradients_then_with, tensors, lengths, {"window_size": 4}):
+    for before, after in four.run(without_gradients_then_with, tensors, lengths, {"window_size": 4}):
         assert torch.equal(before, after)
 
 
@@ -208,8 +196,8 @@ def positions(tokens):
     return shard_positions(tokens[rank], mesh_of(WORLD))
 
 
-def test_positions_count_the_tokens_of_earlier_ranks(ranks):
-    assert torch.equal(torch.cat(ranks.run(positions, [3, 0, 5, 2])), torch.arange(10))
+def test_positions_count_the_tokens_of_earlier_ranks(four):
+    assert torch.equal(torch.cat(four.run(positions, [3, 0, 5, 2])), torch.arange(10))
 
 
 def decode_after(tensors, lengths, options):
@@ -224,10 +212,10 @@ def decode_after(tensors, lengths, options):
 
 
 @torch.no_grad()
-def test_the_state_of_the_last_rank_goes_on(ranks):
+def test_the_state_of_the_last_rank_goes_on(four):
     tensors, lengths = inputs(2, 4, 2, 41, 41, 8), [10, 12, 8, 10]
     options: dict[str, Any] = {"window_size": 6, "sinks": 2, "recent": 3}
-    *before, token = ranks.run(decode_after, tensors, lengths, options)
+    *before, token = four.run(decode_after, tensors, lengths, options)
     assert [length.tolist() for length in before] == [[10, 10], [22, 22], [30, 30]]
     exact = dense_dynamic_mask_attention(*tensors, **options)
     torch.testing.assert_close(token, exact[:, :, -1:])
@@ -244,9 +232,9 @@ def bytes_received(length, options, gradients):
 
 
 @pytest.mark.parametrize("gradients", [False, True])
-def test_what_a_rank_receives_does_not_depend_on_the_length(ranks, gradients):
+def test_what_a_rank_receives_does_not_depend_on_the_length(four, gradients):
     options = {"window_size": 8, "sinks": 1, "recent": 3}
-    short, long = (ranks.run(bytes_received, length, options, gradients) for length in (5, 300))
+    short, long = (four.run(bytes_received, length, options, gradients) for length in (5, 300))
     assert short == long
     slots = 2 * 12  # Hkv (w + sinks + recent)
     forward, backward = slots * (4 * (8 + 8) + 4 + 8), slots * (4 * (8 + 8) + 4)  # key, value, gate; position

@@ -3,7 +3,7 @@
 import os
 from collections.abc import Callable
 from datetime import timedelta
-from functools import cache, partial
+from functools import partial
 from typing import Any
 
 import pytest
@@ -15,20 +15,9 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from flexdma.distributed import context_parallel_dynamic_mask_attention
 from tests.comparison import inputs
-from tests.distributed.processes import Ranks
+from tests.distributed.processes import mesh_of
 
 WORLD = 4
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(WORLD) as group:
-        yield group
-
-
-@cache
-def mesh_of(size: int) -> DeviceMesh:
-    return DeviceMesh("cpu", list(range(size)))
 
 
 def differ(change):
@@ -73,8 +62,8 @@ def differ(change):
     ],
     ids=lambda value: str(value) if isinstance(value, dict) else "",
 )
-def test_calls_that_differ_between_ranks_are_refused(ranks, change, name, there, others):
-    messages = ranks.run(differ, change)
+def test_calls_that_differ_between_ranks_are_refused(four, change, name, there, others):
+    messages = four.run(differ, change)
     assert all(message.startswith(f"{name}: expected the same on every rank of the mesh, got ") for message in messages)
     assert messages[2].endswith(f"got {there} on this rank, {others}")
     assert all(message.endswith(f" on this rank, {others}") for message in messages)
@@ -118,8 +107,8 @@ def refused(call):
         ("fewer queries", "query: expected 10 positions as key has, got 9"),
     ],
 )
-def test_calls_without_a_meaning_are_refused(ranks, call, message):
-    assert ranks.run(refused, call) == [message] * WORLD
+def test_calls_without_a_meaning_are_refused(four, call, message):
+    assert four.run(refused, call) == [message] * WORLD
 
 
 def call_from_outside():
@@ -131,8 +120,8 @@ def call_from_outside():
     return str(error.value)
 
 
-def test_a_rank_outside_the_mesh_is_refused(ranks):
-    assert ranks.run(call_from_outside)[-1] == "mesh: expected this rank in the mesh, got a mesh of other ranks"
+def test_a_rank_outside_the_mesh_is_refused(four):
+    assert four.run(call_from_outside)[-1] == "mesh: expected this rank in the mesh, got a mesh of other ranks"
 
 
 def call_without_the_last_rank(end):
@@ -147,14 +136,14 @@ def call_without_the_last_rank(end):
     return str(error.value)
 
 
-def test_a_rank_that_hangs_ends_the_others_after_the_timeout(ranks):
-    *messages, _ = ranks.run(call_without_the_last_rank, False)
+def test_a_rank_that_hangs_ends_the_others_after_the_timeout(four):
+    *messages, _ = four.run(call_without_the_last_rank, False)
     assert all("imed out" in message for message in messages)
 
 
-def test_a_rank_that_dies_ends_the_others(ranks):
-    for connection in ranks.connections:
+def test_a_rank_that_dies_ends_the_others(four):
+    for connection in four.connections:
         connection.send((call_without_the_last_rank, (True,)))
-    answers = [connection.recv() for connection in ranks.connections[:-1]]
-    ranks.stop()
+    answers = [connection.recv() for connection in four.connections[:-1]]
+    four.stop()
     assert all(failure == "" and message for failure, message in answers)  # each raised

@@ -11,17 +11,10 @@ from torch.utils.checkpoint import checkpoint
 
 from flexdma import DynamicMaskAttention
 from flexdma.distributed import context_parallel, shard_positions
-from tests.distributed.processes import Ranks
 
 WORLD = 4
 LENGTHS = [9, 21, 3, 7]
 RECENCIES = [None, "slope", "forget"]
-
-
-@pytest.fixture(scope="module")
-def ranks():
-    with Ranks(WORLD) as group:
-        yield group
 
 
 def make_layer(recency, window_size=6, **options):
@@ -114,17 +107,17 @@ def in_one_process(layer, **options):
         pytest.param("slope", "compiled by Inductor", LENGTHS, marks=pytest.mark.slow),
     ],
 )
-def test_ranks_compute_what_one_process_computes(ranks, recency, how, lengths):
-    got = whole(ranks.run(on_ranks, make_layer(recency), how, False, lengths))
+def test_ranks_compute_what_one_process_computes(four, recency, how, lengths):
+    got = whole(four.run(on_ranks, make_layer(recency), how, False, lengths))
     for a, b in zip(got, in_one_process(make_layer(recency)), strict=True):
         # Gates are float32; their rounding depends on how many tokens a call has.
         torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("recency", RECENCIES)
-def test_autocast_rounds_as_in_one_process(ranks, recency):
+def test_autocast_rounds_as_in_one_process(four, recency):
     exact = in_one_process(make_layer(recency))
-    got = whole(ranks.run(on_ranks, make_layer(recency).float(), "eager", True))
+    got = whole(four.run(on_ranks, make_layer(recency).float(), "eager", True))
     plain = in_one_process(make_layer(recency).float(), autocast=True)
     assert got[0].dtype == plain[0].dtype == torch.bfloat16
     for a, b, c in zip(got, plain, exact, strict=True):
@@ -141,11 +134,11 @@ def gradients_of_shards(layer):
     return {name: parameter.grad.full_tensor() for name, parameter in layer.named_parameters()}
 
 
-def test_fully_shard_averages_the_gradients_of_ranks(ranks):
+def test_fully_shard_averages_the_gradients_of_ranks(four):
     layer = make_layer("forget").float()
     hidden, mask, _ = tokens()
     layer(hidden.float(), key_padding_mask=mask).square().sum().backward()
-    for gradients in ranks.run(gradients_of_shards, make_layer("forget").float()):
+    for gradients in four.run(gradients_of_shards, make_layer("forget").float()):
         assert gradients.keys() == dict(layer.named_parameters()).keys()
         for name, parameter in layer.named_parameters():
             torch.testing.assert_close(gradients[name], parameter.grad, rtol=1e-4, atol=1e-4)
@@ -158,10 +151,10 @@ def forgotten(layer):
 
 
 @torch.no_grad()
-def test_forgotten_sums_are_those_of_one_process(ranks):
+def test_forgotten_sums_are_those_of_one_process(four):
     hidden, mask, _ = tokens()
     state = make_layer("forget")(hidden, key_padding_mask=mask, return_state=True)[1]
-    torch.testing.assert_close(ranks.run(forgotten, make_layer("forget"))[-1], state.forgotten)
+    torch.testing.assert_close(four.run(forgotten, make_layer("forget"))[-1], state.forgotten)
 
 
 class _Subclass(DynamicMaskAttention):
@@ -188,8 +181,8 @@ def refused():
     return messages
 
 
-def test_what_has_no_meaning_is_refused(ranks):
-    assert ranks.run(refused)[0] == [
+def test_what_has_no_meaning_is_refused(four):
+    assert four.run(refused)[0] == [
         "module: expected a DynamicMaskAttention or a module with some, got Linear",
         "module: expected layers of type DynamicMaskAttention, got _Subclass",
         "window_size: expected an int or one per gate head over several ranks, which it bounds, got None",
@@ -206,7 +199,7 @@ def converted_names():
     return names == list(context_parallel(model, mesh).state_dict()), str(model[1]).split("\n")[0]
 
 
-def test_layers_of_a_model_keep_the_names_of_their_parameters(ranks):
-    same, shown = ranks.run(converted_names)[0]
+def test_layers_of_a_model_keep_the_names_of_their_parameters(four):
+    same, shown = four.run(converted_names)[0]
     assert same
     assert shown.startswith("ContextParallelDynamicMaskAttention")

@@ -19,7 +19,6 @@ from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
 from flexdma import DynamicMaskAttention, ValueGate
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes
-from tests.distributed.processes import Ranks
 
 SIZES = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=5)
 PRODUCTS = [torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default]
@@ -28,18 +27,6 @@ CHECKPOINTING: dict[str, Callable[..., nn.Module]] = {
     "full": checkpoint_wrapper,
     "selective": partial(checkpoint_wrapper, context_fn=partial(create_selective_checkpoint_contexts, PRODUCTS)),
 }
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
 
 
 def made(recency="slope"):

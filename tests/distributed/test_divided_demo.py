@@ -34,18 +34,6 @@ DIVISIONS = [
 
 
 @pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
-def two():
-    with Ranks(2) as ranks:
-        yield ranks
-
-
-@pytest.fixture(scope="module")
 def text(tmp_path_factory):
     path = tmp_path_factory.mktemp("text") / "text.txt"
     path.write_bytes(b"".join(b"%d times %d is %d.\n" % (a, b, a * b) for a in range(12) for b in range(12)))

@@ -19,17 +19,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from flexdma import DynamicMaskAttention, ValueGate
 from flexdma.distributed import DynamicMaskAttentionParallel, ValueGateParallel
-from tests.distributed.processes import Ranks
 
 WIDTH, HEADS, KV_HEADS, SIZE, LENGTH = 24, 8, 4, 6, 40
 WINDOWS = (5, 9, 3, 7)
 RECENCIES = [None, "slope", "forget"]
-
-
-@pytest.fixture(scope="module")
-def four():
-    with Ranks(4) as ranks:
-        yield ranks
 
 
 def tensor_mesh(ranks):

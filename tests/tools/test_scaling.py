@@ -3,6 +3,7 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flexdma import cost
 from flexdma.__main__ import main
 from flexdma.distributed import context_parallel_dynamic_mask_attention
-from flexdma.tools.cost_model.prefix_scan import chain, doubling, received_messages, scanned, simulated
+from flexdma.tools.cost_model.calls import evaluated
+from flexdma.tools.cost_model.prefix_scan import chain, doubling, received_messages, simulated
 from flexdma.tools.cost_model.rank_seconds import Links, ring_seconds, scan_seconds, ulysses_seconds
 from flexdma.tools.cost_model.sequence_parallel import message, returned_message
 from tests.distributed.processes import Ranks
@@ -20,6 +22,22 @@ from tests.distributed.processes import Ranks
 PAGE = Path(__file__).parents[2] / "docs" / "scaling.md"
 SIZES = {"B": 2, "Hq": 8, "Hkv": 4, "D": 6, "Dv": 3, "element": 2}
 COUNTS = [1, 2, 3, 4, 5, 8, 13, 64]
+
+
+def scanned(rounds, own, join):
+    """What each rank has of all earlier ranks after these rounds; None on rank 0.  own: the state of each rank's tokens.
+
+    What a rank receives comes before what it has: it is joined to both, and the message of the next round includes it.
+    """
+    before: list[Any] = [None] * len(own)
+    through = list(own)  # what a rank sends: its own state, after those that it received
+    for messages in rounds:
+        sent = [(destination, through[source]) for source, destination in messages]
+        for destination, state in sent:
+            earlier = before[destination]
+            before[destination] = state if earlier is None else join(state, earlier)
+            through[destination] = join(state, through[destination])
+    return before
 
 
 @pytest.mark.parametrize("schedule", [doubling, chain])
@@ -111,7 +129,7 @@ def test_several_sizes_are_compared(capsys, tmp_path):
     assert received[:2] == received[2:]  # at any length
     assert received[1] == 2 * received[0]
     sizes = {"B": 1, "Hkv": 4, "D": 128, "Dv": 128, "slots": 256, "element": 2, "gate_element": 4}
-    one = float(message().subs({symbol: sizes[symbol.name] for symbol in message().free_symbols}))
+    one = evaluated(message(), sizes)
     assert [scan["received"] for scan in answer["scans"]] == [3 * one, 6 * one]
 
 
@@ -171,10 +189,7 @@ def test_the_messages_of_the_operator_are_those_of_the_simulation():
     with Ranks(4) as group:
         for ranks, dtype in ((4, torch.float32), (2, torch.bfloat16)):
             sizes = SIZES | {"slots": 10, "gate_element": 4, "element": dtype.itemsize}
-            one, returned = (
-                int(formula().subs({symbol: sizes[symbol.name] for symbol in formula().free_symbols}))
-                for formula in (message, returned_message)
-            )
+            one, returned = (int(evaluated(formula(), sizes)) for formula in (message, returned_message))
             rounds = doubling(ranks)
             arriving = [[one * ((rank - 2**k, rank) in sent) for k, sent in enumerate(rounds)] for rank in range(ranks)]
             back = [

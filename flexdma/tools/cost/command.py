@@ -150,11 +150,7 @@ def _device(arguments: argparse.Namespace) -> Device:
     """The device, with the rates that are given."""
     given = {name: value for name in RATES if (value := getattr(arguments, name)) is not None}
     device = DEVICES[arguments.device]
-    return (
-        replace(device, **given, source="as given" if given.keys() >= set(RATES[:3]) else device.source)
-        if given
-        else device
-    )
+    return replace(device, **given, source="as given" if given.keys() >= set(RATES[:3]) else device.source)
 
 
 def _sizes(arguments: argparse.Namespace) -> dict[str, float]:

@@ -4,9 +4,7 @@ from collections.abc import Iterator
 from functools import cache
 from typing import NamedTuple
 
-from sympy import Expr
-
-from flexdma.tools.cost_model.calls import Cost
+from flexdma.tools.cost_model.calls import Cost, evaluated
 from flexdma.tools.cost_model.prefix_scan import chain, doubling, received_messages
 from flexdma.tools.cost_model.rank_seconds import Links, own_seconds, ring_seconds, scan_seconds, ulysses_seconds
 from flexdma.tools.cost_model.sequence_parallel import (
@@ -69,7 +67,7 @@ def compared(links: Links, sizes: dict[str, float], tokens: list[int], ranks: li
         for count in ranks:
             at = sizes | {"N": length, "ranks": count}
             dma, ring, exchanged = (call.at(**at) for call in _calls())
-            own, scan = _number(inputs, at), sum(scan_seconds(links, count, _number(state, at)) for state in states)
+            own, scan = evaluated(inputs, at), sum(scan_seconds(links, count, evaluated(state, at)) for state in states)
             yield Case(
                 length,
                 count,
@@ -85,7 +83,7 @@ def compared(links: Links, sizes: dict[str, float], tokens: list[int], ranks: li
 
 def scans(links: Links, sizes: dict[str, float], ranks: list[int]) -> Iterator[Scan]:
     """The scan at each number of ranks, by doubling and by a chain."""
-    size = _number(message(), sizes)
+    size = evaluated(message(), sizes)
     for count in ranks:
         rounds, sequential = doubling(count), chain(count)
         messages = max(received_messages(rounds, count))
@@ -99,10 +97,6 @@ def scans(links: Links, sizes: dict[str, float], ranks: list[int]) -> Iterator[S
 def _calls() -> list[Cost]:
     """The formulas, which take a second to make."""
     return [call(training=True) for call in (context_parallel, ring_attention, ulysses)]
-
-
-def _number(formula: Expr, sizes: dict[str, float]) -> float:
-    return Cost(formula, formula, formula, formula).at(**sizes)["bytes"]
 
 
 def markdown(cases: list[Case], scan: list[Scan], links: Links, sizes: dict[str, float]) -> str:

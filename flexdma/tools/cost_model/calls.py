@@ -4,6 +4,7 @@ Bytes are those that the generated kernels move when each reads its inputs and w
 tests/tools/test_cost.py checks that the sums are within 10 % of the compiler's count.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
 from sympy import And, Expr, Integer, Max, Piecewise, ceiling, log, sympify
@@ -49,18 +50,20 @@ class Cost:
 
         Raises ValueError naming a size that is missing or unknown.
         """
-        unknown = sizes.keys() - symbols.MEANING.keys()
-        if unknown:
-            raise ValueError(f"sizes: expected some of {', '.join(symbols.MEANING)}, got {', '.join(sorted(unknown))}")
-        values = {symbol: sympify(sizes[symbol.name]) for symbol in (*symbols.SYMBOLS, rho) if symbol.name in sizes}
-        numbers = {}
-        for field in fields(self):
-            value = getattr(self, field.name).xreplace(values)  # subs takes seconds: it simplifies after each symbol
-            if value.free_symbols:
-                missing = sorted(f"{s.name} ({symbols.MEANING[s.name]})" for s in value.free_symbols)
-                raise ValueError(f"sizes: expected {', '.join(missing)} too, got {', '.join(sorted(sizes)) or 'none'}")
-            numbers[field.name] = float(value)
-        return numbers
+        return {field.name: evaluated(getattr(self, field.name), sizes) for field in fields(self)}
+
+
+def evaluated(formula: Expr, sizes: Mapping[str, float]) -> float:
+    """A formula as a number; sizes and errors as of `Cost.at`."""
+    unknown = sizes.keys() - symbols.MEANING.keys()
+    if unknown:
+        raise ValueError(f"sizes: expected some of {', '.join(symbols.MEANING)}, got {', '.join(sorted(unknown))}")
+    values = {symbol: sympify(sizes[symbol.name]) for symbol in (*symbols.SYMBOLS, rho) if symbol.name in sizes}
+    value = formula.xreplace(values)  # subs takes seconds: it simplifies after each symbol
+    if value.free_symbols:
+        missing = sorted(f"{s.name} ({symbols.MEANING[s.name]})" for s in value.free_symbols)
+        raise ValueError(f"sizes: expected {', '.join(missing)} too, got {', '.join(sorted(sizes)) or 'none'}")
+    return float(value)
 
 
 def forward(*, training: bool = False) -> Cost:

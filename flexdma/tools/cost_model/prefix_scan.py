@@ -8,9 +8,7 @@ Each rank first has the state of its own tokens.  Joining two states that follow
 """
 
 from collections.abc import Callable, Sequence
-from typing import TypeVar
 
-State = TypeVar("State")
 Rounds = list[list[tuple[int, int]]]  # the (source, destination) of each message, by round
 
 
@@ -26,22 +24,6 @@ def doubling(ranks: int) -> Rounds:
 def chain(ranks: int) -> Rounds:
     """The rounds of the sequential schedule."""
     return [[(rank, rank + 1)] for rank in range(ranks - 1)]
-
-
-def scanned(rounds: Rounds, own: Sequence[State], join: Callable[[State, State], State]) -> list[State | None]:
-    """What each rank has of all earlier ranks after these rounds; None on rank 0.  own: the state of each rank's tokens.
-
-    What a rank receives comes before what it has: it is joined to both, and the message of the next round includes it.
-    """
-    before: list[State | None] = [None] * len(own)
-    through = list(own)  # what a rank sends: its own state, after those that it received
-    for messages in rounds:
-        sent = [(destination, through[source]) for source, destination in messages]
-        for destination, state in sent:
-            earlier = before[destination]
-            before[destination] = state if earlier is None else join(state, earlier)
-            through[destination] = join(state, through[destination])
-    return before
 
 
 def received_messages(rounds: Rounds, ranks: int) -> list[int]:
