@@ -75,14 +75,21 @@ def _text(shape: Sequence[object]) -> str:
     return ", ".join(map(str, shape))
 
 
-def selected_keys(gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None) -> None:
-    """Check gates [B, Hkv, K], padding mask [B, K] and document ids [B, K] against each other."""
-    batch, _heads, length = tensor("gate", gate, ("B", "Hkv", "K")).shape
-    floating("gate", gate)
+def selected_keys(
+    gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None, name: str = "gate"
+) -> None:
+    """Check numbers of keys [B, Hkv, K] called `name`, padding mask [B, K] and document ids [B, K] against each other."""
+    batch, _heads, length = tensor(name, gate, ("B", "Hkv", "K")).shape
+    floating(name, gate)
+    masks(batch, length, gate, key_padding_mask, document_ids)
+
+
+def masks(batch: int, length: int, like: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None) -> None:
+    """Check padding mask [B, K] and document ids [B, K], on the device of `like`."""
     if key_padding_mask is not None:
-        padding_mask(key_padding_mask, batch, length, gate)
+        padding_mask(key_padding_mask, batch, length, like)
     if document_ids is not None:
-        tensor("document_ids", document_ids, (batch, length), gate)
+        tensor("document_ids", document_ids, (batch, length), like)
         if document_ids.is_floating_point() or document_ids.is_complex() or document_ids.dtype == torch.bool:
             raise TypeError(f"document_ids: expected an integer dtype, got {document_ids.dtype}")
 
@@ -100,16 +107,21 @@ def windows(window_size: int | Sequence[int] | None, heads: int, needed: bool) -
         if needed:
             raise TypeError("window_size: expected an int or one int per key/value head, got None")
         return []
-    if isinstance(window_size, int | torch.SymInt):
-        positive_int("window_size", window_size)
-        return [window_size]
-    if not isinstance(window_size, list | tuple):
-        raise TypeError(f"window_size: expected an int or one int per key/value head, got {type(window_size).__name__}")
-    if len(window_size) != heads:
-        raise ValueError(f"window_size: expected one int per gate head = {heads}, got {len(window_size)}")
-    for window in window_size:
-        positive_int("window_size", window)
-    return list(window_size)
+    return per_head("window_size", window_size, heads)
+
+
+def per_head(name: str, numbers: int | Sequence[int], heads: int, minimum: int = 1) -> list[int]:
+    """One int, or one for each of `heads`, as a list of 1 or `heads` ints of at least `minimum`."""
+    if isinstance(numbers, int | torch.SymInt):
+        positive_int(name, numbers, minimum)
+        return [numbers]
+    if not isinstance(numbers, list | tuple):
+        raise TypeError(f"{name}: expected an int or one int per key/value head, got {type(numbers).__name__}")
+    if len(numbers) != heads:
+        raise ValueError(f"{name}: expected one int per key/value head = {heads}, got {len(numbers)}")
+    for number in numbers:
+        positive_int(name, number, minimum)
+    return list(numbers)
 
 
 def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:

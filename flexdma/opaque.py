@@ -50,7 +50,15 @@ def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[T
     The device of the first argument, a tensor, decides.  `shapes` takes the same arguments and returns empty outputs.
     Outputs are made contiguous and have no gradient.  All tensors, in and out, are [B, ...] of the same B.
     """
+    return _opaque(name, shapes, everywhere=False)
 
+
+def opaque(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[Tensors], Tensors]:
+    """As `opaque_on_cpu` on every device, and refused in torch.export: for loops that a tracer would unroll."""
+    return _opaque(name, shapes, everywhere=True)
+
+
+def _opaque(name: str, shapes: Callable[..., list[Tensor]], *, everywhere: bool) -> Callable[[Tensors], Tensors]:
     def decorate(function: Tensors) -> Tensors:
         def implementation(*arguments: Any) -> list[Tensor]:
             return [output.clone(memory_format=torch.contiguous_format) for output in function(*arguments)]
@@ -64,8 +72,12 @@ def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[T
         def dispatch(first: Tensor, *rest: Any) -> list[Tensor]:
             # torch.func.vmap has a rule for the whole operator, but not for all in-place operations inside it.
             # A program of torch.export runs where there is no Python.
-            opaque = (first.device.type == "cpu" and not is_exporting()) or is_transformed()
-            return operator(first, *rest) if opaque else function(first, *rest)
+            if everywhere and is_exporting():
+                raise NotImplementedError(
+                    f"torch.export: expected lifespans from outside of the program, as {name} is a loop over positions"
+                )
+            whole = ((everywhere or first.device.type == "cpu") and not is_exporting()) or is_transformed()
+            return operator(first, *rest) if whole else function(first, *rest)
 
         dispatch.__doc__, dispatch.__name__ = function.__doc__, function.__name__
         return dispatch  # type: ignore[return-value]

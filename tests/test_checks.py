@@ -33,7 +33,7 @@ CASES = [
     ({"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
     ({"window_size": 2.0}, TypeError, "window_size: expected an int or one int per key/value head, got float"),
     ({"window_size": True}, TypeError, "window_size: expected an int, got bool"),
-    ({"window_size": [1, 2, 3]}, ValueError, "window_size: expected one int per gate head = 2, got 3"),
+    ({"window_size": [1, 2, 3]}, ValueError, "window_size: expected one int per key/value head = 2, got 3"),
     ({"window_size": None}, TypeError, "window_size: expected an int or one int per key/value head, got None"),
     ({"selection": "best"}, ValueError, "selection: expected one of 'causal', 'global', 'threshold', got 'best'"),
     ({"sinks": -1}, ValueError, "sinks: expected at least 0, got -1"),

@@ -66,7 +66,7 @@ class Selection:
     def windows(self, device: torch.device) -> Tensor:
         """The window sizes as [1, 1] or [H, 1] int64; window_size must not be None."""
         assert self.window_size is not None
-        return _on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
+        return on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
 
     def refuse_without_state(self, where: str = "with a state") -> None:
         """Raise ValueError unless a state bounds what later queries can see.  where: of the call, for the message."""
@@ -124,10 +124,10 @@ def _lifespans(
     if not windows:
         death = end
     elif kind == "sliding":
-        death = torch.minimum(positions + _on_device(windows, gate.device), end)
+        death = torch.minimum(positions + on_device(windows, gate.device), end)
     else:
         ranked = by_rank(gate.masked_fill(~chosen, float("-inf")), start if document_ids is not None else None)
-        death = death_by_rank(ranked, start, end, _on_device(windows, gate.device), shared=kind == "global")
+        death = death_by_rank(ranked, start, end, on_device(windows, gate.device), shared=kind == "global")
     death = torch.where(chosen, death, positions)
     if recent:
         death = torch.maximum(death, torch.minimum(positions + recent, end))
@@ -153,7 +153,7 @@ def _is_one_document(document_ids: Tensor) -> bool:
     return readable and torch.equal(document_ids[:, 1:], document_ids[:, :-1])
 
 
-def _on_device(windows: Sequence[int], device: torch.device) -> Tensor:
+def on_device(windows: Sequence[int], device: torch.device) -> Tensor:
     """[len(windows), 1] int64, filled on the device, because a tensor made from a list is copied from the host."""
     return torch.cat([torch.full((1, 1), window, device=device, dtype=torch.int64) for window in windows])
 

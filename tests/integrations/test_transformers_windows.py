@@ -152,7 +152,7 @@ def test_the_sliding_window_of_each_layer_bounds_its_own():
     ("windows", "recent", "error", "message"),
     [
         ([4, 4, 4], 0, ValueError, "window_size: expected an int or one item per attention layer = 2, got 3 items"),
-        ([4, [4, 4, 4]], 0, ValueError, "window_size[1]: expected one int per gate head = 2, got 3"),
+        ([4, [4, 4, 4]], 0, ValueError, "window_size[1]: expected one int per key/value head = 2, got 3"),
         ([4, [4, 0]], 0, ValueError, "window_size[1]: expected at least 1, got 0"),
         ([4, None], 0, TypeError, "window_size[1]: expected an int or one int per key/value head, got None"),
         (4, [1], ValueError, "recent: expected an int or one item per attention layer = 2, got 1 items"),
