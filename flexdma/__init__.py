@@ -7,6 +7,7 @@ attention_mass              how much attention each key receives
 DynamicMaskAttention        the layer around the operator; ValueGate is its gate
 DynamicMaskState            the keys that later queries can see: decoding, chunked prefill, endless context
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
+flexdma.policies            Lifespans by the rules of other systems: DMS, FoX, SnapKV, H2O, TRIM-KV and others
 flexdma.score_mods          score_mod recipes for plain FlexAttention
 flexdma.block_masks         mask_mod and BlockMask recipes
 flexdma.reference           the specification, dense
