@@ -32,7 +32,7 @@ BLOCKS = [
 ]
 # Packages whose `__all__` is public; the names that flexdma itself has are added.
 PUBLIC = ("score_mods", "block_masks", "distributed", "integrations.torchtitan", "integrations.transformers", "plots",
-          "tools.cost", "tools.doctor", "tools.explain", "tools.inspect")  # fmt: skip
+          "policies", "tools.cost", "tools.doctor", "tools.explain", "tools.inspect")  # fmt: skip
 
 
 @pytest.mark.parametrize("block", BLOCKS)
