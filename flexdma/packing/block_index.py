@@ -101,6 +101,27 @@ def block_index(
     return BlockIndex.of(_block_index(birth, death, queries, group, rows, columns, transposed, periods, period))
 
 
+def listed_blocks(partial: Tensor, full: Tensor) -> BlockIndex:
+    """The index of blocks that are given one by one, with its transposed lists.
+
+    partial, full: [B, H, R, C] bool; no block is both.  O(R C) time and memory per head.
+    """
+    return BlockIndex.of(_listed_blocks(partial, full))
+
+
+def _empty_lists(partial: Tensor, full: Tensor) -> list[Tensor]:
+    lists = [[mask[..., 0], mask] for mask in (partial, full, partial.mT, full.mT)]
+    return [torch.empty(t.shape, dtype=torch.int32, device=t.device) for pair in lists for t in pair]
+
+
+@opaque_on_cpu("listed_blocks", _empty_lists)
+def _listed_blocks(partial: Tensor, full: Tensor) -> list[Tensor]:
+    first = torch.zeros((), dtype=torch.int64, device=partial.device)
+    return [
+        t for mask in (partial, full, partial.mT, full.mT) for t in _ordered(mask.contiguous(), first, mask.shape[-1])
+    ]
+
+
 def _empty_index(
     birth: Tensor,
     death: Tensor,

@@ -28,7 +28,7 @@ def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **optio
 
 
 def _attend(query, *others, scale=None, score_mod=None, sink_logits=None, **facts):
-    with _gradients_on_a_cpu():
+    with gradients_on_a_cpu():
         return flex.flex_attend(
             query, *others, scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod,
             block_size=(32, 16), kernel_options=None, needs_gradient=True, sink_logits=sink_logits, **facts,
@@ -36,7 +36,7 @@ def _attend(query, *others, scale=None, score_mod=None, sink_logits=None, **fact
 
 
 @contextlib.contextmanager
-def _gradients_on_a_cpu():
+def gradients_on_a_cpu():
     with contextlib.ExitStack() as stack:
         for check in ("_validate_device", "_validate_nestedness"):  # one check before torch 2.13, two since
             if hasattr(torch_flex, check):
