@@ -31,8 +31,8 @@ BLOCKS = [
     for number, block in enumerate(re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL))
 ]
 # Packages whose `__all__` is public; the names that flexdma itself has are added.
-PUBLIC = ("score_mods", "block_masks", "distributed", "integrations.torchtitan", "integrations.transformers", "plots",
-          "policies", "tools.cost", "tools.doctor", "tools.explain", "tools.inspect")  # fmt: skip
+PUBLIC = ("score_mods", "block_masks", "distributed", "integrations.torchtitan", "integrations.transformers",
+          "page_selection", "plots", "policies", "tools.cost", "tools.doctor", "tools.explain", "tools.inspect")  # fmt: skip
 
 
 @pytest.mark.parametrize("block", BLOCKS)
