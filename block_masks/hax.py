@@ -16,6 +16,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from flexdma import checks
 from flexdma.block_masks.lifespan import lifespan_block_mask
 from flexdma.lifespans import Lifespans
+from flexdma.opaque import realize
 
 
 class HaxMask(NamedTuple):
@@ -91,6 +92,6 @@ def hax_block_mask(
         first = torch.maximum(first, end - window_size)
     place = position.expand(batch, query_heads, keys).contiguous()
     bounds = [torch.searchsorted(ends, place, right=True) + keys - queries for ends in (end, first)]
-    lifespans = Lifespans(*(bound.int() for bound in bounds))
+    lifespans = Lifespans(*(realize(bound.int()) for bound in bounds))  # buffers, which a compiled mask_mod can capture
     block_mask = lifespan_block_mask(lifespans, num_query_heads=query_heads, num_queries=queries, block_size=block_size)
     return HaxMask(query_order, key_order, lifespans, block_mask)

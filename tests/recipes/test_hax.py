@@ -4,6 +4,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.nn.attention.flex_attention import flex_attention
 
 from flexdma import lifespan_attention
 from flexdma.block_masks import hax_block_mask, hax_buckets
@@ -78,6 +79,26 @@ def test_sorted_buckets_are_lifespans():
     got = lifespan_attention(rows, keys, values, mask.lifespans, lowering="gather")
     want = dense_attention(query, key, value, dense_buckets(query_buckets, key_buckets, 4))
     torch.testing.assert_close(got.take_along_dim(mask.query_order.argsort(-1)[..., None], 2), want)
+
+
+@pytest.mark.slow
+def test_a_compiled_call_sorts_masks_and_attends():
+    query, key, value = (tensor.float() for tensor in heads(1, 4, 2, 128, 128, 16))
+    directions = torch.randn(16, 5)
+
+    def attend(query, key, value):
+        mask = hax_block_mask(
+            hax_buckets(query, directions), hax_buckets(key, directions), window_size=9, block_size=32
+        )
+        rows = query.take_along_dim(mask.query_order[..., None], 2)
+        keys, values = (tensor.take_along_dim(mask.key_order[..., None], 2) for tensor in (key, value))
+        output = flex_attention(rows, keys, values, block_mask=mask.block_mask, enable_gqa=True)
+        return output.take_along_dim(mask.query_order.argsort(-1)[..., None], 2)
+
+    with torch.no_grad():
+        dense = dense_buckets(hax_buckets(query, directions), hax_buckets(key, directions), 9)
+        got = torch.compile(attend, fullgraph=True, dynamic=False)(query, key, value)
+        torch.testing.assert_close(got, dense_attention(query, key, value, dense), atol=1e-5, rtol=0)
 
 
 def test_the_drawn_case():
