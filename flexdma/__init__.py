@@ -24,13 +24,14 @@ from typing import TYPE_CHECKING, Any
 from flexdma._version import __version__
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
+from flexdma.growing import growing_attention
 from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_top_w, sliding_window
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.mass import attention_mass
 from flexdma.modules import DynamicMaskAttention
 from flexdma.operator import lifespan_attention
 from flexdma.packing import pack, packed_layout
-from flexdma.state import DynamicMaskState, load_states, save_states
+from flexdma.state import DynamicMaskState, GrowingState, load_states, save_states
 from flexdma.varlen import dynamic_mask_attention_varlen
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ if TYPE_CHECKING:
 __all__ = [
     "DynamicMaskAttention",
     "DynamicMaskState",
+    "GrowingState",
     "Lifespans",
     "ValueGate",
     "__version__",
@@ -53,6 +55,7 @@ __all__ = [
     "dynamic_mask_attention_varlen",
     "explain",
     "global_top_w",
+    "growing_attention",
     "inspect_kernels",
     "lifespan_attention",
     "load_states",

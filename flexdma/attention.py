@@ -19,10 +19,13 @@ from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
 from flexdma.opaque import apart
 from flexdma.signatures import AttentionOptions, ScoreMod
-from flexdma.state import DynamicMaskState, check_state_matches, state_options
+from flexdma.state import DynamicMaskState, State, check_state_matches, state_options
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode, is_next_token
 from flexdma.state.donation import check_donation
+from flexdma.state.growing import growing_options
+from flexdma.state.growing_call import attend_growing
+from flexdma.state.growing_chunk import NewKeys
 from flexdma.transforms import refuse_jit_trace
 
 
@@ -34,7 +37,7 @@ def dynamic_mask_attention(
     gate: Tensor,
     *,
     window_size: int | Sequence[int] | None,
-    state: DynamicMaskState | None = None,
+    state: State | None = None,
     return_state: Literal[False] = False,
     **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
@@ -48,10 +51,10 @@ def dynamic_mask_attention(
     gate: Tensor,
     *,
     window_size: int | Sequence[int] | None,
-    state: DynamicMaskState | None = None,
+    state: State | None = None,
     return_state: Literal[True],
     **options: Unpack[AttentionOptions],
-) -> tuple[Tensor, DynamicMaskState]: ...
+) -> tuple[Tensor, State]: ...
 
 
 @overload
@@ -62,10 +65,10 @@ def dynamic_mask_attention(
     gate: Tensor,
     *,
     window_size: int | Sequence[int] | None,
-    state: DynamicMaskState | None = None,
+    state: State | None = None,
     return_state: bool,
     **options: Unpack[AttentionOptions],
-) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
+) -> Tensor | tuple[Tensor, State]: ...
 
 
 def dynamic_mask_attention(
@@ -82,14 +85,14 @@ def dynamic_mask_attention(
     recent: int = 0,
     key_padding_mask: Tensor | None = None,
     document_ids: Tensor | None = None,
-    state: DynamicMaskState | None = None,
+    state: State | None = None,
     return_state: bool = False,
     donate: bool = False,
     lowering: str | None = None,
     block_size: int | tuple[int, int] | None = None,
     kernel_options: Mapping[str, object] | None = None,
     sink_logits: Tensor | None = None,
-) -> Tensor | tuple[Tensor, DynamicMaskState]:
+) -> Tensor | tuple[Tensor, State]:
     """Attention in which each query sees the `window_size` best-gated keys at or before it; gates are added to the logits.
 
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
@@ -103,11 +106,13 @@ def dynamic_mask_attention(
     score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
         is added.  It is called with broadcastable index tensors, so it must be elementwise.
     sinks, recent, key_padding_mask, document_ids: as in `causal_top_w`.
-    state: the DynamicMaskState of earlier tokens.  key, value, gate, key_padding_mask and document_ids then belong to the
+    state: that of earlier tokens, as returned.  key, value, gate, key_padding_mask and document_ids then belong to the
         new tokens alone, and the result equals that of one call over all tokens.  document_ids=None continues the last
-        document.  A call with one token costs O(w) if lowering, block_size and kernel_options are None.
-    return_state: return (output, state after these tokens).  Raises with selection="global", which chooses among later keys
-        too, and with window_size=None, which does not bound the state.
+        document.  A call with one token costs O(w), or with window_size=None O(living keys), if lowering, block_size and
+        kernel_options are None.
+    return_state: return (output, state after these tokens): a DynamicMaskState, or with window_size=None a GrowingState,
+        whose size follows the number of living keys.  Raises with selection="global", which chooses among later keys too, and
+        with window_size=None inside `torch.func` and torch.export.
     donate: the caller does not use `state` again, nor states that share its tensors.  A call with one token then overwrites
         its slots (key, value, gate, position) instead of copying them.  Raises without state and return_state, where a
         gradient is needed, inside `torch.func`, and in torch.export.
@@ -118,7 +123,7 @@ def dynamic_mask_attention(
         value 0; the other scores add gates minus the best gate that the query sees.  -inf = no sink.  Raises with recent
         tokens unless selection="causal", and with "flex" on a CPU.
 
-    Returns [B, Hq, Q, Dv], in query's dtype, or (that, DynamicMaskState).  A query that sees no key gives 0, and gradient 0.
+    Returns [B, Hq, Q, Dv], in query's dtype, or (that, state).  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, gate, sink_logits, and tensors that score_mod captures.
     Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
     Inside transformations of `torch.func` and forward-mode AD lowering=None is "gather", and "flex" raises.  For meta and
@@ -153,16 +158,23 @@ def dynamic_mask_attention(
     if state is None and not return_state:
         return attend_selected(query, key, value, gate, policy.lifespans(gate, **masks), **scores)
 
-    before = _state_before(state, key, value, gate, policy)
-    gate = gate.to(before.gate.dtype).expand(key.shape[:3])
+    policy.refuse_without_state()
+    gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
     checks.selected_keys(gate, **masks)
+    if policy.capacity is None:
+        new = NewKeys(key, value, gate, partial(policy.lifetimes, gate), None, None, **masks)
+        output, grown = attend_growing(
+            query, new, state, growing_options(policy), ranked=True, donate=donate, **scores, **how
+        )
+        return (output, grown) if return_state else output
+    before = _state_before(state, key, value, gate, policy)
     if state is not None and key.shape[2] == 1 and not any(option is not None for option in how.values()):
-        output, after = decode(query, key, value, gate, state, **scores, **masks, donate=donate)
+        output, after = decode(query, key, value, gate, before, **scores, **masks, donate=donate)
         return (output, after) if return_state else output
     if state is None:
         keys = first_keys(key, value, gate, **masks)
     else:
-        keys = with_state_keys(state, key, value, gate, **masks)
+        keys = with_state_keys(before, key, value, gate, **masks)
         if score_mod is not None:
             group = query.shape[1] // key.shape[1]
             scores["score_mod"] = score_mod_at_positions(score_mod, keys, state.length, group)
@@ -171,17 +183,14 @@ def dynamic_mask_attention(
     return (output, state_after(before, keys, lifespans)) if return_state else output
 
 
-def _state_before(
-    state: DynamicMaskState | None, key: Tensor, value: Tensor, gate: Tensor, policy: Selection
-) -> DynamicMaskState:
+def _state_before(state: State | None, key: Tensor, value: Tensor, gate: Tensor, policy: Selection) -> DynamicMaskState:
     """The given state, checked against these arguments; an empty one for None."""
-    policy.refuse_without_state()
-    gate_dtype = torch.float64 if gate.dtype == torch.float64 else torch.float32
-    if state is not None:
-        check_state_matches(state, key, value, gate_dtype, policy)
-        return state
-    batch, heads, _keys, size = key.shape
-    return DynamicMaskState.empty(
-        batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate_dtype, device=key.device,
-        **state_options(policy),
-    )  # fmt: skip
+    if state is None:
+        batch, heads, _keys, size = key.shape
+        return DynamicMaskState.empty(
+            batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype, device=key.device,
+            **state_options(policy),
+        )  # fmt: skip
+    check_state_matches(state, key, value, gate.dtype, policy)
+    assert isinstance(state, DynamicMaskState)
+    return state

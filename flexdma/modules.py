@@ -1,7 +1,6 @@
 """Dynamic Mask Attention as a layer (arXiv 2508.02124): projections, gate, operator, output projection."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any, Literal, overload
 
@@ -14,7 +13,7 @@ from flexdma.gates import ValueGate
 from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod
-from flexdma.state import DynamicMaskState, check_state_matches, state_options
+from flexdma.state import State, check_state_matches, empty_state, state_options
 from flexdma.state.donation import check_donation
 from flexdma.varlen import dynamic_mask_attention_varlen
 
@@ -86,7 +85,7 @@ class DynamicMaskAttention(nn.Module):
         document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: Literal[False] = False,
         donate: bool = False,
     ) -> Tensor: ...
@@ -101,10 +100,10 @@ class DynamicMaskAttention(nn.Module):
         document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: Literal[True],
         donate: bool = False,
-    ) -> tuple[Tensor, DynamicMaskState]: ...
+    ) -> tuple[Tensor, State]: ...
 
     @overload
     def forward(
@@ -116,10 +115,10 @@ class DynamicMaskAttention(nn.Module):
         document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: bool,
         donate: bool = False,
-    ) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
+    ) -> Tensor | tuple[Tensor, State]: ...
 
     def forward(
         self,
@@ -130,10 +129,10 @@ class DynamicMaskAttention(nn.Module):
         document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: bool = False,
         donate: bool = False,
-    ) -> Tensor | tuple[Tensor, DynamicMaskState]:
+    ) -> Tensor | tuple[Tensor, State]:
         """Causal self-attention over the N tokens and the earlier ones of `state`.
 
         position_embeddings: cos and sin of the rotary embedding (arXiv 2104.09864), each [N, D] or [B, N, D], the halves
@@ -143,7 +142,7 @@ class DynamicMaskAttention(nn.Module):
             `dynamic_mask_attention_varlen`.  Raises with key_padding_mask, document_ids, state and donate.
         state, return_state, donate: as in `dynamic_mask_attention`; `empty_state` makes the first state.
 
-        Returns [B, N, hidden_size], or (that, DynamicMaskState) with return_state.
+        Returns [B, N, hidden_size], or (that, DynamicMaskState or GrowingState) with return_state.
         """
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
         attend: Callable[..., Any] = dynamic_mask_attention
@@ -154,7 +153,6 @@ class DynamicMaskAttention(nn.Module):
             attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
             before = {"cu_seqlens": cu_seqlens}
         if state is not None:
-            self.policy.refuse_without_state()
             check_state_matches(state, key, value, self._gate_dtype, self.policy)
             before = {"first_position": state.real_length, "forgotten": state.forgotten}
         returns_forgotten = return_state and self.gate.recency == "forget"
@@ -171,14 +169,14 @@ class DynamicMaskAttention(nn.Module):
         if not isinstance(result, tuple):
             return self._joined(result)
         output, after = result
-        return self._joined(output), replace(after, forgotten=forgotten) if returns_forgotten else after
+        return self._joined(output), after._with(forgotten=forgotten) if returns_forgotten else after
 
     def _joined(self, output: Tensor) -> Tensor:
         return self.o_proj(output.transpose(1, 2).flatten(2))
 
     def empty_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> DynamicMaskState:
+    ) -> State:
         """The state of this layer before the first token.
 
         dtype: of keys and values; default autocast's where it is enabled, else that of v_proj's parameters, or of `gate.A`
@@ -195,11 +193,15 @@ class DynamicMaskAttention(nn.Module):
             # Not the gate's dtype, which may be float32 in a layer of lower precision.
             dtypes = (p.dtype for p in self.v_proj.parameters() if p.is_floating_point())
             dtype = autocast(torch.empty(0, dtype=next(dtypes, self.gate.A.dtype), device=device))[0].dtype
-        self.policy.refuse_without_state()
-        return DynamicMaskState.empty(
-            batch_size, self.num_kv_heads, self.head_dim, dtype=dtype, device=device,
-            gate_dtype=self._gate_dtype, **state_options(self.policy),
-        )  # fmt: skip
+        return empty_state(
+            self.policy,
+            batch_size,
+            self.num_kv_heads,
+            self.head_dim,
+            dtype=dtype,
+            device=device,
+            gate_dtype=self._gate_dtype,
+        )
 
     @property
     def _gate_dtype(self) -> torch.dtype:
@@ -242,7 +244,7 @@ def _attend_sequences(
     state: None,
     donate: bool,
     **options: Any,
-) -> Tensor | tuple[Tensor, DynamicMaskState]:
+) -> Tensor | tuple[Tensor, State]:
     """`dynamic_mask_attention` of query [1, Hq, T, D], key, value and gate [1, Hkv, T], each sequence alone."""
     query, key, value, gate = (tensor[0].transpose(0, 1) for tensor in tensors)  # [T, H, ...]
     result = dynamic_mask_attention_varlen(

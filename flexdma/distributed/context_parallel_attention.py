@@ -22,7 +22,6 @@ from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod, VarlenOptions
 from flexdma.state import DynamicMaskState
-from flexdma.state.dynamic_mask_state import TENSORS
 from flexdma.state.joined import Run, empty_run, joined, run_of
 from flexdma.transforms import is_transformed, needs_gradient
 
@@ -129,7 +128,7 @@ def context_parallel_dynamic_mask_attention(
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query: expected {key.shape[2]} positions as key has, got {query.shape[2]}")
     policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
-    policy.refuse_without_state("over several ranks")
+    policy.refuse_without_bound("over several ranks")
     refuse_other_mesh(mesh, query=query, key=key, value=value, gate=gate)
     gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
     checks.selected_keys(gate, key_padding_mask, document_ids)
@@ -163,7 +162,7 @@ def _state_before(
 
     def as_run(tensors: Tensors) -> Run:
         *of_state, one_document = tensors
-        named: dict[str, Any] = dict(zip(TENSORS, of_state, strict=True))
+        named: dict[str, Any] = dict(zip(DynamicMaskState.TENSORS, of_state, strict=True))
         return Run(replace(own.state, **named), one_document.bool())
 
     def join(first: Tensors, second: Tensors) -> Tensors:

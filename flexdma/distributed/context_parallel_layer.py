@@ -107,7 +107,7 @@ def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
     for layer in layers:
         if type(layer) not in (DynamicMaskAttention, ContextParallelDynamicMaskAttention):
             raise TypeError(f"module: expected layers of type DynamicMaskAttention, got {type(layer).__name__}")
-        layer.policy.refuse_without_state("over several ranks")
+        layer.policy.refuse_without_bound("over several ranks")
     refuse_other_mesh(mesh)
     for layer in layers:
         layer.__class__ = ContextParallelDynamicMaskAttention

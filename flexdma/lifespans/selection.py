@@ -69,11 +69,24 @@ class Selection:
         return on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
 
     def refuse_without_state(self, where: str = "with a state") -> None:
-        """Raise ValueError unless a state bounds what later queries can see.  where: of the call, for the message."""
+        """Raise ValueError unless a prefix has a state.  where: of the call, for the message."""
         if self.kind not in STATEFUL_SELECTIONS:
             raise ValueError(f"selection: expected one of {STATEFUL_SELECTIONS} {where}, got {self.kind!r}")
-        if self.window_size is None:
+
+    def refuse_without_bound(self, where: str) -> None:
+        """Raise ValueError unless a prefix has a state, and the number of its keys a bound.  where: as above."""
+        self.refuse_without_state(where)
+        if self.capacity is None:
             raise ValueError(f"window_size: expected an int or one per gate head {where}, which it bounds, got None")
+
+    def lifetimes(self, gate: Tensor, is_sink: Tensor) -> Tensor:
+        """How many positions keys with these gates [B, H, n] live, [B, H, n] float64; inf = to the end of their documents.
+
+        Only for selections without a bound, where no key competes with another.  is_sink: [B, H, n] bool.
+        """
+        assert self.capacity is None
+        lives_on = is_above(gate.detach(), self.threshold) if self.kind == "threshold" else torch.ones_like(is_sink)
+        return torch.where(lives_on | is_sink, float("inf"), float(self.recent)).double()
 
     @staged("lifespans")
     def lifespans(

@@ -2,12 +2,12 @@
 
 from torch import Tensor
 
-from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.layout import SLOTS
+from flexdma.state.value import State
 from flexdma.transforms import is_exporting, is_transformed, needs_gradient
 
 
-def check_donation(donate: bool, state: DynamicMaskState | None, return_state: bool, *tensors: Tensor | None) -> None:
+def check_donation(donate: bool, state: State | None, return_state: bool, *tensors: Tensor | None) -> None:
     """Raise TypeError where `donate` is no bool, and ValueError where it is True and the state cannot be overwritten.
 
     tensors: the other tensors of the call.
@@ -22,12 +22,12 @@ def check_donation(donate: bool, state: DynamicMaskState | None, return_state: b
         raise ValueError(f"donate: expected False {why}, got True")
 
 
-def can_donate(state: DynamicMaskState, *tensors: Tensor | None) -> bool:
+def can_donate(state: State, *tensors: Tensor | None) -> bool:
     """Whether a call with these tensors may overwrite the slots of the state."""
     return _obstacle(state, tensors) is None
 
 
-def _obstacle(state: DynamicMaskState, tensors: tuple[Tensor | None, ...]) -> str | None:
+def _obstacle(state: State, tensors: tuple[Tensor | None, ...]) -> str | None:
     if is_exporting():
         return "in torch.export, as a program returns new tensors"
     if is_transformed():

@@ -15,22 +15,26 @@ import torch
 from torch import Tensor
 
 from flexdma.atomic_write import atomic_write
-from flexdma.state.dynamic_mask_state import TENSORS, DynamicMaskState
+from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.growing import GrowingState
+from flexdma.state.value import State
 
 FORMAT = "flexdma.DynamicMaskState/2"
+# Beside the options of a GrowingState; a DynamicMaskState has no such entry.
+GROWS = "grows"
 
 
-def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> None:
+def save_states(path: str | Path, states: Mapping[str, State]) -> None:
     """Write states, such as those of all layers, by name to one safetensors file.  It replaces an old file.
 
     Needs safetensors (the extra flexdma[state]).  Raises TypeError or ValueError naming the argument.
     """
     files = _safetensors()
     if not isinstance(states, Mapping):
-        raise TypeError(f"states: expected a mapping of names to DynamicMaskState, got {type(states).__name__}")
+        raise TypeError(f"states: expected a mapping of names to states, got {type(states).__name__}")
     for name, state in states.items():
-        if not isinstance(name, str) or not isinstance(state, DynamicMaskState):
-            raise TypeError(f"states: expected names to DynamicMaskState, got {name!r} to {type(state).__name__}")
+        if not isinstance(name, str) or not isinstance(state, DynamicMaskState | GrowingState):
+            raise TypeError(f"states: expected names to states, got {name!r} to {type(state).__name__}")
     path = Path(path)
     if path.is_dir() or not path.resolve().parent.is_dir():
         raise ValueError(f"path: expected a file in a folder that exists, got {path}")
@@ -39,12 +43,12 @@ def save_states(path: str | Path, states: Mapping[str, DynamicMaskState]) -> Non
         for name, state in states.items()
         for field, tensor in state.tensors().items()
     }
-    options = json.dumps({name: state.options() for name, state in states.items()})
+    options = json.dumps({name: _described(state) for name, state in states.items()})
     metadata = {"format": FORMAT, "states": options, "sha256": _digest(options, tensors)}
     atomic_write(path, lambda part: files.save_file(tensors, part, metadata=metadata))
 
 
-def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, DynamicMaskState]:
+def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, State]:
     """The states of a file written by `save_states`, by name, on this device.
 
     Raises ValueError naming the file where it is truncated, changed or not such a file; OSError where it does not exist.
@@ -68,7 +72,7 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     try:
         options: dict[str, dict[str, Any]] = json.loads(metadata["states"])
         states = {name: _assembled(name, tensors, chosen) for name, chosen in options.items()}
-        described = {f"{name}.{field}" for name in states for field in TENSORS}
+        described = {f"{name}.{field}" for name, state in states.items() for field in state.TENSORS}
         if described != set(tensors):
             raise ValueError(f"undescribed tensors {sorted(set(tensors) - described)}")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -76,13 +80,19 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     return {name: state.to(device) for name, state in states.items()}
 
 
-def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> DynamicMaskState:
-    window = options["window_size"]
-    options = {**options, "window_size": tuple(window) if isinstance(window, list) else window}
-    found: dict[str, Any] = {field: tensors[f"{name}.{field}"] for field in TENSORS}
-    state = DynamicMaskState(**found, **options)
+def _described(state: State) -> dict[str, Any]:
+    return state.options() | ({GROWS: True} if isinstance(state, GrowingState) else {})
+
+
+def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]) -> State:
+    options = dict(options)
+    kind: type[State] = GrowingState if options.pop(GROWS, False) else DynamicMaskState
+    if isinstance(options.get("window_size"), list):
+        options["window_size"] = tuple(options["window_size"])
+    found: dict[str, Any] = {field: tensors[f"{name}.{field}"] for field in kind.TENSORS}
+    state = kind(**found, **options)
     batch, heads, _slots, size = state.key.shape
-    like = DynamicMaskState.empty(
+    like = kind.empty(  # type: ignore[attr-defined]
         batch,
         heads,
         size,

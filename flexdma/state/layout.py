@@ -4,15 +4,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from flexdma import checks
+
 if TYPE_CHECKING:
-    from flexdma.state.dynamic_mask_state import DynamicMaskState
+    from flexdma.state.value import State
 
 # Name -> (shape, dtype).
 StateLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
 # The tensors with one entry per slot.
 SLOTS = ("key", "value", "gate", "position")
 # Initial values of the tensors of an empty state, where not 0.
-EMPTY = {"gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1}
+EMPTY = {
+    "gate": float("-inf"), "position": -1, "last_padding": -1, "last_sink": -1, "last_loss": -1, "expiry": float("-inf")
+}  # fmt: skip
 
 
 def state_layout(
@@ -35,9 +39,29 @@ def state_layout(
     }
 
 
+def empty_tensors(layout: StateLayout, device: torch.device | str | None) -> dict[str, Any]:
+    """The tensors of a state before the first token."""
+    return {
+        name: torch.full(shape, EMPTY.get(name, 0), dtype=of, device=device) for name, (shape, of) in layout.items()
+    }
+
+
+def refuse_sizes(
+    batch_size: int, num_kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, gate_dtype: torch.dtype
+) -> None:
+    """Raise ValueError or TypeError for sizes and dtypes that no state has."""
+    checks.positive_int("batch_size", batch_size, 0)
+    for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
+        checks.positive_int(name, size)
+    if gate_dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
+    if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
+        raise TypeError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
+
+
 def refuse_difference(
     name: str,
-    state: "DynamicMaskState",
+    state: "State",
     layout: StateLayout,
     options: dict[str, Any],
     device: torch.device,

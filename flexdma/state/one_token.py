@@ -19,6 +19,7 @@ from flexdma.mixed_precision import without_autocast
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.value import State
 
 
 def in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
@@ -102,7 +103,7 @@ def inserted(
         arriving = _Slots(*(torch.cat(pair, 2) for pair in zip(new, loser, strict=True)))
 
     after = _Slots(
-        *(_written(tensor, slot, writes, fresh, in_place) for tensor, fresh in zip(held, arriving, strict=True))
+        *(written(tensor, slot, writes, fresh, in_place) for tensor, fresh in zip(held, arriving, strict=True))
     )
     return replace(
         state,
@@ -118,7 +119,7 @@ def inserted(
     )
 
 
-def _written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor, in_place: bool) -> Tensor:
+def written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor, in_place: bool) -> Tensor:
     """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the slots `slot` [B, Hkv, n] where `writes` [B, Hkv, n]."""
     index = slot if tensor.dim() == 3 else slot[..., None].expand_as(fresh)
     values = _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype)
@@ -154,7 +155,7 @@ def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
 def attended(
     query: Tensor,
     now: Tensor,
-    state: DynamicMaskState,
+    state: State,
     scale: float,
     score_mod: ScoreMod | None,
     sink_logits: Tensor | None,
@@ -167,7 +168,7 @@ def attended(
     gate = state.gate[:, :, None]
     reference = torch.where(gate.detach().isfinite(), gate.detach(), float("-inf")).amax(-1, keepdim=True)
     difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
-    bias = torch.where(visible, difference.to(computed), HIDDEN)
+    bias = difference.to(computed)
     nothing = ~visible.any(-1, keepdim=True)
     with without_autocast(query.device):
         rows = query.squeeze(2).unflatten(1, (heads, query_heads // heads)).to(computed) * scale
@@ -178,7 +179,8 @@ def attended(
             # Empty slots get position 0, so score_mod never sees -1.
             position = state.position.clamp(min=0)[:, :, None]
             scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
-        scores = scores + bias
+        # Not a sum with HIDDEN, because the key of an empty slot may not be finite.
+        scores = torch.where(visible, scores + bias, HIDDEN)
         if score_mod is not None:
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
         weights = scores.masked_fill(nothing, 0.0).softmax(-1)
@@ -189,7 +191,7 @@ def attended(
     return output.flatten(1, 2).unsqueeze(2).to(query.dtype)
 
 
-def _best_gate(state: DynamicMaskState) -> Tensor:
+def _best_gate(state: State) -> Tensor:
     """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 if it has none."""
     level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
     best = level.amax(-1, keepdim=True)

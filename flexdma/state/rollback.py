@@ -1,13 +1,14 @@
 """The state before its last tokens, where it can be computed exactly."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flexdma import checks
 from flexdma.state.carry import kept, with_state_keys
+from flexdma.state.value import State
 
 if TYPE_CHECKING:
     from flexdma.state.dynamic_mask_state import DynamicMaskState
@@ -15,6 +16,11 @@ if TYPE_CHECKING:
 
 def cropped(state: "DynamicMaskState", tokens: int | Tensor) -> "DynamicMaskState":
     """`DynamicMaskState.crop`."""
+    return _without_last(state, length_before(state, tokens))
+
+
+def length_before(state: State, tokens: int | Tensor) -> Tensor:
+    """[B]: the length of a state before its last `tokens` tokens.  Raises ValueError where that state cannot be computed."""
     if isinstance(tokens, Tensor):
         checks.tensor("tokens", tokens, (state.length.shape[0],), state.length)
         if tokens.dtype != torch.int64 or (tokens < 0).any():
@@ -43,7 +49,20 @@ def cropped(state: "DynamicMaskState", tokens: int | Tensor) -> "DynamicMaskStat
             f"tokens: expected 0 with forget gates, because their earlier sum is not kept, got {tokens}; take a "
             "state.checkpoint() before tokens that you may roll back"
         )
-    return _without_last(state, left)
+    return left
+
+
+def counts_at(state: State, length: Tensor) -> dict[str, Any]:
+    """The tensors of the state at this length [B] that count tokens or name a position, but for `last_sink`."""
+    begins = length == 0
+    return {
+        "length": length,
+        "real_length": torch.where(begins, 0, state.real_length - state.length + length),
+        "last_padding": state.last_padding.masked_fill(begins, -1),
+        "document": state.document.masked_fill(begins, 0),
+        "last_loss": state.last_loss.masked_fill(begins[:, None], -1),
+        "forgotten": state.forgotten.masked_fill(begins[:, None], 0.0),
+    }
 
 
 def _without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
@@ -52,19 +71,5 @@ def _without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskStat
     keys = with_state_keys(state, *no_keys, None, None)
     real = (keys.position >= 0) & (keys.position < length[:, None, None])
     is_sink = real & (keys.position <= state.last_sink[..., None])
-    begins = length == 0
-    return kept(
-        replace(
-            state,
-            length=length,
-            real_length=torch.where(begins, 0, state.real_length - state.length + length),
-            last_padding=state.last_padding.masked_fill(begins, -1),
-            document=state.document.masked_fill(begins, 0),
-            last_sink=torch.where(is_sink, keys.position, -1).amax(-1),
-            last_loss=state.last_loss.masked_fill(begins[:, None], -1),
-            forgotten=state.forgotten.masked_fill(begins[:, None], 0.0),
-        ),
-        keys,
-        real,
-        is_sink,
-    )
+    last_sink = torch.where(is_sink, keys.position, -1).amax(-1)
+    return kept(replace(state, **counts_at(state, length), last_sink=last_sink), keys, real, is_sink)
