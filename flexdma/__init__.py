@@ -31,7 +31,7 @@ from flexdma.mass import attention_mass
 from flexdma.modules import DynamicMaskAttention
 from flexdma.operator import lifespan_attention
 from flexdma.packing import pack, packed_layout
-from flexdma.state import DynamicMaskState, GrowingState, load_states, save_states
+from flexdma.state import DynamicMaskState, GrowingState, State, load_states, save_states
 from flexdma.varlen import dynamic_mask_attention_varlen
 
 if TYPE_CHECKING:
@@ -44,6 +44,7 @@ __all__ = [
     "DynamicMaskState",
     "GrowingState",
     "Lifespans",
+    "State",
     "ValueGate",
     "__version__",
     "above_threshold",

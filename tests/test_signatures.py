@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from typing_extensions import assert_type, get_type_hints
 
-from flexdma import DynamicMaskAttention, DynamicMaskState, dynamic_mask_attention
+from flexdma import DynamicMaskAttention, State, dynamic_mask_attention
 from flexdma.signatures import AttentionOptions
 
 Q, K, GATE = torch.randn(1, 4, 6, 8), torch.randn(1, 2, 6, 8), torch.randn(1, 2, 6)
@@ -21,10 +21,10 @@ def test_return_state_decides_what_the_operator_returns():
     assert isinstance(assert_type(output, Tensor), Tensor)
     output, state = dynamic_mask_attention(Q, K, K, GATE, window_size=2, return_state=True, **OPTIONS)
     assert isinstance(assert_type(output, Tensor), Tensor)
-    assert isinstance(assert_type(state, DynamicMaskState), DynamicMaskState)
+    assert isinstance(assert_type(state, State), State)
     for kept in (False, True):
         result = dynamic_mask_attention(Q, K, K, GATE, window_size=2, state=state, return_state=kept, **OPTIONS)
-        assert_type(result, Tensor | tuple[Tensor, DynamicMaskState])
+        assert_type(result, Tensor | tuple[Tensor, State])
         assert isinstance(result, tuple) == kept
 
 
@@ -33,10 +33,10 @@ def test_return_state_decides_what_the_layer_returns():
     assert isinstance(assert_type(layer.forward(hidden), Tensor), Tensor)
     output, state = layer.forward(hidden, state=layer.empty_state(1), return_state=True)
     assert isinstance(assert_type(output, Tensor), Tensor)
-    assert isinstance(assert_type(state, DynamicMaskState), DynamicMaskState)
+    assert isinstance(assert_type(state, State), State)
     for kept in (False, True):
         result = layer.forward(hidden, state=state, return_state=kept)
-        assert_type(result, Tensor | tuple[Tensor, DynamicMaskState])
+        assert_type(result, Tensor | tuple[Tensor, State])
         assert isinstance(result, tuple) == kept
 
 

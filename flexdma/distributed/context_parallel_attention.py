@@ -21,7 +21,7 @@ from flexdma.distributed.prefix_scan import Tensors, of_earlier_ranks, sum_of_ea
 from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod, VarlenOptions
-from flexdma.state import DynamicMaskState
+from flexdma.state import DynamicMaskState, State
 from flexdma.state.joined import Run, empty_run, joined, run_of
 from flexdma.transforms import is_transformed, needs_gradient
 
@@ -55,7 +55,7 @@ def context_parallel_dynamic_mask_attention(
     document_ids: Tensor | None = None,
     return_state: Literal[True],
     **options: Unpack[VarlenOptions],
-) -> tuple[Tensor, DynamicMaskState]: ...
+) -> tuple[Tensor, State]: ...
 
 
 @overload
@@ -71,7 +71,7 @@ def context_parallel_dynamic_mask_attention(
     document_ids: Tensor | None = None,
     return_state: bool,
     **options: Unpack[VarlenOptions],
-) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
+) -> Tensor | tuple[Tensor, State]: ...
 
 
 def context_parallel_dynamic_mask_attention(
@@ -94,7 +94,7 @@ def context_parallel_dynamic_mask_attention(
     block_size: int | tuple[int, int] | None = None,
     kernel_options: Mapping[str, object] | None = None,
     sink_logits: Tensor | None = None,
-) -> Tensor | tuple[Tensor, DynamicMaskState]:
+) -> Tensor | tuple[Tensor, State]:
     """`dynamic_mask_attention` of a sequence whose tokens are divided over the ranks of a mesh, in order.
 
     Every tensor is this rank's part: rank 0 has the first n tokens, rank 1 the next, and so on.  n >= 1 may differ between

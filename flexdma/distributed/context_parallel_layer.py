@@ -13,7 +13,7 @@ from flexdma.distributed.prefix_scan import sum_of_earlier_ranks
 from flexdma.mixed_precision import autocast
 from flexdma.modules import DynamicMaskAttention
 from flexdma.signatures import ScoreMod
-from flexdma.state import DynamicMaskState
+from flexdma.state import State
 from flexdma.transforms import needs_gradient
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -37,7 +37,7 @@ class ContextParallelDynamicMaskAttention(DynamicMaskAttention):
         score_mod: ScoreMod | None = None,
         return_state: bool = False,
         **refused: Any,
-    ) -> Tensor | tuple[Tensor, DynamicMaskState]:
+    ) -> Tensor | tuple[Tensor, State]:
         """Causal self-attention over this rank's tokens and those of earlier ranks.
 
         hidden_states [B, n, hidden_size], key_padding_mask and document_ids [B, n]: of this rank's n tokens.

@@ -37,6 +37,7 @@ def test_literal():
     gate = torch.tensor([[[3.0, 1.0, 2.0, 5.0, 0.0]]])
     key = torch.arange(5.0).view(1, 1, 5, 1)
     _, state = dynamic_mask_attention(key, key, key, gate, window_size=2, sinks=1, recent=1, return_state=True)
+    assert isinstance(state, DynamicMaskState)
     # The top-2 are positions 3 and 0.  The sink is 0, so the slot for a sink is empty; 4 is recent.
     assert state.position.tolist() == [[[3, 0, 4, -1]]]
     assert state.key.flatten().tolist() == [3.0, 0.0, 4.0, 0.0]
@@ -192,9 +193,9 @@ def test_files_hold_states_that_share_tensors(tmp_path):
 
 def test_what_no_file_can_hold(tmp_path):
     state, _ = after(3)
-    for states, message in (({0: state}, "states: expected names to DynamicMaskState, got 0 to DynamicMaskState"),
-                            ({"a": 1}, "states: expected names to DynamicMaskState, got 'a' to int"),
-                            ([state], "states: expected a mapping of names to DynamicMaskState, got list")):  # fmt: skip
+    for states, message in (({0: state}, "states: expected names to states, got 0 to DynamicMaskState"),
+                            ({"a": 1}, "states: expected names to states, got 'a' to int"),
+                            ([state], "states: expected a mapping of names to states, got list")):  # fmt: skip
         with pytest.raises(TypeError, match=message):
             save_states(tmp_path / "state", states)  # type: ignore[arg-type]  # refused
     for path in (tmp_path, tmp_path / "absent" / "state"):

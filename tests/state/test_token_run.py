@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flexdma import DynamicMaskState, dynamic_mask_attention
+from flexdma import DynamicMaskState, State, dynamic_mask_attention
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.state import head_keys, token_run
 from tests.comparison import inputs
@@ -120,7 +120,8 @@ def test_a_value_that_is_not_finite_leaves_with_its_key():
         [[[5.0, 1.0, 1.0, 9.0, 0.0, 0.0]]]
     )  # the fourth token replaces the first, and the second expires
     key[:, :, 1], value[:, :, 1] = torch.inf, torch.nan
-    state, finite = DynamicMaskState.empty(1, 1, 4, 1, recent=2, dtype=torch.float64), []
+    state: State = DynamicMaskState.empty(1, 1, 4, 1, recent=2, dtype=torch.float64)
+    finite = []
     for at in range(6):
         output, state = dynamic_mask_attention(
             *token((query, key, value, gate), at), window_size=1, recent=2, state=state, return_state=True, donate=True

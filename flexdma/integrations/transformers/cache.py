@@ -1,4 +1,4 @@
-"""DynamicMaskCache: a transformers cache of one `DynamicMaskState` per layer.  Its size does not grow with the context."""
+"""DynamicMaskCache: a transformers cache of one state per layer.  With windows it does not grow with the context."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -28,7 +28,8 @@ class DynamicMaskCache(Cache):
     """A cache for `use_flexdma` and `convert_to_dma` models; `generate` makes one where none is given.
 
     Layers are added at their first update.  Each has w + sinks + recent slots per KV head for any context length, where w is
-    the widest window of its heads.
+    the widest window of its heads.  Layers without a window have a `GrowingState`, whose slots follow the number of living
+    keys; `peak` and `peak_nbytes` report the most so far.
     """
 
     layers: list[DynamicMaskLayer]
@@ -79,6 +80,21 @@ class DynamicMaskCache(Cache):
     def nbytes(self) -> int:
         """Bytes of all states, empty slots of narrow heads included."""
         return sum(layer.state.nbytes for layer in self.layers if layer.state is not None)
+
+    @property
+    def peak(self) -> int:
+        """The largest number of keys that one query has seen, of all layers without a window, heads and sequences."""
+        return max((layer.peak for layer in self.layers), default=0)
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The sum over layers of the most bytes that the state of each has had after a forward pass."""
+        return sum(layer.peak_nbytes for layer in self.layers)
+
+    def reserve(self, tokens: int) -> None:
+        """As `GrowingState.reserve` for each layer; call it before compiled forward passes of a model without windows."""
+        for layer in self.layers:
+            layer.reserve(tokens)
 
 
 class _RecordingLayer(DynamicMaskLayer):

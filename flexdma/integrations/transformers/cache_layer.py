@@ -10,7 +10,7 @@ from transformers.cache_utils import CacheLayerMixin
 from flexdma.attention import dynamic_mask_attention
 from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
 from flexdma.mixed_precision import autocast, is_autocast
-from flexdma.state import DynamicMaskState
+from flexdma.state import DynamicMaskState, GrowingState, State
 from flexdma.state.donation import can_donate
 from flexdma.state.token_run import TokenRun, has_sizes_of, run_of
 from flexdma.transforms import is_plain_on_cpu
@@ -33,18 +33,19 @@ class DynamicMaskLayer(CacheLayerMixin):
     def __init__(self) -> None:
         # Does not call the base class's, which assigns `keys` and `values`.
         self.is_initialized = False
-        self._state: DynamicMaskState | None = None
+        self._state: State | None = None
         # Of the last token, if decoding on a CPU computed it; then `_state` is an earlier one.
         self._run: TokenRun | None = None
         self._run_options: dict[str, Any] = {}  # of `attend`
         self.tokens = 0
+        self._peak_nbytes = 0
         self.record_past = False
         # Number of tokens of the last `update`, until `attend` stores them.
         self._pending: int | None = None
         self._past: list[RecordedPass] = []  # passes since the last `crop`
 
     @property
-    def state(self) -> DynamicMaskState | None:
+    def state(self) -> State | None:
         """The keys that later queries can see; None before the first token.  A later token overwrites its slots."""
         if self._run is not None:
             self._state = self._run.state()
@@ -53,7 +54,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         return self._state
 
     @state.setter
-    def state(self, state: DynamicMaskState | None) -> None:
+    def state(self, state: State | None) -> None:
         self._state, self._run = state, None
 
     def __getstate__(self) -> dict[str, Any]:
@@ -142,7 +143,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         state = self.state
         self._run = None
         if (
-            state is None
+            not isinstance(state, DynamicMaskState)
             or key.shape[2] != 1
             or self.record_past
             or any(options.get(name) is not None for name in ENDS_RUN)
@@ -170,6 +171,8 @@ class DynamicMaskLayer(CacheLayerMixin):
         if self.record_past:
             self._past.append(RecordedPass(state, self.tokens, key, value, gates, gate, after.key.dtype, options))
         self._state = after if forgotten is None else after._with(forgotten=forgotten)
+        if not torch.compiler.is_compiling():  # a number that changes would be guarded; slots are constant there
+            self._peak_nbytes = max(self._peak_nbytes, after.nbytes)
         return output
 
     def activate_past_recording(self) -> None:
@@ -195,6 +198,24 @@ class DynamicMaskLayer(CacheLayerMixin):
             self.state = self.state.crop(-tokens_to_remove)
         self.tokens = kept
 
+    @property
+    def peak(self) -> int:
+        """The largest number of keys that one query has seen; 0 for a DynamicMaskState, which its slots bound."""
+        state = self.state
+        return int(state.peak.max()) if isinstance(state, GrowingState) and state.peak.numel() else 0
+
+    @property
+    def peak_nbytes(self) -> int:
+        """The most bytes that `state` has had after a forward pass."""
+        return max(self._peak_nbytes, 0 if self._state is None else self._state.nbytes)
+
+    def reserve(self, tokens: int) -> None:
+        """As `GrowingState.reserve`; does nothing for a DynamicMaskState, and before the first token."""
+        state = self.state
+        if isinstance(state, GrowingState):
+            self._peak_nbytes = self.peak_nbytes
+            self.state = state.reserve(tokens)
+
     def get_seq_length(self) -> int:
         """Number of tokens so far, padding included."""
         return self.tokens
@@ -210,6 +231,7 @@ class DynamicMaskLayer(CacheLayerMixin):
     def reset(self) -> None:
         """Remove all tokens."""
         self.state, self.tokens, self._past, self._pending, self.is_initialized = None, 0, [], None, False
+        self._peak_nbytes = 0
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Keep these batch rows; repeats are allowed."""
@@ -232,7 +254,7 @@ class DynamicMaskLayer(CacheLayerMixin):
         raise NotImplementedError("offload: expected a growing cache, got DynamicMaskCache, whose size is fixed")
 
 
-def _refuse_other_tokens(state: DynamicMaskState, key: Tensor, value: Tensor) -> None:
+def _refuse_other_tokens(state: State, key: Tensor, value: Tensor) -> None:
     """Raise unless these keys and values have the batch size and dtype of the state's."""
     if len(state.length) != len(key):
         raise ValueError(

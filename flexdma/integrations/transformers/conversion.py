@@ -30,8 +30,9 @@ Model = TypeVar("Model", bound=PreTrainedModel)
 
 def convert_to_dma(
     model: Model,
-    window_size: int | Sequence[int | Sequence[int]],
+    window_size: int | Sequence[int | Sequence[int]] | None,
     *,
+    selection: str = "causal",
     form: str = "exp",
     recency: str | None = None,
     slopes: Sequence[float] | None = None,
@@ -48,12 +49,16 @@ def convert_to_dma(
         Two forward passes of three tokens find the attention layers.  The model may be on meta, but not sharded.
     window_size: w, or one item per attention layer, in order of `layer_idx`: an int or one int per KV head.  It replaces the
         model's own sliding windows, and must not be larger than they are.
+    selection: of the operator, "causal" or "threshold"; with "threshold" window_size may be None, and the cache of `generate`
+        grows with the number of keys whose gates are above 0.
     recent: of the operator, an int or one per attention layer; not larger than the model's own sliding windows either.
     form, recency: of the gate.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
     sinks, lowering: of the operator.
     reads_keys: whether gates read the energies of keys beside values, see `key_energies.py`.
 
     With recency None and "slope" the converted model starts exactly as a sliding window of max(w, recent), plus `sinks` keys.
+    A gate starts as exp(0) = 1 with form="exp", so that a threshold alone starts as full attention, and as 0 with the other
+    forms, so that it starts as sinks and recent tokens alone.
     With "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.
     The options and sizes are written to `model.config.flexdma`, from which
     `flexdma.integrations.transformers.from_pretrained` rebuilds the model.
@@ -65,21 +70,23 @@ def convert_to_dma(
     }  # fmt: skip
     if reads_keys:
         choice["reads_keys"] = True
+    if selection != "causal":
+        choice["selection"] = selection
     checks.one_of("form", form, FORMS)
     checks.one_of("recency", recency, RECENCIES)
     checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
     check_unconverted(model)
     with rerouted(model):
         calls = attention_calls(model)
-    selections = layer_selections(choice, [call.value.shape[1] for call in calls])
-    refuse_wider_windows(calls, selections, choice)
+    policies = layer_selections(choice, [call.value.shape[1] for call in calls])
+    refuse_wider_windows(calls, policies, choice)
     gates = []
     for call in calls:
         with torch.device(call.value.device):
             size = gate_input_size(call.key, call.value, reads_keys)
             gates.append(new_gate(call.value.shape[1], size, choice, slopes))
-    for call, gate, selection in zip(calls, gates, selections, strict=True):
-        attach(call.layer, gate, selection, lowering)
+    for call, gate, policy in zip(calls, gates, policies, strict=True):
+        attach(call.layer, gate, policy, lowering)
     names = {module: name for name, module in model.named_modules()}
     sizes = {names[call.layer]: [gate.num_kv_heads, gate.head_dim] for call, gate in zip(calls, gates, strict=True)}
     return finish(model, {**choice, "value_heads": sizes})
@@ -101,7 +108,8 @@ def attach(layer: Any, gate: ValueGate, selection: Selection, lowering: str | No
     reroute(layer)
     layer.value_gate = gate.train(layer.training)
     layer.dynamic_mask_options = {
-        "window_size": selection.window_size, "sinks": selection.sinks, "recent": selection.recent, "lowering": lowering
+        "window_size": selection.window_size, "selection": selection.kind, "sinks": selection.sinks,
+        "recent": selection.recent, "lowering": lowering,
     }  # fmt: skip
     layer.register_forward_pre_hook(_show_the_cache, with_kwargs=True)
 

@@ -14,6 +14,9 @@ def converted_layers(model: nn.Module) -> list[Any]:
 
 
 def windows_per_head(layer: Any) -> list[int]:
-    """The window of each KV head of a layer with gates."""
+    """The window of each KV head of a layer with gates.  Raises ValueError where it has none."""
     window = layer.dynamic_mask_options["window_size"]
+    if window is None:
+        kind = layer.dynamic_mask_options["selection"]
+        raise ValueError(f"model: expected layers with windows, got selection={kind!r} with window_size=None")
     return list(window) if isinstance(window, tuple) else [window] * layer.value_gate.num_kv_heads

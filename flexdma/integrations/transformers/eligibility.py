@@ -76,6 +76,11 @@ def refuse_wider_windows(
     choice: the arguments as given, for the message.
     """
     for number, (call, selection) in enumerate(zip(calls, selections, strict=True)):
+        if selection.widest is None and (own := _own_window(call, UNBOUNDED)) < UNBOUNDED:
+            raise ValueError(
+                f"{argument_at('window_size', choice, number)}: expected at most the model's own sliding window of {own}, "
+                "got None"
+            )
         for name, size in (("window_size", selection.widest), ("recent", selection.recent)):
             if size and not _sees(call, size - 1, 0):
                 raise ValueError(

@@ -25,8 +25,8 @@ def bound_the_cache(model: nn.Module) -> None:
 def _refuse_continuous_batching(*_arguments: Any, **_named: Any) -> None:
     """In place of the method that `generate_batch` and the other ways into continuous batching call."""
     raise NotImplementedError(
-        "continuous batching: expected a cache that keeps every key in pages, got a model of flexdma, whose states have a "
-        "fixed number of slots and no pages (transformers issue 48305); use generate with a batch"
+        "continuous batching: expected a cache that keeps every key in pages, got a model of flexdma, whose states have "
+        "slots per sequence and no pages (transformers issue 48305); use generate with a batch"
     )
 
 

@@ -15,10 +15,10 @@ def as_json(sizes: Any) -> Any:
 
 
 def layer_selections(choice: dict[str, Any], heads: Sequence[int]) -> list[Selection]:
-    """One causal selection per attention layer, in order of `layer_idx`.
+    """One selection per attention layer, in order of `layer_idx`.
 
-    choice: `window_size`, an int, or one item per layer, each an int or one int per KV head; `recent`, an int or one per
-        layer; `sinks`, an int.
+    choice: `window_size`, an int or None, or one item per layer, each an int or one int per KV head or None; `recent`, an int
+        or one per layer; `sinks`, an int; `selection`, "causal" if it is missing.
     heads: number of KV heads of each layer.
     Raises TypeError or ValueError naming the argument, and the layer where an item is wrong.
     """
@@ -28,7 +28,7 @@ def layer_selections(choice: dict[str, Any], heads: Sequence[int]) -> list[Selec
     for number, count in enumerate(heads):
         try:
             selections.append(
-                Selection.of("causal", windows[number], choice["sinks"], recent[number], heads=count,
+                Selection.of(choice.get("selection", "causal"), windows[number], choice["sinks"], recent[number], heads=count,
                              kinds=STATEFUL_SELECTIONS)
             )  # fmt: skip
         except (TypeError, ValueError) as error:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from flexdma.attention import dynamic_mask_attention
-from flexdma.state import DynamicMaskState
+from flexdma.state import State
 from flexdma.state.token_run import TokenRun
 
 
@@ -22,7 +22,7 @@ class RecordedPass:
     gate: the function from values to gates.  dtype: of keys and values in a state.  options: of `dynamic_mask_attention`.
     """
 
-    state: DynamicMaskState | None
+    state: State | None
     length: int
     key: Tensor
     value: Tensor
@@ -31,7 +31,7 @@ class RecordedPass:
     dtype: torch.dtype
     options: dict[str, Any]
 
-    def state_after(self, tokens: int) -> DynamicMaskState | None:
+    def state_after(self, tokens: int) -> State | None:
         """The state after the first `tokens` tokens of the pass."""
         if tokens == 0:
             return self.state
@@ -55,7 +55,7 @@ def forgets(gate: Callable[..., Any]) -> bool:
 
 
 def gated(
-    gate: Callable[..., Any], value: Tensor, before: DynamicMaskState | TokenRun | None, key_padding_mask: Tensor | None
+    gate: Callable[..., Any], value: Tensor, before: State | TokenRun | None, key_padding_mask: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
     """The gates of values that follow a state or run, and the running sum after them if the gate has one, else None."""
     arguments: dict[str, Any] = {"key_padding_mask": key_padding_mask}

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flexdma import DynamicMaskState, ValueGate, dynamic_mask_attention
+from flexdma import DynamicMaskState, State, ValueGate, dynamic_mask_attention
 from flexdma.tools.bench.dense_mask import GIB, free_bytes
 from flexdma.tools.timing import Turns, UnavailableError, interleaved
 
@@ -144,7 +144,7 @@ def _overwrite(query: Tensor, new: Tensor, key: Tensor, value: Tensor, mask: Ten
 
 def _step(
     query: Tensor, new: Tensor, gate: Callable[[Tensor], Tensor], state: DynamicMaskState
-) -> tuple[Tensor, DynamicMaskState]:
+) -> tuple[Tensor, State]:
     return dynamic_mask_attention(
         query, new, new, gate(new), window_size=state.window_size, sinks=state.sinks, state=state, return_state=True,
         donate=True,

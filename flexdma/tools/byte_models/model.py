@@ -10,7 +10,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from flexdma import DynamicMaskAttention, DynamicMaskState, Lifespans
+from flexdma import DynamicMaskAttention, Lifespans, State
 from flexdma.tools.byte_models.attentions import lifespans_of, make_attention
 
 ROTARY_BASE = 10_000.0
@@ -44,8 +44,8 @@ class Block(nn.Module):
         return hidden + self.mlp(self.mlp_norm(hidden))
 
     def following(
-        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], state: DynamicMaskState
-    ) -> tuple[Tensor, DynamicMaskState]:
+        self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor], state: State
+    ) -> tuple[Tensor, State]:
         """`forward` of the n tokens [B, n, width] after the attention's state, and the state after them."""
         normed = self.attention_norm(hidden)
         attended, state = self.attention(normed, position_embeddings, state=state, return_state=True)
@@ -102,11 +102,11 @@ class ByteModel(nn.Module):
             hidden = run_block(block, hidden, embeddings)
         return self.head(self.norm(hidden))
 
-    def empty_states(self, batch_size: int) -> list[DynamicMaskState]:
+    def empty_states(self, batch_size: int) -> list[State]:
         """The state of each layer before the first byte; only kinds of dynamic mask attention have them."""
         return [attention.empty_state(batch_size) for attention in self.attentions()]
 
-    def following(self, tokens: Tensor, states: Sequence[DynamicMaskState]) -> tuple[Tensor, list[DynamicMaskState]]:
+    def following(self, tokens: Tensor, states: Sequence[State]) -> tuple[Tensor, list[State]]:
         """Logits [B, n, 256] of the n bytes [B, n] after the states, and the states after them."""
         hidden = self.embedding(tokens)
         head_dim = self.sizes.width // self.sizes.heads

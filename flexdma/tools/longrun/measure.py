@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma import DynamicMaskAttention, DynamicMaskState
+from flexdma import DynamicMaskAttention, State
 from flexdma.tools.machine import synchronise
 from flexdma.tools.timing import timed
 
@@ -109,7 +109,7 @@ def chunk_sizes(tokens: int, chunk: int) -> Iterator[int]:
 
 def _decode(
     layer: DynamicMaskAttention,
-    states: dict[str, DynamicMaskState],
+    states: dict[str, State],
     tokens: Callable[[int], Tensor],
     count: int,
     tick: Callable[[str, int], None],
@@ -120,7 +120,7 @@ def _decode(
         token = tokens(1)
         for name, state in states.items():
 
-            def step(name: str = name, state: DynamicMaskState = state, token: Tensor = token) -> None:
+            def step(name: str = name, state: State = state, token: Tensor = token) -> None:
                 _output, states[name] = layer(token, state=state, return_state=True)
 
             seconds[name].append(timed(step, host=True))

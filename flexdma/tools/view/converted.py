@@ -87,7 +87,7 @@ def observed_attention(plain: Any, ids: Tensor, kept: dict[int, Lifespans], tick
 def _selection(layer: Any) -> Selection:
     options = layer.dynamic_mask_options
     heads = layer.value_gate.num_kv_heads
-    return Selection.of("causal", options["window_size"], options["sinks"], options["recent"], heads=heads)
+    return Selection.of(options["selection"], options["window_size"], options["sinks"], options["recent"], heads=heads)
 
 
 _attend: ContextVar[Callable[..., Tensor]] = ContextVar("attend")

@@ -26,6 +26,9 @@ def check_model(model: Any, gates: bool) -> None:
         raise TypeError(f"model: expected a causal language model, got {type(model).__name__}, which has no logits")
     for name, module in model.named_modules():
         _check_noise(name, module)
+    for layer in layers:
+        if (kind := layer.dynamic_mask_options["selection"]) != "causal":
+            raise ValueError(f"model: expected layers with selection='causal', got {kind!r}")
     for layer in layers if gates else ():
         _check_gate(layer.value_gate)
 
