@@ -6,6 +6,7 @@ lifespan_attention          attention over any lifespans; dynamic_mask_attention
 attention_mass              how much attention each key receives
 DynamicMaskAttention        the layer around the operator; ValueGate is its gate
 DynamicMaskState            the keys that later queries can see: decoding, chunked prefill, endless context
+growing_attention           the same for keys that no window bounds, in a GrowingState
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
 flexdma.policies            Lifespans by the rules of other systems: DMS, FoX, SnapKV, H2O, TRIM-KV and others
 flexdma.score_mods          score_mod recipes for plain FlexAttention

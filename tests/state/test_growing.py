@@ -128,6 +128,20 @@ def test_keys_die_by_lifetimes_and_by_clocks(length, policy, seed, data):
         assert torch.equal(state.living, seen[..., -1])
 
 
+def test_a_caller_evicts_by_changing_expiries():
+    query, key, value, _ = inputs(1, 2, 1, 20, 20, 4)
+    _, state = growing_attention(query[:, :, :12], key[:, :, :12], value[:, :, :12])
+    state = replace(state, expiry=torch.where(state.position % 3 == 0, state.length - 1, state.expiry))
+    position, end = torch.arange(20).expand(1, 1, -1), torch.full((1, 1, 20), 20)
+    end[..., :12:3] = 12
+    want = dense_lifespan_attention(query, key, value, (position, end))
+    for chunk in chunks([1, 7], *(t[:, :, 12:] for t in (query, key, value))):
+        output, state = growing_attention(*chunk, state=state)
+        at = int(state.length) - output.shape[2]
+        torch.testing.assert_close(output, want[:, :, at : int(state.length)], rtol=1e-9, atol=1e-9)
+    assert (state.living.tolist(), state.peak.tolist(), state.last_loss.tolist()) == ([[16]], [[16]], [[12]])
+
+
 @pytest.mark.parametrize("sizes", [[7, 1, 12, 10], [1] * 30])
 def test_gradients_through_an_attached_state(sizes):
     leaves = [t.requires_grad_() for t in inputs(2, 4, 2, 30, 30, 4)]
