@@ -86,7 +86,7 @@ class Selection:
         """
         assert self.capacity is None
         lives_on = is_above(gate.detach(), self.threshold) if self.kind == "threshold" else torch.ones_like(is_sink)
-        return torch.where(lives_on | is_sink, float("inf"), float(self.recent)).double()
+        return torch.full_like(gate, self.recent, dtype=torch.float64).masked_fill(lives_on | is_sink, float("inf"))
 
     @staged("lifespans")
     def lifespans(

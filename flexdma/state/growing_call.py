@@ -74,14 +74,14 @@ def _token(
 ) -> tuple[Tensor, GrowingState]:  # fmt: skip
     if not can_read(query):
         _assert_room((state.position < 0).any(-1))
-        after = after_token(state, new, in_place=donate, clears=False)
+        after = after_token(state, new, in_place=donate)
         return attention_after(query, state.length, after, scale, score_mod, sink_logits, reads=False), after
     before = state.reserve(1)
     slots = [getattr(state, name) for name in GROWING_SLOTS]
     reads = query.is_cpu and not needs_gradient(query, new.key, new.value, new.gate, sink_logits, *slots)
     if reads and not donate and before.key is state.key:
         before = before._with(**{name: getattr(before, name).clone() for name in GROWING_SLOTS})
-    after = after_token(before, new, in_place=reads or donate, clears=reads)
+    after = after_token(before, new, in_place=reads or donate)
     room = None if before._room is None else before._room - 1
     output = attention_after(query, state.length, after, scale, score_mod, sink_logits, reads=reads)
     return output, after._with(_room=room)

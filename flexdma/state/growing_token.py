@@ -9,16 +9,16 @@ from flexdma.signatures import ScoreMod
 from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.growing import GROWING_SLOTS, GrowingState
 from flexdma.state.growing_chunk import NewKeys
+from flexdma.state.layout import EMPTY
 from flexdma.state.one_token import attended, written
 
 FULL = "state: expected an empty slot in every head, got a full one; call state.reserve(tokens) before a compiled call"
 
 
-def after_token(state: GrowingState, new: NewKeys, *, in_place: bool, clears: bool) -> GrowingState:
+def after_token(state: GrowingState, new: NewKeys, *, in_place: bool) -> GrowingState:
     """The state after one more token.  O(C) time.
 
-    in_place: the slots of the result are those of `state`, overwritten.
-    clears: keys and values of dead keys are cleared, which reads the device; else they stay, and are not to be read.
+    Keys and values of dead keys stay in their slots.  in_place: the slots of the result are those of `state`, overwritten.
     """
     now = state.length[:, None, None]
     held = state.position >= 0
@@ -46,7 +46,7 @@ def after_token(state: GrowingState, new: NewKeys, *, in_place: bool, clears: bo
         seen = new.key_padding_mask[:, 0].long()
         padding = torch.where(seen > 0, padding, state.length)
     fresh = {"key": new.key, "value": new.value, "gate": new.gate, "position": now.expand(slot.shape), "expiry": expiry}
-    slots = _without(state, dies, in_place, clears)
+    slots = _without(state, dies, in_place)
     slots = {name: written(slots[name], slot, arrives, fresh[name].expand(*slot.shape, *fresh[name].shape[3:]), in_place)
              for name in GROWING_SLOTS}  # fmt: skip
     return state._with(
@@ -61,19 +61,11 @@ def after_token(state: GrowingState, new: NewKeys, *, in_place: bool, clears: bo
     )
 
 
-def _without(state: GrowingState, dies: Tensor, in_place: bool, clears: bool) -> dict[str, Tensor]:
-    """The slots of the state without the keys that die, [B, Hkv, C] bool; `clears` needs `in_place`."""
+def _without(state: GrowingState, dies: Tensor, in_place: bool) -> dict[str, Tensor]:
+    """The slots of the state, in which those of the keys that die, [B, Hkv, C] bool, are empty."""
     slots = {name: getattr(state, name) for name in GROWING_SLOTS}
-    blank = {"gate": float("-inf"), "position": -1}
-    if clears:
-        where = dies.nonzero(as_tuple=True)
-        if len(where[0]):
-            # A key or value that is not finite would reach the output of a later token.
-            for name, empty in (blank | {"key": 0.0, "value": 0.0}).items():
-                slots[name][where] = empty
-        return slots
-    for name, empty in blank.items():
-        slots[name] = (slots[name].masked_fill_ if in_place else slots[name].masked_fill)(dies, empty)
+    for name in ("gate", "position"):
+        slots[name] = (slots[name].masked_fill_ if in_place else slots[name].masked_fill)(dies, EMPTY[name])
     return slots
 
 
@@ -83,7 +75,7 @@ def attention_after(
 ) -> Tensor:  # fmt: skip
     """Attention of query [B, Hq, 1, D] at positions now [B] to the keys of the state.
 
-    reads: the values may be read, and empty slots are clear.
+    reads: whether values may be read.
     """
     if reads and score_mod is None and sink_logits is None:
         held = (state.position >= 0).any(0).any(0).nonzero()
@@ -92,8 +84,10 @@ def attention_after(
         best = gate.amax(-1, keepdim=True) if slots else gate.new_full((1,), float("nan"))
         if math.isfinite(best.sum().item()):
             bias = (gate - best).unsqueeze(2)
-            return attention_of_one(query, state.key[:, :, :slots], state.value[:, :, :slots], bias, scale)
-    if not reads:
-        empty = (state.position < 0)[..., None]
-        state = state._with(value=state.value.masked_fill(empty, 0.0))
+            output = attention_of_one(query, state.key[:, :, :slots], state.value[:, :, :slots], bias, scale)
+            # A dead key or value that is not finite makes this one NaN.
+            if math.isfinite(output.sum().item()):
+                return output
+    empty = (state.position < 0)[..., None]
+    state = state._with(value=state.value.masked_fill(empty, 0.0))
     return attended(query, now, state, scale, score_mod, sink_logits)

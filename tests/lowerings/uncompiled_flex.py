@@ -17,17 +17,18 @@ def flex_with_gradients(query, key, value, gate, *, window_size, selection="caus
     policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
     masks = {name: options.pop(name, None) for name in ("key_padding_mask", "document_ids")}
     facts = {"in_order": True, "ranked": True, "capacity": policy.capacity or key.shape[2]}
-    return _attend(query, key, value, gate, policy.lifespans(gate, **masks), **facts, **options)
+    return attend_uncompiled(query, key, value, gate, policy.lifespans(gate, **masks), **facts, **options)
 
 
 def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **options):
     """`lifespan_attention` by the flex lowering, uncompiled, in small blocks."""
     lifespans = Lifespans(*(bound.clamp(0, key.shape[2]).int() for bound in lifespans))
     facts = {"in_order": False, "ranked": False, "capacity": max(1, most_visible(lifespans, query.shape[2]))}
-    return _attend(query, key, value, bias, lifespans, **facts, **options)
+    return attend_uncompiled(query, key, value, bias, lifespans, **facts, **options)
 
 
-def _attend(query, *others, scale=None, score_mod=None, sink_logits=None, **facts):
+def attend_uncompiled(query, *others, scale=None, score_mod=None, sink_logits=None, **facts):
+    """Arguments as of `flexdma.lowerings.flex.flex_attend`."""
     with gradients_on_a_cpu():
         return flex.flex_attend(
             query, *others, scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod,

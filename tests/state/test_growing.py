@@ -23,6 +23,7 @@ from flexdma import (
 from flexdma.reference import dense_dynamic_mask_attention, dense_lifespan_attention, dense_visibility
 from tests.comparison import inputs
 from tests.lifespans.gate_strategies import gates, selections
+from tests.lowerings.uncompiled_flex import attend_uncompiled
 from tests.state.test_state_equality import gradients, run, splits
 
 THRESHOLD: dict[str, Any] = {"window_size": None, "selection": "threshold"}
@@ -62,6 +63,10 @@ def test_literal():
 def test_any_split_is_one_pass(gate, data):
     length, heads = gate.shape[-1], gate.shape[1]
     options = data.draw(selections(length)) | THRESHOLD
+    if options["recent"] == 0 and data.draw(st.booleans()):
+        options["sink_logits"] = torch.tensor([0.5, -1.0, -torch.inf, 2.0]).double()
+    if data.draw(st.booleans()):
+        options["score_mod"] = lambda score, b, h, i, j: score - 0.1 * (i - j) * (h + 1 + b)
     # Two sequences whose gates, padding and documents differ.
     for name in ("key_padding_mask", "document_ids"):
         if name in options:
@@ -77,9 +82,26 @@ def test_any_split_is_one_pass(gate, data):
     by_tokens, state_by_tokens = run(tensors, [1] * length, donate=data.draw(st.booleans()), **options)
     torch.testing.assert_close(by_tokens, whole, equal_nan=True, rtol=1e-9, atol=1e-9)
     assert_same_states(state, state_by_tokens)
-    visible = dense_visibility(gate, **options)
+    visible = dense_visibility(gate, **{n: o for n, o in options.items() if n not in ("score_mod", "sink_logits")})
     assert torch.equal(state.peak, visible.sum(-1).amax(-1))
     assert torch.equal(state.living, visible[..., -1, :].sum(-1))
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_chunks_by_flex(monkeypatch):
+    """In its blocks, uncompiled; a dead key that is not finite reaches no later query."""
+
+    def by_flex(*tensors, lowering, block_size, kernel_options, **facts):
+        return attend_uncompiled(*tensors, **facts)
+
+    monkeypatch.setattr("flexdma.state.growing_call.attend", by_flex)
+    query, key, value, gate = inputs(2, 4, 2, 90, 90, 16, dtype=torch.float32)
+    documents = torch.tensor([[3] * 50 + [4] * 40, [5] * 90])
+    options = THRESHOLD | {"sinks": 1, "recent": 4, "document_ids": documents}
+    whole = dense_dynamic_mask_attention(query, key, value, gate, **options)
+    value[0, :, 10] = torch.inf
+    split, _ = run((query, key, value, gate), [50, 33, 7], **options)
+    torch.testing.assert_close(split[:, :, 50:], whole[:, :, 50:], rtol=1e-4, atol=1e-4)
 
 
 def first_death(dies):
@@ -164,7 +186,9 @@ def test_slots_follow_the_living_keys_and_are_used_again():
         lifetime = torch.full((1, 1, 1), 8.0 if at < 100 else torch.inf)
         ids = torch.tensor([[int(at >= 200)]])
         before = None if state is None else state.key.data_ptr()
-        _, state = growing_attention(q, k, v, state, lifetime=lifetime, document_ids=ids, donate=state is not None)
+        _, state = growing_attention(
+            q, k, v, state=state, lifetime=lifetime, document_ids=ids, donate=state is not None
+        )
         moves += state.key.data_ptr() != before
         slots.append(state.position.shape[-1])
     assert state.peak.tolist() == [[200]]
@@ -203,7 +227,7 @@ def test_compiled_calls_compile_once_per_number_of_slots(sizes):
 
 @pytest.mark.parametrize("reads", [True, False])
 def test_a_dead_key_that_is_not_finite_reaches_no_later_token(reads):
-    """Neither where dead keys are cleared, nor where they stay: with gradients, on a GPU, in a compiled function."""
+    """Neither where values are read nor elsewhere: with gradients, on a GPU, in a compiled function."""
     q, k, v, _ = inputs(1, 2, 1, 6, 6, 4, dtype=torch.float32)
     q.requires_grad_(not reads)
     lifetime = torch.tensor([2.0, *[torch.inf] * 5]).view(1, 1, 6)

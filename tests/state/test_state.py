@@ -283,8 +283,8 @@ def test_foreign_states_are_refused():
         ({"selection": "global"}, ValueError, r"selection: expected one of \('causal', 'threshold'\) with a state"),
         (
             {"window_size": None, "selection": "threshold"},
-            ValueError,
-            "window_size: expected an int or one per gate head",
+            TypeError,
+            "state: expected a GrowingState, as the selection has",
         ),
     ]
     for options, error, message in cases:
@@ -314,8 +314,3 @@ def test_a_layer_names_the_state_that_it_refuses():
     ):
         with pytest.raises(error, match=message):
             layer(hidden, state=state)
-
-
-def test_layer_without_a_bound_has_no_state():
-    with pytest.raises(ValueError, match="window_size: expected an int"):
-        DynamicMaskAttention(8, 2, 1, 4, None, selection="threshold").empty_state(1)
