@@ -10,8 +10,9 @@ from flexdma.lowerings.attend import attend
 from flexdma.rounding import levels, power_of_two_from
 from flexdma.signatures import ScoreMod
 from flexdma.state.carry import score_mod_at_positions
-from flexdma.state.growing import FEWEST_SLOTS, GROWING_SLOTS, GrowingState, check_growing_state, slots_for
+from flexdma.state.growing import GrowingState, check_growing_state
 from flexdma.state.growing_chunk import NewKeys, Placed, after_chunk, placed
+from flexdma.state.growing_slots import FEWEST_SLOTS, GROWING_SLOTS, slots_for
 from flexdma.state.growing_token import FULL, after_token, attention_after
 from flexdma.state.value import State
 from flexdma.transforms import can_read, is_exporting, is_transformed, needs_gradient

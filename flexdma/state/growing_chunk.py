@@ -15,7 +15,8 @@ from flexdma.lifespans import Lifespans
 from flexdma.lifespans.selection import document_bounds
 from flexdma.packing.counting import count_up_to
 from flexdma.state.carry import Keys
-from flexdma.state.growing import GrowingState, first_places, keys_at
+from flexdma.state.growing import GrowingState
+from flexdma.state.growing_slots import first_places, keys_at
 
 
 class NewKeys(NamedTuple):
@@ -132,13 +133,7 @@ def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor
     ended = (birth < death) & (death < total) & (death >= before)
     lost = torch.where(ended, death.long() - before, -1).amax(-1)
     place = first_places(alive, slots)
-    tensors = {
-        "key": keys.key,
-        "value": keys.value,
-        "gate": keys.gate,
-        "position": keys.position,
-        "expiry": placed.expiry,
-    }
+    tensors = {"key": keys.key, "value": keys.value, "gate": keys.gate, "position": keys.position}
     real_length, last_padding = state.real_length + keys.new, state.last_padding
     if new.key_padding_mask is not None:
         padded = torch.where(new.key_padding_mask, -1, torch.arange(keys.new, device=alive.device)).amax(-1)
@@ -150,7 +145,7 @@ def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor
         document = new.document_ids[:, -1].to(torch.int64, copy=True)
     return replace(
         state,
-        **keys_at(place, tensors),
+        **keys_at(place, tensors | {"expiry": placed.expiry}),
         length=state.length + keys.new,
         real_length=real_length,
         last_padding=last_padding,

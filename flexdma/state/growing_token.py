@@ -7,8 +7,9 @@ from torch import Tensor
 
 from flexdma.signatures import ScoreMod
 from flexdma.state.cpu_attention import attention_of_one
-from flexdma.state.growing import GROWING_SLOTS, GrowingState
+from flexdma.state.growing import GrowingState
 from flexdma.state.growing_chunk import NewKeys
+from flexdma.state.growing_slots import GROWING_SLOTS
 from flexdma.state.layout import EMPTY
 from flexdma.state.one_token import attended, written
 

@@ -312,7 +312,7 @@ def test_what_has_no_such_state_names_it():
     _, state = dynamic_mask_attention(q, k, v, gate, return_state=True, **THRESHOLD)
     bounded = DynamicMaskState.empty(1, 1, 4, 3, selection="threshold")
     packed: Any = {"return_state": True, **THRESHOLD}
-    rows: list[Any] = [t[0].transpose(0, 1) for t in (q, k, v, gate)]
+    rows = k[0].transpose(0, 1)
     with pytest.raises(
         TypeError, match="state: expected a GrowingState, as the selection has no bound, got DynamicMaskState"
     ):
@@ -326,7 +326,7 @@ def test_what_has_no_such_state_names_it():
     with pytest.raises(
         ValueError, match=r"window_size: expected .* with return_state of packed sequences, .* got None"
     ):
-        dynamic_mask_attention_varlen(*rows, torch.tensor([0, 6]), **packed)
+        dynamic_mask_attention_varlen(rows, rows, rows, rows[..., 0], torch.tensor([0, 6]), **packed)
     with pytest.raises(ValueError, match=r"return_state: expected False inside torch.func"):
         torch.func.vmap(lambda g: dynamic_mask_attention(q, k, v, g, return_state=True, **THRESHOLD)[0])(gate[None])
     with pytest.raises(ValueError, match="clock: expected numbers that do not fall"):
