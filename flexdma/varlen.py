@@ -117,6 +117,7 @@ def dynamic_mask_attention_varlen(
     checks.sinks_without_recent(sink_logits, selection, recent)
     sequences = packed_sequences(cu_seqlens, key.shape[2], query)
     if return_state:
+        policy.refuse_without_state()
         policy.refuse_without_bound("with return_state of packed sequences")
         gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
     lifespans = policy.lifespans(gate, document_ids=sequences.number[None])
