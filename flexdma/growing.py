@@ -41,17 +41,17 @@ def growing_attention(
     key: [B, Hkv, n, D], value: [B, Hkv, n, Dv], of query's dtype; Hkv divides Hq (query head h reads head h // G).
     state: of the earlier tokens; None before the first.  The result equals that of one call over all tokens.
     lifetime: [B, Hkv, n] or [B, 1, n], integers or floats: for how many positions, its own included, each key is visible;
-        below 1 = never, inf or None = to the end of its document.
+        below 1 = never; inf, NaN or None = to the end of its document.
     expiry, clock: instead of lifetime, for deaths that later tokens decide; [B, Hkv, n] or [B, 1, n], in float64.
         A key is visible from its own position to the last one before the first clock_i > expiry_j.  The clock must not fall,
-        over all calls; on a CPU outside of torch.compile a fall in one call raises.
+        over all calls; on a CPU outside of torch.compile a fall in one call raises.  No key dies at a NaN.
     bias: [B, Hkv, n] or [B, 1, n], added to the logits of a key; float64 keeps numbers that grow with position exact.  -inf =
         never visible.  None = no bias.
     key_padding_mask, document_ids: [B, n], of the new tokens, as in `dynamic_mask_attention`.
     scale, score_mod, donate, lowering, block_size, kernel_options: as in `dynamic_mask_attention`.
 
-        DMS, KVzap: lifetime = where(score < threshold, delay, inf)
-        FoX, pruned: forgotten = -(earlier sum + logsigmoid(f).cumsum(-1)); clock = forgotten, expiry = forgotten - delta
+        DMS: lifetime = where(alpha > 0, window, inf)           KVzap: lifetime = where(score < threshold, window, inf)
+        FoX, pruned: F = earlier sum + log_forget.cumsum(-1), in float64; bias = -F, clock = -F, expiry = -(F + delta)
 
     Returns ([B, Hq, Q, Dv] in query's dtype, GrowingState).  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, bias, and tensors that score_mod captures, also through a state.

@@ -120,9 +120,11 @@ def _readings_up_to(expiry: Tensor, new: NewKeys, arrivals: Tensor) -> Tensor:
     """[B, Hkv, M] int64: how many new tokens read a clock up to the expiry."""
     count = new.key.shape[2]
     if new.clock is not None:
-        return count_up_to(new.clock.contiguous(), expiry.contiguous())
+        # A reading that is NaN passes no expiry.
+        clock = torch.where(new.clock.isnan(), float("-inf"), new.clock).cummax(-1).values
+        return count_up_to(clock, expiry.contiguous())
     # Clamped before the conversion, as inf is no integer.
-    return (expiry - (arrivals[..., :1] - 1)).clamp(0, count).long()
+    return (expiry - (arrivals[..., :1] - 1)).clamp(0, count).nan_to_num(nan=count).long()
 
 
 def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor, slots: int) -> GrowingState:

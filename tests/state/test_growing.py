@@ -126,11 +126,14 @@ def test_keys_die_by_lifetimes_and_by_clocks(length, policy, seed, data):
     generator = torch.Generator().manual_seed(seed)
     position, given, end = torch.arange(length), {}, torch.full((2, 2, length), length)
     if policy == "lifetime":  # as DMS: a low score dies after a delay; and some keys that no query sees
-        lifetime = torch.where(bias < 0, 3.0, torch.inf).masked_fill(bias.abs() < 0.2, 0.0)
+        lifetime = torch.where(bias < 0, 3.0, torch.nan).masked_fill(bias.abs() < 0.2, 0.0)
         given = {"lifetime": lifetime}
-        end = torch.minimum(end, position + lifetime).long()
+        end = torch.fmin(end, position + lifetime).long()
     elif policy == "clock":  # as FoX with pruning: F_i - F_j < delta; whole numbers, so that both sides meet
-        forget = -torch.randint(0, 3, (2, 2, length), generator=generator).double().cumsum(-1)
+        forget = -torch.randint(0, 3, (2, 2, length), generator=generator).double()
+        if seed % 3 == 0:
+            forget[:, 0, seed % length] = torch.nan
+        forget = forget.cumsum(-1)
         given = {"clock": -forget, "expiry": -(forget - 4)}
         end = first_death(forget[..., :, None] - forget[..., None, :] < -4)
     want = dense_lifespan_attention(query, key, value, (position.expand_as(end), end), bias=bias)
