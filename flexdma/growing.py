@@ -1,6 +1,7 @@
 """Attention with a state that grows, for any policy in which the death of a key does not depend on other keys."""
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ def growing_attention(
     bias = apart(bias)
     checks.bias("bias", bias, key)
     bias = bias.to(torch.float64 if bias.dtype == torch.float64 else torch.float32).expand(shape)
-    masks = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
+    masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     checks.selected_keys(bias, **masks)
     check_donation(donate, state, True, query, key, value, bias)
     if (clock is None) != (expiry is None):

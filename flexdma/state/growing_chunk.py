@@ -123,8 +123,8 @@ def _readings_up_to(expiry: Tensor, new: NewKeys, arrivals: Tensor) -> Tensor:
         # A reading that is NaN passes no expiry.
         clock = torch.where(new.clock.isnan(), float("-inf"), new.clock).cummax(-1).values
         return count_up_to(clock, expiry.contiguous())
-    # Clamped before the conversion, as inf is no integer.
-    return (expiry - (arrivals[..., :1] - 1)).clamp(0, count).nan_to_num(nan=count).long()
+    # inf and NaN are no integers.
+    return (expiry - (arrivals[..., :1] - 1)).nan_to_num(nan=float("inf")).clamp(0, count).long()
 
 
 def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor, slots: int) -> GrowingState:
