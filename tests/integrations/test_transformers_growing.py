@@ -86,7 +86,7 @@ def test_what_needs_a_window_names_it():
         convert_to_dma(causal_lm("Llama"), None)
     with pytest.raises(ValueError, match="window_size: expected at most the model's own sliding window of 6, got None"):
         convert_to_dma(causal_lm("Mistral"), None, selection="threshold")
-    with pytest.raises(ValueError, match="selection: expected one of 'causal', 'threshold', got 'global'"):
+    with pytest.raises(ValueError, match=r"selection: expected one of .* got 'global'"):
         convert_to_dma(causal_lm("Llama"), 4, selection="global")
     with pytest.raises(ValueError, match="model: expected layers with selection='causal', got 'threshold'"):
         distill(above_zero(), [distinct_tokens(1, 30)])
