@@ -4,6 +4,7 @@ They read shapes, dtypes and devices, never values, so they do not synchronise a
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -147,32 +148,52 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query: expected at most K = {keys} queries (they are the last ones), got {queries}")
 
 
-def bias(name: str, bias: Tensor, key: Tensor) -> None:
+def bias(name: str, bias: object, key: Tensor) -> None:
     """Check one floating point number for each key, as `per_key`."""
     if isinstance(bias, Tensor):
         floating(name, bias)
     per_key(name, bias, key)
 
 
-def per_key(name: str, numbers: Tensor, key: Tensor) -> None:
+def per_key(name: str, numbers: object, key: Tensor) -> None:
     """Check one number for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
     batch, heads, keys = key.shape[:3]
     shared = isinstance(numbers, Tensor) and numbers.dim() == 3 and numbers.shape[1] == 1
     tensor(name, numbers, (batch, 1 if shared else heads, keys), key)
 
 
-def lifespans(lifespans: object, key: Tensor) -> None:
+def lifespans(lifespans: object, key: Tensor, name: str = "lifespans") -> None:
     """Check a birth and a death for each key, as `per_key`."""
     if not isinstance(lifespans, tuple | list) or len(lifespans) != 2:
-        raise TypeError(f"lifespans: expected Lifespans(birth, death), got {type(lifespans).__name__}")
-    for name, bound in zip(("lifespans.birth", "lifespans.death"), lifespans, strict=True):
-        per_key(name, bound, key)
+        raise TypeError(f"{name}: expected Lifespans(birth, death), got {type(lifespans).__name__}")
+    for each, bound in zip((f"{name}.birth", f"{name}.death"), lifespans, strict=True):
+        per_key(each, bound, key)
         if bound.dtype not in (torch.int32, torch.int64):
-            raise TypeError(f"{name}: expected torch.int32 or torch.int64, got {bound.dtype}")
+            raise TypeError(f"{each}: expected torch.int32 or torch.int64, got {bound.dtype}")
     if lifespans[0].shape != lifespans[1].shape:
-        raise ValueError(
-            f"lifespans.death: expected {list(lifespans[0].shape)} as birth, got {list(lifespans[1].shape)}"
-        )
+        raise ValueError(f"{name}.death: expected {list(lifespans[0].shape)} as birth, got {list(lifespans[1].shape)}")
+
+
+def intervals(
+    lifespans_of_keys: Any, biases: Any, key: Tensor
+) -> tuple[list[tuple[Tensor, Tensor]], list[Tensor | None]]:
+    """Check one Lifespans with its bias, or a sequence of them with one bias for all or a bias each, as `per_key`.
+
+    Returns a list of lifespans and one of biases, of equal lengths.
+    """
+    several = isinstance(lifespans_of_keys, tuple | list) and not any(isinstance(t, Tensor) for t in lifespans_of_keys)
+    each_bias = several and isinstance(biases, tuple | list)
+    given = list(lifespans_of_keys) if several else [lifespans_of_keys]
+    if not given:
+        raise ValueError("lifespans: expected at least one Lifespans(birth, death), got none")
+    biases = list(biases) if each_bias else [biases] * len(given)
+    if len(biases) != len(given):
+        raise ValueError(f"bias: expected one for each of {len(given)} intervals, got {len(biases)}")
+    for number, pair in enumerate(zip(given, biases, strict=True)):
+        lifespans(pair[0], key, f"lifespans[{number}]" if several else "lifespans")
+        if pair[1] is not None:
+            bias(f"bias[{number}]" if each_bias else "bias", pair[1], key)
+    return given, biases
 
 
 def scores(scale: float | None, score_mod: object) -> None:

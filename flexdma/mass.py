@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks
-from flexdma.lifespans import Lifespans
+from flexdma.lifespans.terms import as_terms, bias_of_terms
 from flexdma.lifespans.visible import births_are_positions, causal_lifespans, most_visible
 from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
 from flexdma.lowerings.flash import is_flash
@@ -15,18 +15,18 @@ from flexdma.lowerings.gather_mass import gather_mass
 from flexdma.mixed_precision import autocast, without_autocast
 from flexdma.reference import dense_attention_mass
 from flexdma.rounding import power_of_two_from
-from flexdma.signatures import ScoreMod
+from flexdma.signatures import Biases, Intervals, ScoreMod
 from flexdma.transforms import can_read, is_recorded, refuse_jit_trace
 
 
 def attention_mass(
     query: Tensor,
     key: Tensor,
-    lifespans: Lifespans | None = None,
+    lifespans: Intervals | None = None,
     *,
     reduction: str = "sum",
     ages: Sequence[tuple[int, int | None]] | None = None,
-    bias: Tensor | None = None,
+    bias: Biases = None,
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
     lowering: str | None = None,
@@ -42,7 +42,8 @@ def attention_mass(
 
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
     key: [B, Hkv, K, D], of query's dtype; Hkv divides Hq (query head h reads head h // G).
-    lifespans: the keys that a query sees, as in `lifespan_attention`.  None = key j is visible to all i >= j.
+    lifespans: the keys that a query sees, as in `lifespan_attention`.  None = key j is visible to all i >= j.  Of several
+        intervals per key the sum is over all, and the maximum is the largest of one interval.
     ages: bands (low, high).  Each counts the queries with low <= i - j < high; high = None has no end.  Bands may overlap.
         The softmax is over all visible keys in every band.  None = one result, of all ages.
     bias, scale, score_mod: as in `lifespan_attention`.
@@ -74,12 +75,13 @@ def attention_mass(
     checks.attention_arguments(query, key, key)
     checks.one_of("reduction", reduction, checks.REDUCTIONS)
     checks.ages(ages)
+    terms = None
     if lifespans is not None:
-        checks.lifespans(lifespans, key)
-        lifespans = Lifespans(*(bound.clamp(0, key.shape[2]).to(torch.int32).contiguous() for bound in lifespans))
-    if bias is not None:
+        intervals, biases = checks.intervals(lifespans, bias, key)
+        terms, bias = as_terms(intervals, key.shape[2]), bias_of_terms(biases)
+    elif bias is not None:
         checks.bias("bias", bias, key)
-        bias = bias.detach()
+    added = bias.detach() if isinstance(bias, Tensor) else None
     checks.scores(scale, score_mod)
     query, key = query.detach(), key.detach()
     chosen = chosen_lowering(lowering or ("gather" if reduction == "max" else None), query)
@@ -97,19 +99,20 @@ def attention_mass(
     if chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
         block = None if block_size is None else checks.block_sizes(block_size)[0]
         mass = gather_mass(
-            query, key, bias, lifespans, scale=scale, score_mod=score_mod, reduction=reduction, ages=bands,
+            query, key, added, terms, scale=scale, score_mod=score_mod, reduction=reduction, ages=bands,
             block_size=block,
         )  # fmt: skip
     else:
-        in_order, capacity = lifespans is None, key.shape[2]
-        if lifespans is None:
-            lifespans = causal_lifespans(key)
-        elif can_read(query):
-            in_order = births_are_positions(lifespans)
-            capacity = power_of_two_from(most_visible(lifespans, query.shape[2]))
+        in_order = terms is None
+        if terms is None:
+            terms = causal_lifespans(key)
+        capacity = terms.birth.shape[-1]
+        if not in_order and can_read(query):
+            in_order = capacity == key.shape[2] and births_are_positions(terms)
+            capacity = power_of_two_from(most_visible(terms, query.shape[2]))
         compiled = flex_mass if torch.compiler.is_compiling() else compiled_flex_mass
         mass = compiled(
-            query, key, bias, lifespans, in_order=in_order, capacity=capacity, scale=scale, score_mod=score_mod, ages=bands,
+            query, key, added, terms, in_order=in_order, capacity=capacity, scale=scale, score_mod=score_mod, ages=bands,
             block_size=None if block_size is None else checks.block_sizes(block_size), kernel_options=kernel_options,
         )  # fmt: skip
     mass = mass.detach()  # score_mod may capture tensors with a gradient

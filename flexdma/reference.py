@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks
-from flexdma.signatures import ScoreMod
+from flexdma.signatures import Biases, Intervals, ScoreMod
 
 
 def dense_visibility(
@@ -67,24 +67,23 @@ def dense_dynamic_mask_attention(
 
 
 def dense_lifespan_attention(
-    query: Tensor, key: Tensor, value: Tensor, lifespans: tuple[Tensor, Tensor], *, bias: Tensor | None = None,
+    query: Tensor, key: Tensor, value: Tensor, lifespans: Intervals, *, bias: Biases = None,
     scale: float | None = None, score_mod: ScoreMod | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """`flexdma.lifespan_attention` by its formula: key j is visible to query i where birth_j <= i < death_j."""
+    """`flexdma.lifespan_attention` by its formula: key j is visible to query i where birth_j <= i < death_j.
+
+    Of several intervals each adds one term to the softmax, where it contains i, with its own bias.
+    """
     checks.attention_arguments(query, key, value)
-    checks.lifespans(lifespans, key)
-    if bias is not None:
-        checks.bias("bias", bias, key)
+    visible, bias = _dense_intervals(lifespans, bias, key)
     checks.sink_logits(sink_logits, query)
-    birth, death = (bound[..., None, :] for bound in lifespans)
-    i = torch.arange(key.shape[2], device=key.device)[:, None]
-    return _dense_attention(query, key, value, (birth <= i) & (i < death), bias, scale, score_mod, sink_logits)
+    return _dense_attention(query, key, value, visible, bias, scale, score_mod, sink_logits)
 
 
 def dense_attention_mass(
-    query: Tensor, key: Tensor, lifespans: tuple[Tensor, Tensor] | None = None, *, reduction: str = "sum",
-    ages: Sequence[tuple[int, int | None]] | None = None, bias: Tensor | None = None, scale: float | None = None,
-    score_mod: ScoreMod | None = None,
+    query: Tensor, key: Tensor, lifespans: Intervals | None = None, *, reduction: str = "sum",
+    ages: Sequence[tuple[int, int | None]] | None = None, bias: Biases = None,
+    scale: float | None = None, score_mod: ScoreMod | None = None,
 ) -> Tensor:  # fmt: skip
     """`flexdma.attention_mass` by its formula, in float32, or float64 for float64 inputs."""
     checks.attention_arguments(query, key, key)
@@ -93,24 +92,43 @@ def dense_attention_mass(
     batch, heads, keys = key.shape[:3]
     query, key = (tensor.to(torch.promote_types(tensor.dtype, torch.float32)) for tensor in (query, key))
     i, j = torch.arange(keys, device=key.device)[:, None], torch.arange(keys, device=key.device)
-    visible = (j <= i).expand(batch, 1, -1, -1)
-    if lifespans is not None:
-        checks.lifespans(lifespans, key)
-        birth, death = (bound[..., None, :] for bound in lifespans)
-        visible = (birth <= i) & (i < death)
-    if bias is not None:
-        checks.bias("bias", bias, key)
+    if lifespans is None:
+        lifespans = (j.expand(batch, 1, -1), torch.full_like(j, keys).expand(batch, 1, -1))
+    visible, bias = _dense_intervals(lifespans, bias, key)
+    each = visible.shape[-1] // keys
     weights = _dense_weights(query, key, visible, bias, scale, score_mod, None).unflatten(1, (heads, -1))
     first_query = keys - query.shape[2]
 
     def mass(counted: Tensor) -> Tensor:
         """counted: [..., K, K] bool, the pairs of query and key."""
+        counted = counted.repeat_interleave(each, -1)
         chosen = torch.where((visible & counted)[:, :, None, first_query:], weights, 0.0).flatten(2, 3)
-        return chosen.sum(2) if reduction == "sum" else chosen.amax(2)
+        chosen = chosen.unflatten(-1, (keys, each))
+        return chosen.sum((2, -1)) if reduction == "sum" else chosen.amax((2, -1))
 
     if ages is None:
         return mass(torch.ones_like(j <= i))
     return torch.stack([mass((i - j >= low) & (high is None or i - j < high)) for low, high in ages])
+
+
+def _dense_intervals(lifespans: Intervals, bias: Biases, key: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Whether query i is in an interval of key j, [B, H, K, P K], and the bias of each, [B, H, P K].
+
+    The P intervals of a key are neighbours in the last dimension.
+    """
+    intervals, biases = checks.intervals(lifespans, bias, key)
+    i = torch.arange(key.shape[2], device=key.device)[:, None]
+    visible = [(birth[..., None, :] <= i) & (i < death[..., None, :]) for birth, death in intervals]
+    added = None
+    if any(each is not None for each in biases):
+        zero = torch.zeros(1, 1, key.shape[2], dtype=key.dtype, device=key.device)
+        added = _neighbours([zero if each is None else each for each in biases])
+    return _neighbours(visible), added
+
+
+def _neighbours(tensors: Sequence[Tensor]) -> Tensor:
+    """[..., K] each -> [..., P K]."""
+    return torch.stack(torch.broadcast_tensors(*tensors), -1).flatten(-2)
 
 
 def _dense_attention(
@@ -120,6 +138,7 @@ def _dense_attention(
     """Attention under a dense mask; see `_dense_weights`."""
     queries, keys = query.shape[2], key.shape[2]
     weights = _dense_weights(query, key, visible, bias, scale, score_mod, sink_logits)
+    value = value.repeat_interleave(visible.shape[-1] // keys, 2)
     # 0 * NaN is NaN: a NaN or infinity in a key that no query sees would reach the output through a weight of 0.
     unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
     value = value.masked_fill(unseen, 0.0)
@@ -130,15 +149,18 @@ def _dense_weights(
     query: Tensor, key: Tensor, visible: Tensor, bias: Tensor | None, scale: float | None, score_mod: ScoreMod | None,
     sink_logits: Tensor | None,
 ) -> Tensor:  # fmt: skip
-    """[B, Hq, Q, K]: the attention of each query to each key under a dense mask.
+    """[B, Hq, Q, P K]: the attention of each query to each key under a dense mask.
 
-    visible: [B, H, K, K] bool, whether query i (second to last dimension) sees key j.  bias: [B, H, K].
+    visible: [B, H, K, P K] bool, whether query i (second to last dimension) sees key j in each of P intervals.
+    bias: [B, H, P K].
     """
     batch, query_heads, queries, size = query.shape
     heads, keys = key.shape[1:3]
+    each = visible.shape[-1] // keys
+    key = key.repeat_interleave(each, 2)
     unseen = ~visible[:, :, keys - queries :].any(-2)[..., None]
     key = key.masked_fill(unseen, 0.0)
-    bias = torch.zeros(batch, 1, keys, dtype=query.dtype, device=query.device) if bias is None else bias
+    bias = torch.zeros(batch, 1, keys * each, dtype=query.dtype, device=query.device) if bias is None else bias
 
     def per_query_head(t: Tensor) -> Tensor:
         return t.expand(batch, heads, *t.shape[2:]).repeat_interleave(query_heads // heads, 1)
@@ -148,16 +170,16 @@ def _dense_weights(
     if score_mod is not None:
         index = [torch.arange(n, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
                  for dim, n in enumerate((batch, query_heads, queries, keys))]  # fmt: skip
-        scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3])
+        scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3].repeat_interleave(each, -1))
     visible = visible[:, :, keys - queries :]
     scores = (scores + bias[:, :, None, :]).masked_fill(~visible, -torch.inf)
     if sink_logits is not None:
         sink = sink_logits.view(-1, 1, 1).expand(batch, query_heads, queries, 1)
         scores = torch.cat([scores - _best_gate(bias[:, :, None, :], visible), sink.to(scores.dtype)], -1)
     # A query that sees no key gives 0, and gradient 0.
-    nothing = (scores[..., :keys] == -torch.inf).all(-1, keepdim=True)
+    nothing = (scores[..., : keys * each] == -torch.inf).all(-1, keepdim=True)
     weights = torch.softmax(scores.masked_fill(nothing, 0.0), -1).masked_fill(nothing, 0.0)
-    return weights[..., :keys]
+    return weights[..., : keys * each]
 
 
 def _best_gate(gate: Tensor, visible: Tensor) -> Tensor:

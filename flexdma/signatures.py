@@ -1,11 +1,11 @@
-"""Types of arguments: the two callables that FlexAttention takes, and the options of both operators.
+"""Types of arguments: the two callables that FlexAttention takes, intervals of keys, and the options of both operators.
 
 Index arguments are tensors: 0-d where FlexAttention maps them, broadcastable where the gather and dense lowerings call the
 same function on whole tiles.  Index captured tensors in one step (`t[b, h, i, j]`), because chained indexing corrupts memory
 in compiled kernels.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import TypedDict
 
 from torch import Tensor
@@ -14,6 +14,9 @@ from torch import Tensor
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 # (b, h, q_idx, kv_idx) -> bool
 MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+# Birth and death of each key, or several such pairs for each key; and the bias of a key, or one for each pair.
+Intervals = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
+Biases = Tensor | Sequence[Tensor | None] | None
 
 
 class VarlenOptions(TypedDict, total=False):

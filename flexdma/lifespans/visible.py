@@ -30,6 +30,16 @@ def seen_by_queries(lifespans: Lifespans, queries: int) -> Lifespans:
     return Lifespans(*((bound - first_query).clamp(0, queries) for bound in lifespans))
 
 
+def without_unseen(lifespans: Lifespans, queries: int) -> Lifespans:
+    """The lifespans with death 0 for keys that none of the last `queries` positions sees.
+
+    Such keys take no slot, and their contents reach no query.
+    """
+    birth, death = lifespans
+    unseen = death <= birth.clamp(min=birth.shape[-1] - queries)
+    return Lifespans(birth, death.masked_fill(unseen, 0))
+
+
 def births_are_positions(lifespans: Lifespans) -> bool:
     """Whether each key that is ever visible is born at its own position.  Reads the device."""
     position = torch.arange(lifespans.birth.shape[-1], device=lifespans.birth.device)

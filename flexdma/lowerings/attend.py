@@ -1,7 +1,8 @@
 """Attention over given lifespans: choose a lowering, check its options, call it.
 
 All lowerings compute the same function of query [B, Hq, Q, D], key, value, a bias [B, Hkv, K] or [B, 1, K] per key (None = no
-bias) and lifespans.  Two properties of the lifespans save work where they hold:
+bias) and lifespans.  Keys with P intervals have P K biases and lifespans, as `flexdma.lifespans.terms` orders them.
+Two properties of the lifespans save work where they hold:
 
     in_order    each key that is ever visible is born at its own position
     ranked      the best-biased key that a query sees stays visible to the end of its document, as in a selection by this bias
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from flexdma import checks
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.terms import as_intervals
 from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
 from flexdma.lowerings.flash import is_flash, refusal
 from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
@@ -43,16 +45,17 @@ def attend(
 ) -> Tensor:
     """Attention [B, Hq, Q, Dv] by the chosen lowering.  The caller has checked shapes, dtypes and devices.
 
-    in_order: None = not known.  capacity: upper bound on the keys that one query sees; None = K.
+    in_order: None = not known.  capacity: upper bound on the terms that one query sees; None = all.
     """
     chosen = chosen_lowering(lowering, query)
     check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if chosen == "dense":
+        intervals, biases = as_intervals(lifespans, bias, key)
         return dense_lifespan_attention(
-            query, key, value, lifespans, bias=bias, scale=scale, score_mod=score_mod, sink_logits=sink_logits
+            query, key, value, intervals, bias=biases, scale=scale, score_mod=score_mod, sink_logits=sink_logits
         )
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    capacity = key.shape[2] if capacity is None else capacity
+    capacity = lifespans.birth.shape[-1] if capacity is None else capacity
     # FlexAttention refuses an empty batch, and torch.compile refuses meta and fake tensors.
     if chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
         block = None if block_size is None else checks.block_sizes(block_size)[0]

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings import gate_gradient
 from flexdma.lowerings.default_options import block_size_of, device_options
 from flexdma.lowerings.flash import flash_block_size, is_flash
@@ -20,6 +21,7 @@ from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.opaque import realize
+from flexdma.packing import Packing
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
 
@@ -72,12 +74,16 @@ def flex_attend(
         lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient,
         any_births=not in_order,
     )  # fmt: skip
-    order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
+    terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
+    packing = packing._replace(order=terms)
+    each = terms_per_key(lifespans.birth, key)
+    of_keys = packing.of_keys(each)
+    order = terms if each == 1 else realize(of_keys.order)  # the key at each place
 
-    def packed(tensor: Tensor) -> Tensor:
-        return at_places(tensor, packing._replace(order=order), needs_gradient=needs_gradient)
+    def packed(tensor: Tensor, packing: Packing) -> Tensor:
+        return at_places(tensor, packing, needs_gradient=needs_gradient)
 
-    packed_key, packed_value = packed(key), packed(value)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
+    packed_key, packed_value = packed(key, of_keys), packed(value, of_keys)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
     rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
 
     has_bias = bias is not None
@@ -85,7 +91,7 @@ def flex_attend(
     reference_high, reference_low = split(reference.detach())
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(bias)
-    high, low = packed(high), None if low is None else realize(packed(low))
+    high, low = packed(high, packing), None if low is None else realize(packed(low, packing))
     sizes = (batch, heads, queries, keys)
     route = gate_gradient.chosen_route(
         needs_gradient and high.requires_grad, score_mod is not None, sizes, atomics=not is_flash(kernel_options)

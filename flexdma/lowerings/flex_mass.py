@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings.default_options import (
     autotunes,
     block_size_of,
@@ -39,7 +40,7 @@ RECOMPILE_LIMIT = 64
 class _Pass(NamedTuple):
     """The keys of some lifespans at their places."""
 
-    packing: Packing
+    packing: Packing  # of keys
     keys: Tensor  # [B, Hkv, L, D]
     score_mod: ScoreMod
     block_mask: BlockMask
@@ -73,6 +74,7 @@ def flex_mass(
     block = (index(block_size[0]), index(block_size[1]))
     rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
     has_bias = bias is not None
+    each = terms_per_key(lifespans.birth, key)
     bias, reference = biases(key, bias, lifespans, queries, ranked=False, exact=False)
     high, low = split(bias)
     subtracted = [None if part is None else realize(part) for part in split(reference)]
@@ -82,8 +84,10 @@ def flex_mass(
             lifespans, queries=queries, group=group, capacity=index(most), block_size=block, transposed=True,
             any_births=any_births,
         )  # fmt: skip
-        order, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
-        packing = packing._replace(order=order)
+        terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
+        packing = packing._replace(order=terms)
+        of_keys = packing.of_keys(each)
+        order = terms if each == 1 else realize(of_keys.order)  # the key at each place
         added = [
             None if part is None else realize(at_places(part, packing, needs_gradient=False)) for part in (high, low)
         ]
@@ -93,8 +97,8 @@ def flex_mass(
         )
         lengths = (queries * group, order.shape[-1])
         return _Pass(
-            packing,
-            at_places(key, packing, needs_gradient=False),
+            of_keys,
+            at_places(key, of_keys, needs_gradient=False),
             packed_score_mod,
             block_index.block_mask(lengths, block, mask_mod),
         )
@@ -133,12 +137,16 @@ def flex_mass(
 
     if ages is None:
         return summed(whole).unsqueeze(1)
+    # Of each term's key, as a position among the terms: see `flexdma.lifespans.terms`.
+    after = (each - 1) * keys
     position = torch.arange(keys, dtype=torch.int32, device=key.device)
+    position = position if each == 1 else position.repeat_interleave(each) + after
     bands = []
     for youngest, oldest in ages:
         birth = torch.maximum(lifespans.birth, position + min(youngest, keys))
         death = torch.minimum(lifespans.death, position + oldest) if oldest < keys else lifespans.death
-        most = capacity if oldest - youngest > capacity else oldest - youngest
+        most = each * (oldest - youngest)
+        most = capacity if most > capacity else most
         bands.append(summed(packed(Lifespans(birth, death), most, any_births=True)))
     return torch.stack(bands, 1)
 

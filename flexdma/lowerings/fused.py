@@ -5,7 +5,9 @@ the cache, in the forward and in the backward.  `fused_cut.py` cuts a call into 
 and `fused_passes.py` loops over them.  This file makes two operators of it: a forward that also returns the log-sum-exp, and
 its backward, which recomputes the scores from it.
 
-O(K log K + Q (w + births in a block)) time; memory for one list of living keys per block, and a few masks at a time.
+Births may come at any query, and keys may have several intervals: the operators read them, compiled or not.
+
+O(P K log P K + Q (w + births in a block)) time; memory for one list of living keys per block, and a few masks at a time.
 """
 
 from functools import partial
@@ -16,7 +18,7 @@ from torch import Tensor
 
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.fused_passes import attend, empty_like_inputs, empty_output, gradients
-from flexdma.lowerings.plain import plain_attend
+from flexdma.lowerings.timeline import attend_any_births
 from flexdma.opaque import joined_batches
 from flexdma.transforms import is_recorded, is_transformed, needs_gradient
 
@@ -42,20 +44,21 @@ def fused_attend(
     capacity: int,
     scale: float,
     block_size: int | None,
+    in_order: bool | None,
 ) -> tuple[Tensor, Tensor]:
-    """As `plain_attend`, without a score_mod: attention and the log-sum-exp.  A row that sees no key gives 0 and 0.
+    """As `attend_any_births`, without a score_mod: attention and the log-sum-exp.  A row that sees no key gives 0 and 0.
 
     With gradients, for tracers and for fake tensors it is one opaque operator.  It cannot be traced: its lists are ragged.
     """
     opaque = torch.compiler.is_compiling() or is_recorded(query) or needs_gradient(query, key, value, bias)
     return (_operator if opaque else attend)(
-        query, key, value, bias, reference, *lifespans, capacity, scale, block_size
+        query, key, value, bias, reference, *lifespans, capacity, scale, block_size, in_order
     )
 
 
-_operator = torch.library.custom_op("flexdma::attend_in_order", attend, mutates_args=())
+_operator = torch.library.custom_op("flexdma::attend_blocks", attend, mutates_args=())
 _operator.register_fake(empty_output)
-_backward = torch.library.custom_op("flexdma::attend_in_order_backward", gradients, mutates_args=())
+_backward = torch.library.custom_op("flexdma::attend_blocks_backward", gradients, mutates_args=())
 _backward.register_fake(empty_like_inputs)
 # torch.autograd.grad(..., is_grads_batched=True) maps the backward over gradients.
 _backward.register_vmap(partial(joined_batches, _backward))
@@ -77,7 +80,7 @@ def _differentiate(ctx: Any, output_gradient: Tensor | None, log_sum_gradient: T
         found = _twice_differentiable(inputs, needed, output_gradient, log_sum_gradient, *ctx.options)
     else:
         found = _backward(*inputs, output, log_sum, output_gradient, log_sum_gradient, *ctx.options, needed[3])
-    return *(of if need else None for of, need in zip(found, needed[:4], strict=True)), *[None] * 6
+    return *(of if need else None for of, need in zip(found, needed[:4], strict=True)), *[None] * 7
 
 
 def _twice_differentiable(
@@ -88,12 +91,13 @@ def _twice_differentiable(
     capacity: int,
     scale: float,
     block_size: int | None,
+    in_order: bool | None,
 ) -> list[Tensor | None]:
     """The gradients of the first four inputs as a graph of plain operations."""
     query, key, value, bias, reference, birth, death = inputs
-    outputs = plain_attend(
-        query, key, value, bias, reference, Lifespans(birth, death), None, capacity=capacity, scale=scale,
-        block_size=block_size, log_sum=log_sum_gradient is not None,
+    outputs = attend_any_births(
+        query, key, value, bias, reference, Lifespans(birth, death), None, in_order=in_order, capacity=capacity,
+        scale=scale, block_size=block_size, log_sum=log_sum_gradient is not None,
     )  # fmt: skip
     wanted = [number for number in range(4) if needed[number]]
     of = torch.autograd.grad(

@@ -21,17 +21,20 @@ COLUMNS = 8
 
 
 class AllKeys(NamedTuple):
-    """The tensors to gather from, the keys of all heads in one row."""
+    """The tensors to gather from, the keys of all heads in one row, and so their terms, P of each key."""
 
     key: Tensor  # [B Hkv K, D]
     value: Tensor  # [B Hkv K, D]
-    bias: Tensor  # [B Hkv K]
-    death: Tensor  # [B Hkv K], positions in this row
+    bias: Tensor  # [B Hkv P K]
+    birth: Tensor | None  # [B Hkv P K], positions in this row; None = a term is born at its own position
+    death: Tensor  # [B Hkv P K]
+    terms_per_key: int  # P
 
 
 class Gathered(NamedTuple):
     """The keys of n blocks, C each; shorter lists are filled with keys that no query sees."""
 
+    term: Tensor  # [n, C], in the row of all terms
     position: Tensor  # [n, C], in the row of all keys
     key: Tensor  # [n, C, D]
     value: Tensor  # [n, C, D]
@@ -45,7 +48,7 @@ def gathered(
 ) -> Gathered:
     """The keys of n lists, for blocks of M queries, in the dtype `computed`.  At least one list has a key.
 
-    reference [n, M]; starts [n]: positions of the blocks' first queries in the row of all keys.
+    reference [n, M]; starts [n]: positions of the blocks' first queries in the row of all terms.
     """
     index = pad_sequence([each.keys for each in lists], batch_first=True, padding_value=-1)  # [n, C]
     lengths = [len(each.keys) for each in lists]
@@ -53,8 +56,14 @@ def gathered(
     if absent is not None:
         # Fill short lists with the block's first key: its contents, NaN included, reach the block anyway.
         index = torch.where(absent, index[:, :1].clamp(min=0), index)
-    key, value, bias, death = (t.index_select(0, index.flatten()).unflatten(0, index.shape) for t in keys)
-    key, value = key.to(computed), value.to(computed)
+
+    def taken(tensor: Tensor, index: Tensor) -> Tensor:
+        return tensor.index_select(0, index.flatten()).unflatten(0, index.shape)
+
+    position = index if keys.terms_per_key == 1 else index.div(keys.terms_per_key, rounding_mode="floor")
+    key, value = (taken(tensor, position).to(computed) for tensor in (keys.key, keys.value))
+    bias, death = taken(keys.bias, index), taken(keys.death, index)
+    birth = index if keys.birth is None else taken(keys.birth, index)
     empty = None
     if absent is not None:
         bias = bias.masked_fill(absent, -math.inf)
@@ -63,9 +72,9 @@ def gathered(
             key, value = (tensor.masked_fill(empty[:, None, None], 0.0) for tensor in (key, value))
     mask = (bias.unsqueeze(1) - reference.unsqueeze(2)).to(computed)
     some = slice(max(each.partial for each in lists))
-    first, last = (position[:, some] - starts[:, None] for position in (index, death))
+    first, last = (bound[:, some] - starts[:, None] for bound in (birth, death))
     mask[..., some] = torch.minimum(mask[..., some], seen_bound(first, last, reference.shape[1], computed))
-    return Gathered(index, key, value, mask.unsqueeze(1), empty)
+    return Gathered(index, position, key, value, mask.unsqueeze(1), empty)
 
 
 @staged("attention forward")

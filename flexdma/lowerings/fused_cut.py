@@ -7,9 +7,12 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.terms import terms_per_key
+from flexdma.lifespans.visible import births_are_positions, without_unseen
 from flexdma.lowerings.float_mask import without_nan
 from flexdma.lowerings.fused_blocks import AllKeys, Gathered, gathered
 from flexdma.lowerings.living_keys import LivingList, living_lists
+from flexdma.lowerings.living_terms import living_terms
 
 # Queries per block.  From 192 rows on the kernel multiplies 64 at a time, from 768 on 256, and rereads keys less often.
 BLOCK_SIZE, LARGE_BLOCK = 256, 1024
@@ -19,9 +22,12 @@ FEW_BIRTHS = 1 / 4
 SCORES_PER_THREAD = 2**20
 
 
-def block_size_for(lifespans: Lifespans, queries: int, capacity: int) -> int:
-    """Queries per block: a large block where there are many queries and few keys are born in a block."""
-    if queries < 8 * LARGE_BLOCK:
+def block_size_for(lifespans: Lifespans, queries: int, capacity: int, terms_per_key: int = 1) -> int:
+    """Queries per block: a large block where there are many queries and few keys are born in a block.
+
+    Of several intervals one begins where another ends: a large block would contain many keys twice (1.15 times as slow).
+    """
+    if queries < 8 * LARGE_BLOCK or terms_per_key > 1:
         return BLOCK_SIZE
     births = (lifespans.death > lifespans.birth).float().mean().item() * LARGE_BLOCK
     return LARGE_BLOCK if births <= FEW_BIRTHS * capacity else BLOCK_SIZE
@@ -47,9 +53,10 @@ class Strip(NamedTuple):
 
 
 class Cut:
-    """The strips of a call with queries [B, Hq, Q, D], keys [B, Hkv, K, D] and keys born at their own positions.
+    """The strips of a call with queries [B, Hq, Q, D], keys [B, Hkv, K, D] and their terms.
 
-    bias [B, Hkv, K], reference [B, Hkv, Q].  computed: the dtype of scores.
+    bias [B, Hkv, P K], reference [B, Hkv, Q].  computed: the dtype of scores.
+    in_order: whether P = 1 and each key that is ever visible is born at its own position; None = not known.
     """
 
     def __init__(
@@ -62,24 +69,34 @@ class Cut:
         lifespans: Lifespans,
         capacity: int,
         block_size: int | None,
+        in_order: bool | None,
         computed: torch.dtype,
     ) -> None:
-        batch, heads, keys, size = key.shape
-        queries = query.shape[2]
+        batch, heads, _keys, size = key.shape
+        queries, terms = query.shape[2], bias.shape[2]
+        each = terms_per_key(bias, key)
+        lifespans = without_unseen(Lifespans(*(bound.expand(batch, heads, terms) for bound in lifespans)), queries)
         self.heads, self.group = batch * heads, query.shape[1] // heads
         self.queries, self.capacity, self.computed = queries, capacity, computed
-        self.block = min(block_size or block_size_for(lifespans, queries, capacity), queries)
-        birth, death = (bound.expand(batch, heads, keys).contiguous() for bound in lifespans)
-        self.lists = living_lists(birth, death, queries, capacity, self.block)
-        # From here on the keys of all heads are in one row, [B Hkv K].
-        head_starts = keys * torch.arange(self.heads)[:, None]
-        self.block_starts = head_starts + torch.arange(keys - queries, keys, self.block)  # [B Hkv, R]
+        self.block = min(block_size or block_size_for(lifespans, queries, capacity, each), queries)
+        if in_order is None:
+            in_order = each == 1 and births_are_positions(lifespans)
+        if in_order:
+            self.lists = living_lists(*lifespans, queries, capacity, self.block)
+        else:
+            self.lists = living_terms(lifespans, queries, self.block)
+        # From here on the terms of all heads are in one row, [B Hkv P K].
+        head_starts = terms * torch.arange(self.heads)[:, None]
+        self.block_starts = head_starts + torch.arange(terms - queries, terms, self.block)  # [B Hkv, R]
+        birth, death = ((bound.flatten(0, 1) + head_starts).flatten() for bound in lifespans)
         self.reference = reference.flatten(0, 1)
         self.every_key = AllKeys(
             key.reshape(-1, size),
             value.reshape(-1, size),
             without_nan(bias).flatten(),
-            (death.flatten(0, 1) + head_starts).flatten(),
+            None if in_order else birth,
+            death,
+            each,
         )
 
     def by_head(self, tensor: Tensor) -> Tensor:

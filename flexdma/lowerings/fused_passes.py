@@ -1,7 +1,7 @@
 """The forward and the backward of the fused gather: loops over the chunks of a call.
 
-All functions take a query [B, Hq, Q, D], key and value [B, Hkv, K, D], bias [B, Hkv, K], reference [B, Hkv, Q], and lifespans
-[B, Hkv, K] of keys born at their own positions.
+All functions take a query [B, Hq, Q, D], key and value [B, Hkv, K, D], bias [B, Hkv, P K], reference [B, Hkv, Q], and
+lifespans [B, H, P K]; in_order as in `fused_cut.Cut`.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.visible import seen_by_queries
 from flexdma.lowerings.fused_blocks import attend_blocks, block_gradients
 from flexdma.lowerings.fused_cut import Cut
 from flexdma.mixed_precision import without_autocast
@@ -30,10 +31,11 @@ def attend(
     capacity: int,
     scale: float,
     block_size: int | None,
+    in_order: bool | None,
 ) -> tuple[Tensor, Tensor]:
     lifespans = Lifespans(birth, death)
     output, log_sum = empty_output(query)
-    cut = Cut(query, key, value, bias, reference, lifespans, capacity, block_size, log_sum.dtype)
+    cut = Cut(query, key, value, bias, reference, lifespans, capacity, block_size, in_order, log_sum.dtype)
     by_head = [cut.by_head(tensor) for tensor in (query, output, log_sum)]
     with without_autocast(query.device):
         for strip in cut.strips():
@@ -76,12 +78,13 @@ def gradients(
     capacity: int,
     scale: float,
     block_size: int | None,
+    in_order: bool | None,
     needs_bias: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of query, key, value and bias; zeros for a bias that needs none."""
     lifespans = Lifespans(birth, death)
     computed = torch.float64 if saturates(bias, reference, lifespans) else log_sum.dtype
-    cut = Cut(query, key, value, bias, reference, lifespans, capacity, block_size, computed)
+    cut = Cut(query, key, value, bias, reference, lifespans, capacity, block_size, in_order, computed)
     of_query, of_key, of_value, of_bias = _empty_gradients(query, key, value, bias)
     by_head = [cut.by_head(tensor) for tensor in (of_query, query, output, log_sum, output_gradient)]
     if log_sum_gradient is not None:
@@ -101,7 +104,7 @@ def gradients(
                 to_key.index_add_(0, index, of.key.flatten(0, 1).to(to_key.dtype))
                 to_value.index_add_(0, index, of.value.flatten(0, 1).to(to_value.dtype))
                 if of.bias is not None:
-                    to_bias.index_add_(0, index, of.bias.flatten().to(to_bias.dtype))
+                    to_bias.index_add_(0, keys.term.flatten(), of.bias.flatten().to(to_bias.dtype))
     return of_query, of_key.to(key.dtype), of_value.to(value.dtype), of_bias.to(bias.dtype)
 
 
@@ -120,8 +123,9 @@ def saturates(bias: Tensor, reference: Tensor, lifespans: Lifespans) -> bool:
     two ways, which differ by a rounding.  A gate that is an exponential multiplies the difference by its size.
     """
     queries = reference.shape[-1]
-    below = reference - bias[..., bias.shape[-1] - queries :]
-    seen = (lifespans.death > lifespans.birth)[..., bias.shape[-1] - queries :] & below.isfinite()
+    born, dies = (bound.expand(bias.shape) for bound in seen_by_queries(lifespans, queries))
+    below = reference.gather(-1, born.clamp(max=queries - 1).long()) - bias
+    seen = (dies > born) & below.isfinite()
     return bool((torch.where(seen, below, 0.0) > SATURATED).any())
 
 

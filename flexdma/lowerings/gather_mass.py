@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.terms import terms_per_key
 from flexdma.lifespans.visible import causal_lifespans
 from flexdma.lowerings.reference_gate import biases
 from flexdma.mixed_precision import without_autocast
@@ -81,9 +82,13 @@ def _operator(
 
 
 class _Seen(NamedTuple):
-    """The keys that a block computes: C of them, of which every query sees the first `always`."""
+    """The keys that a block computes: C of them, of which every query sees the first `always`.
 
-    slots: Tensor | None  # [B, Hkv, C], their positions; None = 0 .. C - 1
+    Of several intervals per key, a key is there once for each that some query sees.
+    """
+
+    terms: Tensor | None  # [B, Hkv, C], which of P K terms; None = 0 .. C - 1
+    slots: Tensor | None  # [B, Hkv, C], the positions of their keys; None = 0 .. C - 1
     keys: int  # C
     always: int
     visible: Tensor  # [..., M, C - always], whether a query sees each of the others
@@ -104,11 +109,12 @@ def _by_blocks(
 ) -> Tensor:
     batch, query_heads, queries, _size = map(index, query.shape)
     heads, keys = map(index, key.shape[1:3])
+    each = 1 if birth is None else terms_per_key(birth, key)
     computed = _computed(query.dtype)
-    mass = torch.zeros((batch, max(1, len(low)), heads, keys), dtype=computed, device=query.device)
+    mass = torch.zeros((batch, max(1, len(low)), heads, keys * each), dtype=computed, device=query.device)
     if batch == 0:
-        return mass
-    block = block_size or _block_size(batch * query_heads * keys)
+        return mass[..., :keys]
+    block = block_size or _block_size(batch * query_heads * keys * each)
     reference = None
     if bias is not None:
         lifespans = Lifespans(birth, death) if birth is not None and death is not None else causal_lifespans(key)
@@ -124,9 +130,9 @@ def _by_blocks(
         first, last = keys - queries + start, keys - queries + stop
         if birth is None or death is None:
             never = torch.ones(stop - start, stop - start, dtype=torch.bool, device=query.device).triu(1)
-            seen = _Seen(None, last, first, ~never)
+            seen = _Seen(None, None, last, first, ~never)
         else:
-            seen = _seen(birth, death, first, last, heads)
+            seen = _seen(birth, death, first, last, heads, keys)
         if seen.keys == 0:
             continue
         with without_autocast(query.device):
@@ -136,12 +142,15 @@ def _by_blocks(
                 added = difference.to(computed).unsqueeze(2)
             weights = _probabilities(rows[:, :, :, start:stop], key, seen, added, score_mod, first)
         bands = _reduced(weights, seen, first, reduction, low, high)  # [B, bands, Hkv, C]
-        if seen.slots is None:
+        if seen.terms is None:
             mass = combined(mass, pad(bands, (0, keys - seen.keys)))
         else:
-            slots = seen.slots.unsqueeze(1).expand_as(bands)
-            mass = mass.scatter(-1, slots, combined(mass.gather(-1, slots), bands))
-    return mass
+            terms = seen.terms.unsqueeze(1).expand_as(bands)
+            mass = mass.scatter(-1, terms, combined(mass.gather(-1, terms), bands))
+    if each == 1:
+        return mass
+    mass = mass.unflatten(-1, (keys, each))
+    return mass.sum(-1) if reduction == "sum" else mass.amax(-1)
 
 
 def _probabilities(
@@ -203,27 +212,33 @@ def _reduced(
     return torch.stack(bands, 1)
 
 
-def _seen(birth: Tensor, death: Tensor, first: int, last: int, heads: int) -> _Seen:
+def _seen(birth: Tensor, death: Tensor, first: int, last: int, heads: int, keys: int) -> _Seen:
     """The keys that queries at positions first .. last - 1 see."""
-    batch, _, keys = birth.shape
-    slots, count, always = None, keys, 0
+    batch, _, count = birth.shape
+    each = count // keys
+    first, last = first + count - keys, last + count - keys  # as positions among the terms
+    terms, always = None, 0
     if can_read(birth):
         some = (birth < last) & (death > first) & (death > birth)
         every = some & (birth <= first) & (death >= last)
         count, always = int(some.sum(-1).max()), int(every.sum(-1).min())
         # 0 = seen by all queries, 1 = by some, 2 = by none; slots of one kind stay in order.
         kind = 2 - some.int() - every.int()
-        slots = kind.argsort(dim=-1, stable=True)[..., :count]
-        birth, death = birth.gather(-1, slots), death.gather(-1, slots)
-        slots = slots.expand(batch, heads, -1)
+        terms = kind.argsort(dim=-1, stable=True)[..., :count]
+        birth, death = birth.gather(-1, terms), death.gather(-1, terms)
+    elif each > 1:
+        terms = torch.arange(count, device=birth.device)
+    if terms is not None:
+        terms = terms.expand(batch, heads, -1)
     birth, death = (bound[..., None, always:] for bound in (birth, death))
     i = torch.arange(first, last, device=birth.device)[:, None]
-    return _Seen(slots, count, always, (birth <= i) & (i < death))
+    slots = terms if terms is None or each == 1 else terms.div(each, rounding_mode="floor")
+    return _Seen(terms, slots, count, always, (birth <= i) & (i < death))
 
 
 def _at(tensor: Tensor, seen: _Seen) -> Tensor:
-    """[B, Hkv, K] -> [B, Hkv, C]."""
-    return tensor[..., : seen.keys] if seen.slots is None else tensor.gather(-1, seen.slots)
+    """[B, Hkv, P K] -> [B, Hkv, C]."""
+    return tensor[..., : seen.keys] if seen.terms is None else tensor.gather(-1, seen.terms)
 
 
 def _modified(scores: Tensor, seen: _Seen, first: int, score_mod: ScoreMod) -> Tensor:

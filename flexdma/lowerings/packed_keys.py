@@ -30,7 +30,7 @@ def folded_rows(query: Tensor, heads: int) -> Tensor:
 
 
 def at_places(tensor: Tensor, packing: Packing, *, needs_gradient: bool) -> Tensor:
-    """Keys [B, H, K, ...] -> [B, H, L, ...]."""
+    """Keys [B, H, K, ...] -> [B, H, L, ...].  Of several intervals the packing of keys or of terms; see `Packing.of_keys`."""
     if needs_gradient:
         return _AtPlaces.apply(tensor, packing.order, packing.pieces, packing.starts)
     return along_keys(tensor, packing.order.long())

@@ -19,8 +19,11 @@ from flexdma.stages import staged
 def biases(
     key: Tensor, bias: Tensor | None, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
-    """The bias that each key of [B, Hkv, K, D] adds, [B, Hkv, K] in float32 or float64, and the reference, [B, Hkv, Q]."""
-    shape = key.shape[:3]
+    """The bias that each term adds, [B, Hkv, P K] in float32 or float64, and the reference, [B, Hkv, Q].
+
+    key: [B, Hkv, K, D]; bias, lifespans: [B, 1 or Hkv, P K].
+    """
+    shape = (*key.shape[:2], lifespans.birth.shape[-1])
     if bias is None:
         zeros = torch.zeros((1, 1, 1), dtype=torch.float32, device=key.device)
         return zeros.expand(shape), zeros.expand(*shape[:2], queries)

@@ -9,27 +9,29 @@ first query that sees it.  A key is then born at its own slot and dies after the
                                                              query       0     1 2 3
 
 Each query sees the same keys as before, so the capacity is the same.  Attention computes K + Q rows; where it can read the
-device, only those from the first query on.
+device, only those from the first query on.  Keys with P intervals have a slot for each: P K + Q slots, of which P read the
+same key.
 """
 
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans
-from flexdma.lifespans.visible import births_are_positions, seen_by_queries
-from flexdma.lowerings.reference_gate import biases
+from flexdma.lifespans.terms import terms_per_key
+from flexdma.lifespans.visible import births_are_positions, seen_by_queries, without_unseen
+from flexdma.lowerings.plain import plain_attend
 from flexdma.packing import along_keys
 from flexdma.packing.counting import count_up_to
 from flexdma.signatures import ScoreMod
+from flexdma.transforms import can_read
 
 
 class Timeline(NamedTuple):
-    """T = K + Q slots; [B, H] are those of the lifespans.
+    """T slots, one for each term and each query; [B, H] are those of the lifespans.
 
-    key: [B, H, T] int64, the key at a slot; an arbitrary valid key at the slots of queries.
+    key: [B, H, T] int64, the term at a slot (the key, where P = 1); an arbitrary valid key at the slots of queries.
     query: [B, H, T] int64, the query at a slot; at the slots of keys the next query, or the last one if there is none.
     slot: [B, H, Q] int64, the slots of the queries.
     death: [B, H, T] int32, one past the slot of the last query that sees the key; the slot itself for keys that are never
@@ -43,7 +45,7 @@ class Timeline(NamedTuple):
 
 
 def timeline(lifespans: Lifespans, queries: int) -> Timeline:
-    """The timeline of keys with lifespans [B, H, K] and the last `queries` of the K positions.  O(K log K) time."""
+    """The timeline of terms with lifespans [B, H, P K] and the last `queries` of the P K positions.  O(P K log P K) time."""
     born, dies = seen_by_queries(lifespans, queries)
     keys = born.shape[-1]
     never = dies <= born
@@ -65,56 +67,52 @@ def timeline(lifespans: Lifespans, queries: int) -> Timeline:
 
 
 def attend_any_births(
-    attend: Callable[..., Tensor],
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    bias: Tensor,
+    reference: Tensor,
     lifespans: Lifespans,
+    score_mod: ScoreMod | None,
     *,
     in_order: bool | None,
-    ranked: bool,
-    exact: bool,
-    score_mod: ScoreMod | None,
-    reads_device: bool,
-) -> Tensor:
-    """Attention [B, Hq, Q, Dv] for any lifespans, by an `attend` whose keys are born at their own positions.
+    **options: Any,
+) -> tuple[Tensor, Tensor | None]:
+    """`plain_attend` for terms of any births: bias [B, Hkv, P K], lifespans [B, H, P K], reference [B, Hkv, Q].
 
-    attend: called as attend(query, key, value, bias, reference, lifespans, score_mod), with bias [B, Hkv, K] and reference
-        [B, Hkv, Q].
-    in_order: whether keys are born at their own positions; None = not known.  ranked, exact: see `visible_reference`.
-    reads_device: read births, to use the timeline only where needed and without the slots before the first query.
+    in_order: whether P = 1 and each key that is ever visible is born at its own position; None = not known.
+    options: of `plain_attend`.
+    Where it can read the device, it uses the timeline only where needed and without the slots before the first query.
     """
-    queries = query.shape[2]
-    bias, reference = biases(key, bias, lifespans, queries, ranked=ranked, exact=exact)
+    heads, keys = key.shape[1:3]
+    queries, group = query.shape[2], query.shape[1] // heads
+    each = terms_per_key(bias, key)
     if in_order is None:
-        in_order = reads_device and births_are_positions(lifespans)
+        in_order = each == 1 and can_read(query) and births_are_positions(lifespans)
     if in_order:
-        # Keys that no query sees take no slot, and their contents reach no query.
-        unseen = lifespans.death <= lifespans.birth.clamp(min=key.shape[2] - queries)
-        lifespans = lifespans._replace(death=lifespans.death.masked_fill(unseen, 0))
-        return attend(query, key, value, bias, reference, lifespans, score_mod)
-    batch, heads, keys, _size = key.shape
-    group = query.shape[1] // heads
-    line = Timeline(*(tensor.expand(batch, heads, -1) for tensor in timeline(lifespans, queries)))
-    start = int(line.slot[..., 0].min()) if reads_device and line.slot.numel() else 0
+        lifespans = without_unseen(lifespans, queries)
+        return plain_attend(query, key, value, bias, reference, lifespans, score_mod, **options)
+    line = Timeline(*(tensor.expand(*key.shape[:2], -1) for tensor in timeline(lifespans, queries)))
+    start = int(line.slot[..., 0].min()) if can_read(query) and line.slot.numel() else 0
     rows = line.query[..., start:]
-    slots = torch.arange(keys + queries, dtype=torch.int32, device=key.device)
-    output = attend(
+    slots = torch.arange(line.key.shape[-1], dtype=torch.int32, device=key.device)
+    position = line.key if each == 1 else line.key.div(each, rounding_mode="floor")
+    output, log_sum = plain_attend(
         _per_group(query, rows, group),
-        along_keys(key, line.key),
-        along_keys(value, line.key),
+        along_keys(key, position),
+        along_keys(value, position),
         along_keys(bias, line.key),
         along_keys(reference, rows),
         Lifespans(slots.expand_as(line.death), line.death),
-        None if score_mod is None else _score_mod_at_slots(score_mod, line, keys - queries, group),
+        None if score_mod is None else _score_mod_at_slots(score_mod, line.query + keys - queries, position, group),
+        **options,
     )
-    return _per_group(output, line.slot - start, group)
+    slot = line.slot - start
+    return _per_group(output, slot, group), None if log_sum is None else _per_group(log_sum, slot, group)
 
 
-def _score_mod_at_slots(score_mod: ScoreMod, line: Timeline, first_query: int, group: int) -> ScoreMod:
-    """A score_mod that maps slots of the timeline to positions and calls `score_mod`."""
-    query_position, key_position = line.query + first_query, line.key
+def _score_mod_at_slots(score_mod: ScoreMod, query_position: Tensor, key_position: Tensor, group: int) -> ScoreMod:
+    """A score_mod that maps slots of the timeline to positions [B, Hkv, slots] and calls `score_mod`."""
 
     def at_slot(score: Tensor, b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         return score_mod(score, b, h, query_position[b, h // group, i], key_position[b, h // group, j])
@@ -123,6 +121,6 @@ def _score_mod_at_slots(score_mod: ScoreMod, line: Timeline, first_query: int, g
 
 
 def _per_group(tensor: Tensor, order: Tensor, group: int) -> Tensor:
-    """[B, Hq, n, D] at order [B, Hkv, m] -> [B, Hq, m, D]."""
-    rows = tensor.unflatten(1, (order.shape[1], group)).transpose(2, 3)  # [B, Hkv, n, G, D]
+    """[B, Hq, n, ...] at order [B, Hkv, m] -> [B, Hq, m, ...]."""
+    rows = tensor.unflatten(1, (order.shape[1], group)).transpose(2, 3)  # [B, Hkv, n, G, ...]
     return along_keys(rows, order).transpose(2, 3).flatten(1, 2)

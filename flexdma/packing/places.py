@@ -53,6 +53,8 @@ class Packing(NamedTuple):
     pieces: [B, H, L], the places of all pieces: first those of key 0, then of key 1, ...; then zeros.
     starts: [B, H, K + 1]: the places of key j are pieces[starts[j]:starts[j + 1]].
     layout: the same for all heads.
+
+    Of keys with P intervals this is the packing of their terms (`flexdma.lifespans.terms`), in place of keys.
     """
 
     order: Tensor
@@ -61,6 +63,13 @@ class Packing(NamedTuple):
     pieces: Tensor
     starts: Tensor
     layout: Layout
+
+    def of_keys(self, terms_per_key: int) -> "Packing":
+        """The same places with the key of each term as `order`, and the pieces of all terms of a key as its pieces."""
+        if terms_per_key == 1:
+            return self
+        order = self.order.div(terms_per_key, rounding_mode="floor")
+        return self._replace(order=order, starts=self.starts[..., ::terms_per_key])
 
 
 torch.serialization.add_safe_globals([Layout, Packing])  # torch.load(weights_only=True) loads no other classes

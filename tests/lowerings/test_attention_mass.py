@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import flexdma
 from flexdma import Lifespans, attention_mass, checks
+from flexdma.lifespans.terms import as_terms, bias_of_terms
 from flexdma.lifespans.visible import births_are_positions, causal_lifespans, most_visible
 from flexdma.lowerings.flex_mass import flex_mass
 from flexdma.reference import dense_attention_mass
@@ -133,10 +134,11 @@ def test_under_autocast_it_is_the_call_on_cast_inputs():
 def flex(query, key, lifespans=None, *, ages=None, bias=None, score_mod=None):
     """`attention_mass` by the flex lowering, uncompiled, in small blocks."""
     queries, size, keys = query.shape[2], query.shape[3], key.shape[2]
-    in_order, capacity = lifespans is None, keys
-    alive = causal_lifespans(key) if lifespans is None else Lifespans(*(b.clamp(0, keys).int() for b in lifespans))
+    in_order, capacity, alive = True, keys, causal_lifespans(key)
     if lifespans is not None:
-        in_order, capacity = births_are_positions(alive), max(1, most_visible(alive, queries))
+        intervals, biases = checks.intervals(lifespans, bias, key)
+        alive, bias = as_terms(intervals, keys), bias_of_terms(biases)
+        in_order, capacity = len(intervals) == 1 and births_are_positions(alive), max(1, most_visible(alive, queries))
     bands = None if ages is None else [(low, checks.LARGEST if high is None else high) for low, high in ages]
     mass = flex_mass(
         query, key, bias, alive, in_order=in_order, capacity=capacity, scale=size**-0.5, score_mod=score_mod, ages=bands,

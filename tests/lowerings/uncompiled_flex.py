@@ -7,7 +7,9 @@ from unittest import mock
 
 import torch.nn.attention.flex_attention as torch_flex
 
-from flexdma.lifespans import Lifespans, Selection
+from flexdma import checks
+from flexdma.lifespans import Selection
+from flexdma.lifespans.terms import as_terms, bias_of_terms
 from flexdma.lifespans.visible import most_visible
 from flexdma.lowerings import flex
 
@@ -22,9 +24,10 @@ def flex_with_gradients(query, key, value, gate, *, window_size, selection="caus
 
 def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **options):
     """`lifespan_attention` by the flex lowering, uncompiled, in small blocks."""
-    lifespans = Lifespans(*(bound.clamp(0, key.shape[2]).int() for bound in lifespans))
-    facts = {"in_order": False, "ranked": False, "capacity": max(1, most_visible(lifespans, query.shape[2]))}
-    return attend_uncompiled(query, key, value, bias, lifespans, **facts, **options)
+    intervals, biases = checks.intervals(lifespans, bias, key)
+    terms = as_terms(intervals, key.shape[2])
+    facts = {"in_order": False, "ranked": False, "capacity": max(1, most_visible(terms, query.shape[2]))}
+    return attend_uncompiled(query, key, value, bias_of_terms(biases), terms, **facts, **options)
 
 
 def attend_uncompiled(query, *others, scale=None, score_mod=None, sink_logits=None, **facts):
