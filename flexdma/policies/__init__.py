@@ -4,8 +4,10 @@ Policies that rank gates (`causal_top_w` and others) are in `flexdma.lifespans`.
 """
 
 from flexdma.policies.dms import dms_lifespans
+from flexdma.policies.dms_training import dms_training_lifespans
 from flexdma.policies.flash_mask import flash_mask_lifespans
 from flexdma.policies.fox import fox_delta, fox_lifespans
+from flexdma.policies.fsa import fsa_lifespans
 from flexdma.policies.h2o import h2o_lifespans
 from flexdma.policies.hax import hax_lifespans
 from flexdma.policies.kvzap import kvzap_lifespans
@@ -16,9 +18,11 @@ from flexdma.policies.trim_kv import trim_kv_lifespans
 
 __all__ = [
     "dms_lifespans",
+    "dms_training_lifespans",
     "flash_mask_lifespans",
     "fox_delta",
     "fox_lifespans",
+    "fsa_lifespans",
     "h2o_lifespans",
     "hax_lifespans",
     "kvzap_lifespans",
