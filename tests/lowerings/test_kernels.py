@@ -101,6 +101,15 @@ def test_generated_kernels_compute_the_attention_mass():
     assert max(result["errors"]) < 1e-5, result
 
 
+@needs_the_interpreter
+@pytest.mark.slow
+def test_generated_kernels_of_several_intervals():
+    """Output and all gradients, each interval's bias included, in bfloat16."""
+    (result,) = interpreted("interpreted_intervals")
+    assert len(result["errors"]) == 6
+    assert max(result["errors"].values()) < 2 * torch.finfo(torch.bfloat16).eps, result
+
+
 @pytest.mark.parametrize("setting", each(SETTINGS))
 def test_kernels_take_what_is_recorded(setting):
     recorded = json.loads(RECORD.read_text())

@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 
 from flexdma import DynamicMaskAttention, dynamic_mask_attention, dynamic_mask_attention_varlen, lifespan_attention
 from flexdma.lifespans import Lifespans, causal_top_w
+from flexdma.policies import dms_training_lifespans
 from flexdma.reference import dense_dynamic_mask_attention, dense_lifespan_attention
 from tests.comparison import inputs, with_gradients
 from tests.integrations.hf_models import causal_lm, distinct_tokens
@@ -125,6 +126,20 @@ def test_lifespans_of_any_births():
     want = with_gradients(partial(dense_lifespan_attention, lifespans=lifespans, bias=None), [query, key, value])
     moved = Lifespans(lifespans.birth.to(DEVICE), lifespans.death.to(DEVICE))
     got = with_gradients(partial(lifespan_attention, lifespans=moved, bias=None), on_device([query, key, value]))
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-4)
+
+
+def test_two_intervals_per_key():
+    """DMS training: the bias of the second interval, and alpha, get gradients."""
+    tensors = inputs(1, 4, 2, 300, 400, 64, dtype=torch.float32)
+
+    def trained(function, query, key, value, alpha):
+        lifespans, biases = dms_training_lifespans(alpha, 50)
+        return function(query, key, value, lifespans, bias=biases)
+
+    want = with_gradients(partial(trained, dense_lifespan_attention), tensors)
+    got = with_gradients(partial(trained, lifespan_attention), on_device(tensors))
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a.cpu(), b, atol=1e-4, rtol=1e-4)
 
