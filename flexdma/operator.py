@@ -29,6 +29,7 @@ def lifespan_attention(
     block_size: int | tuple[int, int] | None = None,
     kernel_options: Mapping[str, object] | None = None,
     in_order: bool | None = None,
+    packed: bool | None = None,
     sink_logits: Tensor | None = None,
 ) -> Tensor:
     """Attention in which key j is visible to the query at position i where birth_j <= i < death_j.
@@ -48,6 +49,9 @@ def lifespan_attention(
     in_order: True = the caller guarantees that each key that is ever visible is born at its own position.  None checks it,
         which reads the device; where nothing can be read, None means False.  Several intervals have no such order, and True
         raises.  A wrong capacity or in_order raises on a CPU outside of torch.compile.  Elsewhere the results are wrong.
+    packed: of lowering="flex", which has the same result for all: True = keys are packed by lifespan, False = they stay in
+        their own order, as documents and windows may.  None = where fewer blocks are visited, which reads the device; where
+        nothing can be read, None means True.
     sink_logits: [Hq], learned sinks, as in `dynamic_mask_attention`; scores are relative to the best bias that a query sees.
 
         birth = [0 1 2 2], death = [4 2 4 4]        query 0: 0
@@ -71,6 +75,8 @@ def lifespan_attention(
         checks.positive_int("capacity", capacity)
     if in_order is not None and not isinstance(in_order, bool):
         raise TypeError(f"in_order: expected a bool or None, got {type(in_order).__name__}")
+    if packed is not None and not isinstance(packed, bool):
+        raise TypeError(f"packed: expected a bool or None, got {type(packed).__name__}")
     if len(intervals) > 1:
         if in_order:
             raise ValueError(f"in_order: expected None or False with {len(intervals)} intervals per key, got True")
@@ -85,7 +91,7 @@ def lifespan_attention(
     return attend(
         query, key, value, bias_of_terms(biases), terms, in_order=in_order, ranked=False, capacity=capacity, scale=scale,
         score_mod=score_mod, lowering=lowering, block_size=block_size, kernel_options=kernel_options,
-        sink_logits=sink_logits,
+        sink_logits=sink_logits, packed=packed,
     )  # fmt: skip
 
 

@@ -6,6 +6,8 @@ Two properties of the lifespans save work where they hold:
 
     in_order    each key that is ever visible is born at its own position
     ranked      the best-biased key that a query sees stays visible to the end of its document, as in a selection by this bias
+
+packed is of flex: whether keys are packed by lifespan or stay in their own order; None = where fewer blocks are visited.
 """
 
 import operator
@@ -19,11 +21,12 @@ from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import as_intervals
 from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
 from flexdma.lowerings.flash import is_flash, refusal
-from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
+from flexdma.lowerings.flex import compiled_flex_attend, default_blocks, flex_attend
 from flexdma.lowerings.gather import gather_attend
+from flexdma.packing.choice import packing_saves
 from flexdma.reference import dense_lifespan_attention
 from flexdma.signatures import ScoreMod
-from flexdma.transforms import is_recorded, needs_gradient
+from flexdma.transforms import can_read, is_recorded, needs_gradient
 
 
 def attend(
@@ -42,6 +45,7 @@ def attend(
     block_size: int | tuple[int, int] | None,
     kernel_options: Mapping[str, object] | None,
     sink_logits: Tensor | None,
+    packed: bool | None = True,
 ) -> Tensor:
     """Attention [B, Hq, Q, Dv] by the chosen lowering.  The caller has checked shapes, dtypes and devices.
 
@@ -49,6 +53,10 @@ def attend(
     """
     chosen = chosen_lowering(lowering, query)
     check_lowering_options(chosen, query.dtype, block_size, kernel_options)
+    if packed is False and chosen != "flex":
+        raise ValueError(
+            f"packed: expected None or True for lowering={chosen!r}, which has no order of keys, got False"
+        )
     if chosen == "dense":
         intervals, biases = as_intervals(lifespans, bias, key)
         return dense_lifespan_attention(
@@ -75,10 +83,17 @@ def attend(
         query, key, value = (tensor.detach() for tensor in (query, key, value))
         bias = None if bias is None else bias.detach()
     compiled = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
+    blocks = None if block_size is None else checks.block_sizes(block_size)
+    if packed is None:
+        packed = not can_read(query) or packing_saves(
+            lifespans, queries=query.shape[2], group=query.shape[1] // key.shape[1], capacity=capacity,
+            block_size=blocks or default_blocks(query, key.shape[1], may_need_gradient, kernel_options),
+            any_births=not in_order, ranked=ranked,
+        )  # fmt: skip
     return compiled(
         query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, capacity=capacity, scale=scale,
-        score_mod=score_mod, block_size=None if block_size is None else checks.block_sizes(block_size),
-        kernel_options=kernel_options, needs_gradient=may_need_gradient, sink_logits=sink_logits,
+        score_mod=score_mod, block_size=blocks, kernel_options=kernel_options, needs_gradient=may_need_gradient,
+        sink_logits=sink_logits, packed=packed,
     )  # fmt: skip
 
 

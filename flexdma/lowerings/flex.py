@@ -45,10 +45,11 @@ def flex_attend(
     kernel_options: Mapping[str, object] | None,
     needs_gradient: bool,
     sink_logits: Tensor | None,
+    packed: bool = True,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    in_order, ranked: see `flexdma.lowerings.attend`.  block_size: None = tuned on this device, or the default.
+    in_order, ranked, packed: see `flexdma.lowerings.attend`.  block_size: None = tuned on this device, or the default.
     Call it compiled: uncompiled FlexAttention materialises Q x K scores.
     """
     on_cpu = query.device.type == "cpu"
@@ -65,14 +66,13 @@ def flex_attend(
     group = index(query_heads // heads)
     call = (query.device, query.dtype, index(size), group, needs_gradient)
     if block_size is None:
-        flash = is_flash(kernel_options)
-        block_size = flash_block_size(query.device, index(size), needs_gradient) if flash else block_size_of(*call)
+        block_size = default_blocks(query, heads, needs_gradient, kernel_options)
     block_size = (index(block_size[0]), index(block_size[1]))
     capacity = index(capacity)
 
     packing, block_index = schedule(
         lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient,
-        any_births=not in_order,
+        any_births=not in_order, ranked=ranked, packed=packed,
     )  # fmt: skip
     terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
     packing = packing._replace(order=terms)
@@ -80,10 +80,10 @@ def flex_attend(
     of_keys = packing.of_keys(each)
     order = terms if each == 1 else realize(of_keys.order)  # the key at each place
 
-    def packed(tensor: Tensor, packing: Packing) -> Tensor:
+    def placed(tensor: Tensor, packing: Packing) -> Tensor:
         return at_places(tensor, packing, needs_gradient=needs_gradient)
 
-    packed_key, packed_value = packed(key, of_keys), packed(value, of_keys)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
+    packed_key, packed_value = placed(key, of_keys), placed(value, of_keys)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
     rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
 
     has_bias = bias is not None
@@ -91,7 +91,7 @@ def flex_attend(
     reference_high, reference_low = split(reference.detach())
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(bias)
-    high, low = packed(high, packing), None if low is None else realize(packed(low, packing))
+    high, low = placed(high, packing), None if low is None else realize(placed(low, packing))
     sizes = (batch, heads, queries, keys)
     route = gate_gradient.chosen_route(
         needs_gradient and high.requires_grad, score_mod is not None, sizes, atomics=not is_flash(kernel_options)
@@ -113,6 +113,19 @@ def flex_attend(
         share = share_of_keys(lse.unflatten(2, (queries, group)), sink_scores(sink_logits, reference).float())
         output = (output * share[..., None]).to(query.dtype)
     return output.transpose(2, 3).flatten(1, 2)
+
+
+def default_blocks(
+    query: Tensor, heads: int, needs_gradient: bool, kernel_options: Mapping[str, object] | None
+) -> tuple[int, int]:
+    """(rows, columns) of mask blocks where the caller gives none: tuned on this device, or the default.
+
+    query: [B, Hq, Q, D]; heads: Hkv.
+    """
+    size = max(index(query.shape[-1]), 1)
+    if is_flash(kernel_options):
+        return flash_block_size(query.device, size, needs_gradient)
+    return block_size_of(query.device, query.dtype, size, index(query.shape[1] // heads), needs_gradient)
 
 
 # One compiled function for all eager callers.  With fullgraph it raises past the limit instead of running uncompiled.

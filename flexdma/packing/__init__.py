@@ -4,6 +4,7 @@ places.py           the place of each key, in periods
 counting.py         binary search in rows
 block_index.py      the blocks to visit, and which of them need no mask
 schedule.py         both in one operator
+choice.py           whether packing visits fewer blocks than the order that the keys have
 """
 
 from flexdma.packing.block_index import BlockIndex, block_index

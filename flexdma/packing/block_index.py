@@ -154,14 +154,41 @@ def _block_index(
     periods: int,
     period: int,
 ) -> list[Tensor]:
-    places = birth.shape[-1]
-    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
+    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(birth.shape[-1], columns)
+    visited, full = _tiles(birth, death, queries, group, rows, columns, periods, period)
+    keys_each, rows_each = visited.shape[-2:]
+    by_row = [
+        mask.transpose(-1, -2).flatten(2, 3)[:, :, :row_blocks] for mask in (visited & ~full, full)
+    ]  # [B, H, R, C]
+    row = torch.arange(row_blocks, device=birth.device)[:, None]
+    index = [t for mask in by_row for t in _ordered(mask, row // rows_each * keys_each, key_blocks)]
+    if transposed:
+        by_key = [mask.flatten(2, 3) for mask in (visited & ~full, full)]
+        key = torch.arange(key_blocks, device=birth.device)[:, None]
+        index += [t for mask in by_key for t in _ordered(mask, key // keys_each * rows_each, row_blocks)]
+    return index
+
+
+def count_visited(
+    birth: Tensor, death: Tensor, *, queries: int, group: int = 1, block_size: tuple[int, int], periods: int = 1,
+    period: int = 0,
+) -> Tensor:  # fmt: skip
+    """The number of visited blocks of all heads, int64, without their lists; arguments as in `block_index`."""
+    return _tiles(birth, death, queries, group, *block_size, periods, period)[0].sum()
+
+
+def _tiles(
+    birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int, periods: int, period: int
+) -> tuple[Tensor, Tensor]:
+    """Whether a tile is visited, and whether it is full: two [B, H, periods, C, row blocks of a period] bool."""
+    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(birth.shape[-1], columns)
     rows_each = row_blocks if periods == 1 else period * group // rows
-    keys_each = key_blocks // periods
     # Places beyond the end have birth = death = 0: they are never visible, and their block is never full.
-    padding = (0, key_blocks * columns - places)
-    birth = pad(birth, padding).unflatten(-1, (periods, keys_each, columns)).long()  # [B, H, periods, C, columns]
-    death = pad(death, padding).unflatten(-1, (periods, keys_each, columns)).long()
+    padding = (0, key_blocks * columns - birth.shape[-1])
+    birth = (
+        pad(birth, padding).unflatten(-1, (periods, key_blocks // periods, columns)).long()
+    )  # [B, H, periods, C, columns]
+    death = pad(death, padding).unflatten(-1, (periods, key_blocks // periods, columns)).long()
 
     seen = (death > birth.clamp(min=0)) & (birth < queries)
     before = rows_each * torch.arange(periods, device=birth.device).view(-1, 1, 1)  # row blocks of earlier periods
@@ -175,18 +202,7 @@ def _block_index(
     first_position = row * rows // group
     last_position = ((row + 1) * rows).clamp(max=queries * group).sub(1) // group
     full = (birth.amax(-1, keepdim=True) <= first_position) & (death.amin(-1, keepdim=True) > last_position)
-    full = full & visited
-
-    by_row = [
-        mask.transpose(-1, -2).flatten(2, 3)[:, :, :row_blocks] for mask in (visited & ~full, full)
-    ]  # [B, H, R, C]
-    row = torch.arange(row_blocks, device=birth.device)[:, None]
-    index = [t for mask in by_row for t in _ordered(mask, row // rows_each * keys_each, key_blocks)]
-    if transposed:
-        by_key = [mask.flatten(2, 3) for mask in (visited & ~full, full)]
-        key = torch.arange(key_blocks, device=birth.device)[:, None]
-        index += [t for mask in by_key for t in _ordered(mask, key // keys_each * rows_each, row_blocks)]
-    return index
+    return visited, full & visited
 
 
 def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:

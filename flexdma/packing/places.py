@@ -25,18 +25,22 @@ from flexdma.rounding import ceil_div, round_up
 # The least number of positions of a period, in units of w (the best of 2, 3, 4 and 8 over seven gate families, measured),
 # and in key blocks (so that rounding places up to whole blocks costs little).
 PERIOD, PERIOD_BLOCKS = 2, 2
+# Of keys that no ranking selects: a ranking evicts most keys early, other policies keep them about w queries.
+UNRANKED_PERIOD = 1
 
 
 class Layout(NamedTuple):
     """The places for keys, in `periods` periods of `period` query positions.
 
     places: of each period where unit is None.  Otherwise all periods share them, and each takes a multiple of `unit`.
+    by_death: whether the keys of a period are in order of death.  False = in their own order, in one period.
     """
 
     period: int
     periods: int
     places: int
     unit: int | None = None
+    by_death: bool = True
 
     @property
     def total(self) -> int:
@@ -83,6 +87,7 @@ def packed_layout(
     block_size: tuple[int, int] = (1, 1),
     group: int = 1,
     any_births: bool = False,
+    ranked: bool = True,
 ) -> Layout:
     """The layout for the last `queries` of `keys` positions, where no query sees more than `capacity` keys.
 
@@ -90,11 +95,13 @@ def packed_layout(
         blocks.  Where one period is enough, it is as long as the queries.
     any_births: several keys may be born at one position.  Then nothing bounds the places of one period, so all periods share
         their places: one for each key, and one more for each later period that it reaches.
+    ranked: a ranking of gates selects the keys.  False = periods are half as long, for twice as many places as keys.
     """
     rows, columns = block_size
     step = rows // gcd(rows, group)
-    period = round_up(max(PERIOD * capacity, PERIOD_BLOCKS * columns), step)
-    if queries <= period or keys <= capacity + period:
+    windows = PERIOD if ranked else UNRANKED_PERIOD
+    period = round_up(max(windows * capacity, PERIOD_BLOCKS * columns), step)
+    if queries <= period or (ranked and keys <= capacity + period):
         places = keys if any_births else min(keys, capacity + queries)
         return Layout(round_up(queries, step), 1, round_up(places, columns))
     periods = ceil_div(queries, period)
@@ -102,6 +109,12 @@ def packed_layout(
         places = keys + capacity * (periods - 1) + periods * (columns - 1)
         return Layout(period, periods, round_up(places, columns), columns)
     return Layout(period, periods, round_up(capacity + period, columns))
+
+
+def layout_in_order(queries: int, keys: int, *, block_size: tuple[int, int], group: int = 1) -> Layout:
+    """The layout that leaves keys in their own order; arguments as in `packed_layout`."""
+    rows, columns = block_size
+    return Layout(round_up(queries, rows // gcd(rows, group)), 1, round_up(keys, columns), by_death=False)
 
 
 def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
@@ -115,7 +128,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
 
     One sort and two binary searches; O(K log K) time, O(K) memory.
     """
-    period, periods, places, unit = layout
+    period, periods, places, unit, by_death = layout
     keys = lifespans.birth.shape[-1]
     first_query = keys - queries
     # As query indices, 0 = the first.  Births may be an arange, and Inductor fails to simplify the quotient of a clamped
@@ -129,7 +142,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
     number = torch.arange(layout.total, dtype=torch.int32, device=born.device)
     owner, sorted_end, by_end = _sorted_pieces(first_period, dies, count, ends, number, layout)
     bounds = period * torch.arange(periods + 1, dtype=torch.int32, device=born.device)
-    period_begin = count_up_to(sorted_end, bounds)
+    period_begin = count_up_to(sorted_end, bounds) if by_death else pad(ends[..., -1:], (1, 0))
 
     # The n-th place of a period takes its n-th piece.  place_begin [B, H, periods], period_begin [B, H, periods + 1], others
     # [B, H, L].
@@ -161,7 +174,7 @@ def pack(lifespans: Lifespans, layout: Layout, *, queries: int) -> Packing:
 def _sorted_pieces(
     first_period: Tensor, dies: Tensor, count: Tensor, ends: Tensor, number: Tensor, layout: Layout
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The key of each piece, pieces in order of keys; the sorted ends of all pieces; and the pieces in that order.
+    """The key of each piece, pieces in order of keys; the ends of all pieces in the layout's order; the pieces in that order.
 
     first_period, dies, count, ends: [B, H, K], the period of a key's birth, the query of its death, its number of pieces, and
         the cumulated number of pieces up to this key.
@@ -172,8 +185,11 @@ def _sorted_pieces(
     owner = count_up_to(ends, number).clamp(max=ends.shape[-1] - 1)
     reached = first_period.gather(-1, owner) + number - (ends - count).gather(-1, owner)
     end = torch.minimum(dies.gather(-1, owner), (reached + 1) * period)
+    end = torch.where(number < ends[..., -1:], end, periods * period + 1)
+    if not layout.by_death:
+        return owner, end, number.long().expand_as(end)
     # Sorting pieces by end groups them by period: that is the final layout.
-    sorted_end, by_end = torch.where(number < ends[..., -1:], end, periods * period + 1).sort(dim=-1, stable=True)
+    sorted_end, by_end = end.sort(dim=-1, stable=True)
     return owner, sorted_end, by_end
 
 

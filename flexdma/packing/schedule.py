@@ -7,7 +7,7 @@ from torch.nn.functional import pad
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import opaque_on_cpu
 from flexdma.packing.block_index import BlockIndex, block_index
-from flexdma.packing.places import Layout, Packing, pack, packed_layout
+from flexdma.packing.places import Layout, Packing, layout_in_order, pack, packed_layout
 from flexdma.rounding import ceil_div
 
 
@@ -20,21 +20,35 @@ def schedule(
     block_size: tuple[int, int],
     transposed: bool,
     any_births: bool = False,
+    ranked: bool = True,
+    packed: bool = True,
 ) -> tuple[Packing, BlockIndex]:
     """Packed keys and the blocks to visit.
 
     lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions, `group` rows each.
     capacity: upper bound on the keys that one query sees.
-    block_size: (rows, columns) of a mask block.  transposed: see `block_index`.  any_births: see `packed_layout`.
+    block_size: (rows, columns) of a mask block.  transposed: see `block_index`.  any_births, ranked: see `packed_layout`.
+    packed: False = keys stay in their own order.
     """
     rows, columns = block_size
-    layout = packed_layout(
-        queries, lifespans.birth.shape[-1], capacity, block_size=block_size, group=group, any_births=any_births
-    )
+    keys = lifespans.birth.shape[-1]
+    if packed:
+        layout = packed_layout(
+            queries, keys, capacity, block_size=block_size, group=group, any_births=any_births, ranked=ranked
+        )
+    else:
+        layout = layout_in_order(queries, keys, block_size=block_size, group=group)
+    numbers = [layout.period, layout.periods, layout.places, layout.unit or 0, int(layout.by_death)]
     order, birth, death, pieces, starts, *index = _schedule(
-        *lifespans, queries, group, capacity, rows, columns, transposed, any_births
+        *lifespans, queries, group, rows, columns, transposed, numbers
     )
     return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index)
+
+
+def _layout(numbers: list[int]) -> Layout:
+    """The layout whose fields are these: operators take no tuples.  A unit of 0 is None."""
+    period, periods, places, unit, by_death = numbers
+    return Layout(period, periods, places, unit or None, bool(by_death))
 
 
 def _empty_schedule(
@@ -42,16 +56,15 @@ def _empty_schedule(
     death: Tensor,
     queries: int,
     group: int,
-    capacity: int,
     rows: int,
     columns: int,
     transposed: bool,
-    any_births: bool,
+    layout: list[int],
 ) -> list[Tensor]:
     batch, heads, keys = birth.shape
-    layout = packed_layout(queries, keys, capacity, block_size=(rows, columns), group=group, any_births=any_births)
-    placed = birth.new_empty((batch, heads, layout.total))
-    index = _index(placed, placed, queries, group, rows, columns, transposed, layout)
+    places = _layout(layout)
+    placed = birth.new_empty((batch, heads, places.total))
+    index = _index(placed, placed, queries, group, rows, columns, transposed, places)
     return [
         *map(torch.empty_like, [placed] * 4),
         birth.new_empty((batch, heads, keys + 1)),
@@ -65,18 +78,15 @@ def _schedule(
     death: Tensor,
     queries: int,
     group: int,
-    capacity: int,
     rows: int,
     columns: int,
     transposed: bool,
-    any_births: bool,
+    layout: list[int],
 ) -> list[Tensor]:
-    layout = packed_layout(
-        queries, birth.shape[-1], capacity, block_size=(rows, columns), group=group, any_births=any_births
-    )
-    *packing, _ = pack(Lifespans(birth, death), layout, queries=queries)
+    places = _layout(layout)
+    *packing, _ = pack(Lifespans(birth, death), places, queries=queries)
     _, birth, death, *_ = packing
-    return [*packing, *_index(birth, death, queries, group, rows, columns, transposed, layout)]
+    return [*packing, *_index(birth, death, queries, group, rows, columns, transposed, places)]
 
 
 def _index(

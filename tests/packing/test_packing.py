@@ -8,14 +8,15 @@ from hypothesis import strategies as st
 from flexdma import Lifespans, above_threshold, causal_top_w, global_top_w, pack, packed_layout
 from flexdma.packing import Layout
 from flexdma.packing.block_index import block_index
+from flexdma.packing.places import layout_in_order
 from flexdma.packing.schedule import schedule
 from tests.lifespans.gate_strategies import gates
 
 
-def visited_blocks(lifespans, capacity, rows, columns):
+def visited_blocks(lifespans, capacity, rows, columns, ranked=True):
     """The number of key blocks that each row block visits."""
     queries = lifespans.birth.shape[-1]
-    sizes = {"queries": queries, "group": 1, "capacity": capacity, "block_size": (rows, columns)}
+    sizes = {"queries": queries, "group": 1, "capacity": capacity, "block_size": (rows, columns), "ranked": ranked}
     _, index = schedule(lifespans, **sizes, transposed=False)
     return index.visited()
 
@@ -53,9 +54,11 @@ def test_every_piece_of_every_lifespan_has_one_place(case, group, block_size, da
     lifespans, capacity = case
     length = lifespans.birth.shape[-1]
     queries = data.draw(st.integers(1, length))
-    layout = packed_layout(queries, length, capacity, block_size=block_size, group=group)
+    sizes = {"block_size": block_size, "group": group}
+    layouts = [packed_layout(queries, length, capacity, ranked=ranked, **sizes) for ranked in (True, False)]
+    layout = data.draw(st.sampled_from([*layouts, layout_in_order(queries, length, **sizes)]))
     packing = pack(lifespans, layout, queries=queries)
-    period, periods, places, _unit = layout
+    period, periods, places, *_ = layout
     assert period * group % block_size[0] == 0
     assert places % block_size[1] == 0
 
@@ -72,8 +75,9 @@ def test_every_piece_of_every_lifespan_has_one_place(case, group, block_size, da
     taken = packing.death > packing.birth
     assert (packing.birth >= start)[taken].all()
     assert (packing.death <= start + period)[taken].all()
-    ends = torch.where(taken, packing.death, length + period).unflatten(-1, (periods, places))
-    assert torch.equal(ends, ends.sort(-1).values), "places in order of death, those without a key last"
+    order = packing.death if layout.by_death else packing.order
+    ends = torch.where(taken, order, length + period).unflatten(-1, (periods, places))
+    assert torch.equal(ends, ends.sort(-1).values), "places in order, those without a key last"
 
 
 @given(cases, st.data())
@@ -116,9 +120,9 @@ def hostile_gates(length, window):
     yield "ties", noise.mul(2).round()
 
 
-def bounds(length, capacity, rows, columns):
+def bounds(length, capacity, rows, columns, ranked=True):
     """The bounds of docs/packing.md on the mean over row blocks and on each of them."""
-    period, periods, places, _unit = packed_layout(length, length, capacity, block_size=(rows, columns))
+    period, periods, places, *_ = packed_layout(length, length, capacity, block_size=(rows, columns), ranked=ranked)
     if periods == 1:
         return (places // columns,) * 2
     row_blocks, whole = -(-length // rows), periods * period // rows
@@ -128,10 +132,11 @@ def bounds(length, capacity, rows, columns):
 @pytest.mark.parametrize(("length", "window"), [(4096, 128), (8192, 512)])
 def test_hostile_gates_stay_below_the_bounds(length, window):
     for name, gate in hostile_gates(length, window):
-        visited = visited_blocks(causal_top_w(gate[None, None], window), window, 128, 128).double()
-        average, largest = bounds(length, window, 128, 128)
-        assert visited.mean() <= average, name
-        assert visited.max() <= largest, name
+        for ranked in (True, False):
+            visited = visited_blocks(causal_top_w(gate[None, None], window), window, 128, 128, ranked).double()
+            average, largest = bounds(length, window, 128, 128, ranked)
+            assert visited.mean() <= average, name
+            assert visited.max() <= largest, name
 
 
 @given(cases)

@@ -1,0 +1,44 @@
+"""The order of keys in which a kernel visits fewer blocks: packed by lifespan, or their own.
+
+Packing pays where keys of one block die at different times.  Windows and documents are dense in the keys' own order, and a
+few long-lived keys among them, as sinks, only shift packed keys against the blocks.
+"""
+
+from flexdma.lifespans import Lifespans
+from flexdma.packing.block_index import count_visited
+from flexdma.packing.places import layout_in_order, pack, packed_layout
+from flexdma.rounding import ceil_div
+
+# In their own order every row block may visit every key block.  Above this many pairs of blocks for each key the lists of
+# blocks would be as large as keys and values; packed keys have lists of a bounded length.
+PAIRS_EACH = 32
+
+
+def packing_saves(
+    lifespans: Lifespans,
+    *,
+    queries: int,
+    group: int,
+    capacity: int,
+    block_size: tuple[int, int],
+    any_births: bool = False,
+    ranked: bool = True,
+) -> bool:
+    """Whether a kernel visits fewer blocks of packed keys than of keys in their own order.  Reads the device.
+
+    Arguments as in `flexdma.packing.schedule.schedule`.  O(K log K) time; no list of blocks is made.
+    """
+    rows, columns = block_size
+    keys = lifespans.birth.shape[-1]
+    if ceil_div(queries * group, rows) * ceil_div(keys, columns) > PAIRS_EACH * keys:
+        return True
+    sizes = {"block_size": block_size, "group": group}
+    visited = []
+    for layout in (
+        packed_layout(queries, keys, capacity, any_births=any_births, ranked=ranked, **sizes),
+        layout_in_order(queries, keys, **sizes),
+    ):
+        _, birth, death, *_ = pack(lifespans, layout, queries=queries)
+        periods = layout.periods if layout.unit is None else 1
+        visited.append(count_visited(birth, death, queries=queries, periods=periods, period=layout.period, **sizes))
+    return bool(visited[0] < visited[1])
