@@ -4,14 +4,21 @@ Packing pays where keys of one block die at different times.  Windows and docume
 few long-lived keys among them, as sinks, only shift packed keys against the blocks.
 """
 
+from typing import Any
+
+import torch
+
 from flexdma.lifespans import Lifespans
+from flexdma.lifespans.visible import seen_by_queries
 from flexdma.packing.block_index import count_visited
-from flexdma.packing.places import layout_in_order, pack, packed_layout
+from flexdma.packing.places import pack, packed_layout
 from flexdma.rounding import ceil_div
 
 # In their own order every row block may visit every key block.  Above this many pairs of blocks for each key the lists of
 # blocks would be as large as keys and values; packed keys have lists of a bounded length.
 PAIRS_EACH = 32
+# No order visits fewer blocks than the pairs of the mask fill.  Within this share of that packing is not tried.
+SLACK = 0.05
 
 
 def packing_saves(
@@ -26,19 +33,22 @@ def packing_saves(
 ) -> bool:
     """Whether a kernel visits fewer blocks of packed keys than of keys in their own order.  Reads the device.
 
+    False too where keys in their own order visit at most SLACK more blocks than the pairs of the mask fill.
+
     Arguments as in `flexdma.packing.schedule.schedule`.  O(K log K) time; no list of blocks is made.
     """
     rows, columns = block_size
     keys = lifespans.birth.shape[-1]
     if ceil_div(queries * group, rows) * ceil_div(keys, columns) > PAIRS_EACH * keys:
         return True
-    sizes = {"block_size": block_size, "group": group}
-    visited = []
-    for layout in (
-        packed_layout(queries, keys, capacity, any_births=any_births, ranked=ranked, **sizes),
-        layout_in_order(queries, keys, **sizes),
-    ):
-        _, birth, death, *_ = pack(lifespans, layout, queries=queries)
-        periods = layout.periods if layout.unit is None else 1
-        visited.append(count_visited(birth, death, queries=queries, periods=periods, period=layout.period, **sizes))
-    return bool(visited[0] < visited[1])
+    sizes: dict[str, Any] = {"block_size": block_size, "group": group}
+    seen = seen_by_queries(lifespans, queries)
+    own = count_visited(*seen, queries=queries, **sizes)
+    pairs = (seen.death - seen.birth).clamp(min=0).sum(dtype=torch.int64) * group
+    if own * rows * columns <= pairs * (1 + SLACK):
+        return False
+    layout = packed_layout(queries, keys, capacity, any_births=any_births, ranked=ranked, **sizes)
+    _, birth, death, *_ = pack(lifespans, layout, queries=queries)
+    periods = layout.periods if layout.unit is None else 1
+    packed = count_visited(birth, death, queries=queries, periods=periods, period=layout.period, **sizes)
+    return bool(packed < own)

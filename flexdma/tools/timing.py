@@ -20,6 +20,8 @@ from flexdma.tools.machine import synchronise
 # A contender runs until its runs have taken this many seconds, but at least LEAST times.
 SECONDS_EACH = 12.0
 LEAST = 3
+# Rounds of cases of which a suite has many.
+SIZE_ROUNDS = 3
 # Cycles that a GPU waits before each timed call, 10 ms at 2 GHz, so that the host queues the call before it begins.
 HEAD_START = 20_000_000
 

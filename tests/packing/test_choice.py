@@ -1,5 +1,6 @@
 """The order of keys: packed where that visits fewer blocks, their own where it does not."""
 
+from typing import Any
 from unittest import mock
 
 import pytest
@@ -33,16 +34,16 @@ ONE_INTERVAL = {name: f.intervals[0] for name, f in mask_families(LENGTH, 2).ite
 @pytest.mark.parametrize("name", ONE_INTERVAL)
 def test_keys_are_packed_where_fewer_blocks_are_visited(name):
     alive = ONE_INTERVAL[name]
-    facts = {"capacity": most_visible(alive, LENGTH), "any_births": not births_are_positions(alive), "ranked": False}
-    sizes = {"block_size": (ROWS, COLUMNS), "group": 1}
-    packed, own = (
-        blocks_of(seen(*pack(alive, layout, queries=LENGTH)[1:3])[0])
-        for layout in (
-            packed_layout(LENGTH, LENGTH, **facts, **sizes),
-            layout_in_order(LENGTH, LENGTH, **sizes),
-        )
-    )
-    assert own <= blocks_of(seen(*alive)[0])
+    facts: dict[str, Any] = {
+        "capacity": most_visible(alive, LENGTH),
+        "any_births": not births_are_positions(alive),
+        "ranked": False,
+    }
+    sizes: dict[str, Any] = {"block_size": (ROWS, COLUMNS), "group": 1}
+    layouts = packed_layout(LENGTH, LENGTH, **facts, **sizes), layout_in_order(LENGTH, LENGTH, **sizes)
+    packed, in_order = (blocks_of(seen(*pack(alive, layout, queries=LENGTH)[1:3])[0]) for layout in layouts)
+    own = blocks_of(seen(*alive)[0])
+    assert in_order <= own  # keys that no query sees leave no gap
     saves = packing_saves(alive, queries=LENGTH, **facts, **sizes)
     assert saves == (packed < own)
     assert saves == name.startswith("random eviction")
@@ -73,7 +74,7 @@ def test_a_wrong_request_is_refused_by_name():
     query = torch.randn(1, 1, 8, 4)
     alive = Lifespans(torch.arange(8).view(1, 1, -1), torch.full((1, 1, 8), 8))
     with pytest.raises(TypeError, match="packed: expected a bool or None, got int"):
-        lifespan_attention(query, query, query, alive, packed=1)
+        lifespan_attention(query, query, query, alive, packed=1)  # type: ignore[arg-type]
     for lowering in ("gather", "dense"):
         with pytest.raises(ValueError, match=f"packed: expected None or True for lowering='{lowering}'"):
             lifespan_attention(query, query, query, alive, lowering=lowering, packed=False)

@@ -12,7 +12,7 @@ from flexdma.tools import arguments as types
 from flexdma.tools.bench import report
 from flexdma.tools.bench.processes import measure_all
 from flexdma.tools.bench.sections import Setting, begun, planned
-from flexdma.tools.bench.suites import SUITES
+from flexdma.tools.bench.suites import DTYPES, SUITES
 from flexdma.tools.budget import SHARE, Budget
 from flexdma.tools.marks import between
 from flexdma.tools.records import Results
@@ -63,6 +63,7 @@ def _write(results: Results, arguments: argparse.Namespace) -> None:
 def _measured(arguments: argparse.Namespace) -> Results:
     """Measure the suite.  The results are saved after each case, and printed where Ctrl-C ends the run."""
     suite = SUITES[arguments.suite]
+    device = suite.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if suite.device == "cuda" and not torch.cuda.is_available():
         raise RefusedError(f"--suite {arguments.suite}: expected a CUDA device, found none")
     check_installed("rich", extra="bench")
@@ -76,7 +77,8 @@ def _measured(arguments: argparse.Namespace) -> Results:
         torch.set_num_threads(arguments.threads)  # so that `machine` records it
     # Python warns about resources of a killed process, although it removes them.
     os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker:UserWarning")
-    setting = Setting(suite.device, types.DTYPES[arguments.dtype or suite.dtype], arguments.threads)
+    dtype = arguments.dtype or suite.dtype or DTYPES[device]
+    setting = Setting(device, types.DTYPES[dtype], arguments.threads)
     results = begun(suite, arguments.suite, arguments.rounds, setting)
     turns = Turns(arguments.rounds, budget=Budget(suite.budget if arguments.budget is None else arguments.budget))
     try:
@@ -88,7 +90,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
                 bars.update(task, note=what, completed=done, total=of)
 
             measure_all(
-                planned(suite, suite.device), results, setting, turns, save=partial(_save, arguments.out), progress=show
+                planned(suite, device), results, setting, turns, save=partial(_save, arguments.out), progress=show
             )
     except KeyboardInterrupt:
         print(report.markdown(results))

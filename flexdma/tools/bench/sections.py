@@ -14,22 +14,22 @@ from flexdma.tools.bench.decoding import LAYER_TOKENS, Decoder, layer_calls, tim
 from flexdma.tools.bench.decoding_models import MODEL_TOKENS, model_calls, prefill_calls
 from flexdma.tools.bench.gradients import gate_gradient_routes
 from flexdma.tools.bench.launches import device_work
+from flexdma.tools.bench.mask_contenders import BUILT, DECIDING, FAMILIES, MASK_SIZES
+from flexdma.tools.bench.mask_sections import BUILDING, CALLS, measure_mask_building, measure_masks
 from flexdma.tools.bench.masks import build_masks
 from flexdma.tools.bench.suites import Suite
-from flexdma.tools.bench.visited import packing_ratios, visited_over_ideal
+from flexdma.tools.bench.visited import VISITED, packing_ratios, visited_over_ideal
 from flexdma.tools.machine import machine
 from flexdma.tools.records import Results
 from flexdma.tools.shapes import Shape, inputs
 from flexdma.tools.stages import profile
-from flexdma.tools.timing import Turns, in_one_line, interleaved, peak_bytes
+from flexdma.tools.timing import SIZE_ROUNDS, Turns, in_one_line, interleaved, peak_bytes
 from flexdma.tools.whole_calls import CAUSAL, Compile, compile_whole, sdpa_causal
 
 FLEXDMA, SELECTION = "flexdma", "selection"
-VISITED = "visited_over_ideal"
 # SDPA is quadratic: at larger lengths a CPU takes minutes, and a GPU uses up the time of later cases.
 SDPA_LONGEST = {"cpu": 32768, "cuda": 262144}
 ONCE = 131072  # at larger lengths a CPU runs a call once, without a warm-up, because it compiles nothing here
-SIZE_ROUNDS = 3
 LAUNCHED = {"compiled": {}, 'compiled, mode="reduce-overhead"': {"mode": "reduce-overhead"}}
 Row = tuple[str, str, Any]
 Rows = Iterator[Row]
@@ -64,13 +64,15 @@ def begun(suite: Suite, name: str, rounds: int, setting: Setting) -> Results:
     """The results of a suite before its first case."""
     about = {
         "machine": machine(setting.device), "suite": name, "device": setting.device,
-        "dtype": str(setting.dtype).removeprefix("torch."), "rounds": rounds, **_sizes(suite),
+        "dtype": str(setting.dtype).removeprefix("torch."), "rounds": rounds, **_sizes(suite, setting.device),
     }  # fmt: skip
     return Results(about, {str(shape): shape for shape in suite.shapes()})
 
 
-def _sizes(suite: Suite) -> dict[str, str]:
+def _sizes(suite: Suite, device: str) -> dict[str, str]:
     """The sizes of a suite that all its cases share, for the first line of the report."""
+    if suite.masks:
+        return {"heads": str(MASK_SIZES[device])}
     if suite.calls:
         shape = suite.calls[0]
         return {"heads": f"Hq={shape.query_heads} Hkv={shape.heads} D={shape.size}, iid gates"}
@@ -94,6 +96,10 @@ def planned(suite: Suite, device: str) -> Iterator[Planned]:
     yield from _each("windows", suite.windows, measure_size, False)
     for section, decoder in suite.decoding:
         yield from _each(section, (decoder,), measure_decoding, section)
+    if suite.masks:
+        yield from _each(CALLS, FAMILIES[:DECIDING], measure_masks)
+        yield from _each(BUILDING, BUILT, measure_mask_building)
+        yield from _each(CALLS, FAMILIES[DECIDING:], measure_masks)
     if not suite.calls:
         return
     length, window = suite.packing

@@ -11,10 +11,10 @@ SECTIONS = ("calls", "gate_gradient", "lengths", "others", "launches", "windows"
 
 @dataclass(frozen=True)
 class Suite:
-    """The cases and setting of a suite."""
+    """The cases and setting of a suite.  device: None = CUDA where there is one, else the CPU, with the dtype of DTYPES."""
 
-    device: str
-    dtype: str
+    device: str | None
+    dtype: str | None
     budget: float  # seconds
     calls: tuple[Shape, ...] = ()  # whole calls by all contenders
     gate_gradient: tuple[Shape, ...] = ()  # its share of the backward, by route
@@ -24,6 +24,7 @@ class Suite:
     launches: tuple[Shape, ...] = ()  # kernel launches, with and without CUDA graphs
     windows: tuple[Shape, ...] = ()  # time against w
     decoding: tuple[tuple[str, Decoder], ...] = ()  # (section, decoder): one token against contexts, and prefill
+    masks: bool = False  # the families of masks, in the sizes of the device
     packing: tuple[int, int] = (32768, 1024)  # N, w of visited blocks over the families
 
     def shapes(self) -> Iterator[Shape]:
@@ -47,6 +48,7 @@ CPU_TARGETS = {
     Shape(4096, 256, True, every=True): 4.0,
     Shape(8192, 512, True): 5.0,
 }
+DTYPES = {"cpu": "float32", "cuda": "bfloat16"}
 SUITES = {
     "cpu": Suite(
         device="cpu",
@@ -92,6 +94,7 @@ SUITES = {
             ("decode models", Decoder(8, (LONGEST,))),
         ),
     ),
+    "masks": Suite(device=None, dtype=None, budget=560, masks=True),
     "quick": Suite(
         device="cpu",
         dtype="float32",

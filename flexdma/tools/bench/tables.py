@@ -6,7 +6,10 @@ from functools import partial
 from flexdma.tools.bench.contenders import FLEX_CAUSAL, TO_EVERYTHING
 from flexdma.tools.bench.decoding_tables import HEADS, decoding_rows
 from flexdma.tools.bench.gradients import gradient_shares
-from flexdma.tools.bench.sections import FLEXDMA, SELECTION, VISITED
+from flexdma.tools.bench.mask_sections import BUILDING, CALLS
+from flexdma.tools.bench.mask_tables import building_rows, call_rows, failures
+from flexdma.tools.bench.sections import FLEXDMA, SELECTION
+from flexdma.tools.bench.visited import VISITED
 from flexdma.tools.records import Case, Results
 from flexdma.tools.stages import BACKWARD, BEFORE_ATTENTION, FORWARD, RANKING_AND_LIFESPANS, WHOLE
 from flexdma.tools.whole_calls import CAUSAL, COMPILED, fastest_causal
@@ -154,6 +157,22 @@ def _decoding(section: str, cases: Cases) -> list[str]:
     return [HEADS[section], "", *table(*decoding_rows(cases))]
 
 
+def _masks(cases: Cases) -> list[str]:
+    head = "Families of masks, forward, the mask made inside the timer; times faster than the faster create_block_mask:"
+    why = failures(cases)
+    return [head, "", *table(*call_rows(cases)), *(["", *why] if why else [])]
+
+
+def _mask_building(cases: Cases) -> list[str]:
+    why = failures(cases)
+    return [
+        "Making the mask alone, N=32768, one head:",
+        "",
+        *table(*building_rows(cases)),
+        *(["", *why] if why else []),
+    ]
+
+
 def _shown(value: float | None, form: str, unit: str = "") -> str:
     return "" if value is None else f"{value:{form}}{unit}"
 
@@ -183,4 +202,6 @@ TABLES: dict[str, Callable[[Cases], list[str]]] = {
     "packing": _packing,
     "memory": _memory,
     **{section: partial(_decoding, section) for section in HEADS},
+    CALLS: _masks,
+    BUILDING: _mask_building,
 }

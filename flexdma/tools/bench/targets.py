@@ -5,6 +5,7 @@ from functools import partial
 
 from flexdma.tools.bench.decoding_tables import DECODING_TARGETS
 from flexdma.tools.bench.gradients import DEFAULT, gradient_shares
+from flexdma.tools.bench.mask_tables import MASK_TARGETS
 from flexdma.tools.bench.suites import CPU_TARGETS, FORWARD, TRAINING
 from flexdma.tools.bench.tables import share_of_selecting, table, useful_rate_over_flex
 from flexdma.tools.records import Case, Results
@@ -96,6 +97,7 @@ def _judged(found: str, enough: bool) -> str:
 
 TARGETS: dict[str, dict[str, Callable[[Results], str]]] = {
     "decode": DECODING_TARGETS,
+    "masks": MASK_TARGETS,
     "cpu": {
         **{
             f"{shape}: {times} times faster than causal SDPA": partial(_faster_on_cpu, shape, times)

@@ -14,6 +14,8 @@ from flexdma.tools.gate_families import gate_families
 from flexdma.tools.shapes import Shape
 from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_DEFAULT, COMPILED_PLAIN, EAGER, PLAIN
 
+VISITED = "visited_over_ideal"  # the metric of these ratios
+
 
 @torch.no_grad()
 def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
