@@ -318,6 +318,10 @@ def test_blocks_are_large_where_few_keys_are_born():
     rising = torch.arange(65536.0).view(1, 1, -1)
     assert fused_cut.block_size_for(flexdma.causal_top_w(rising, 1024), 65536, 1024) == fused_cut.BLOCK_SIZE
     assert fused_cut.block_size_for(flexdma.causal_top_w(gate, 1024), 1000, 1024) == fused_cut.BLOCK_SIZE
+    # Where one document is much longer than the others, most queries see few keys.
+    documents = torch.cat([torch.zeros(1, 8192), torch.arange(1, 57345).view(1, -1) // 512], -1).long()
+    packed = flexdma.above_threshold(torch.ones(1, 1, 65536), document_ids=documents)
+    assert fused_cut.block_size_for(packed, 65536, 8192) == fused_cut.BLOCK_SIZE
 
 
 def test_gradients_of_gates_that_outweigh_all_others():

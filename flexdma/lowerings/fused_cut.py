@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
-from flexdma.lifespans.visible import births_are_positions, without_unseen
+from flexdma.lifespans.visible import births_are_positions, seen_by_queries, without_unseen
 from flexdma.lowerings.float_mask import without_nan
 from flexdma.lowerings.fused_blocks import AllKeys, Gathered, gathered
 from flexdma.lowerings.living_keys import LivingList, living_lists
@@ -30,7 +30,10 @@ def block_size_for(lifespans: Lifespans, queries: int, capacity: int, terms_per_
     if queries < 8 * LARGE_BLOCK or terms_per_key > 1:
         return BLOCK_SIZE
     births = (lifespans.death > lifespans.birth).float().mean().item() * LARGE_BLOCK
-    return LARGE_BLOCK if births <= FEW_BIRTHS * capacity else BLOCK_SIZE
+    # Not the capacity alone: of documents it is the longest, and most queries see far fewer keys.
+    born, dies = seen_by_queries(lifespans, queries)
+    visible = (dies - born).clamp(min=0).sum(-1).float().mean().item() / queries
+    return LARGE_BLOCK if births <= FEW_BIRTHS * min(capacity, visible) else BLOCK_SIZE
 
 
 class Chunk(NamedTuple):
