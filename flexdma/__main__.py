@@ -37,6 +37,10 @@ COMMANDS = {
         "flexdma.tools.retrofit.command",
         "convert a language model that you have to bounded memory, and measure what that costs",
     ),
+    "policies": (
+        "flexdma.tools.policies.command",
+        "list all systems that choose keys: what they select by, what they visit, and what makes them here",
+    ),
     "view": ("flexdma.tools.view.command", "write a page that shows which tokens of a text each query keeps"),
 }
 CANNOT = 2

@@ -20,6 +20,7 @@ BAD = {
     "longrun": ["--tokens", "0"],
     "retrofit": ["./no-such-model", "--out", "no-such-folder"],
     "evaluate": ["./no-such-model"],
+    "policies": ["--system", "no such system"],
     "view": ["--text", "no-such-file", "--checkpoint", "no-such-file"],
 }
 
