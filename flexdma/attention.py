@@ -17,7 +17,6 @@ from flexdma import checks
 from flexdma.lifespans import Selection
 from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
-from flexdma.opaque import apart
 from flexdma.signatures import AttentionOptions, ScoreMod
 from flexdma.state import DynamicMaskState, State, check_state_matches, state_options
 from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
@@ -34,7 +33,7 @@ def dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     state: State | None = None,
@@ -48,7 +47,7 @@ def dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     state: State | None = None,
@@ -62,7 +61,7 @@ def dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     state: State | None = None,
@@ -75,7 +74,7 @@ def dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     selection: str = "causal",
@@ -99,9 +98,11 @@ def dynamic_mask_attention(
     key: [B, Hkv, K, D], value: [B, Hkv, K, Dv], of query's dtype; Hkv divides Hq (query head h reads head h // G).
     gate: [B, Hkv, K] or [B, 1, K], any float dtype.  float64 keeps gates that grow with position exact (see ValueGate);
         others are ranked and added in float32.  -inf = never visible.  NaN ranks highest and makes the output NaN.
-    window_size: w, or one int per gate head.  With selection="threshold" it may be None.
+        None = no gates, for the selections that do not choose by them.
+    window_size: w, or one int per gate head.  With selection="threshold" it may be None, with "full" it must be.
     selection: "causal": a top-w for each query, as in the paper.  "global": one top-w for all queries, still seen
-        causally.  "threshold": all keys with gate > 0, or with a window_size the running top-w among them.
+        causally.  "threshold": all keys with gate > 0, or with a window_size the running top-w among them.  "sliding": the
+        last w positions.  "full": all keys at or before the query.
     scale: default D ** -0.5.
     score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
         is added.  It is called with broadcastable index tensors, so it must be elementwise.
@@ -112,7 +113,7 @@ def dynamic_mask_attention(
         kernel_options are None.
     return_state: return (output, state after these tokens): a DynamicMaskState, or with window_size=None a GrowingState,
         whose size follows the number of living keys.  Raises with selection="global", which chooses among later keys too, and
-        with window_size=None inside `torch.func` and torch.export.
+        with window_size=None inside `torch.func` and torch.export.  Without gates those of the state are 0.
     donate: the caller does not use `state` again, nor states that share its tensors.  A call with one token then overwrites
         its slots (key, value, gate, position) instead of copying them.  Raises without state and return_state, where a
         gradient is needed, inside `torch.func`, and in torch.export.
@@ -121,7 +122,7 @@ def dynamic_mask_attention(
     kernel_options: FlexAttention's, for lowering="flex".
     sink_logits: [Hq], any float dtype: learned sinks, as in GPT-OSS.  The softmax gets one more term exp(sink_logits[h]) with
         value 0; the other scores add gates minus the best gate that the query sees.  -inf = no sink.  Raises with recent
-        tokens unless selection="causal", and with "flex" on a CPU.
+        tokens for selection="global" and "threshold", and with "flex" on a CPU.
 
     Returns [B, Hq, Q, Dv], in query's dtype, or (that, state).  A query that sees no key gives 0, and gradient 0.
     Differentiable in query, key, value, gate, sink_logits, and tensors that score_mod captures.
@@ -133,6 +134,7 @@ def dynamic_mask_attention(
     refuse_jit_trace()
     if (
         score_mod is key_padding_mask is document_ids is sink_logits is None
+        and gate is not None
         and lowering is block_size is kernel_options is None
         and (scale is None or type(scale) is float)
         and is_next_token(state, query, key, value, gate, (window_size, selection, sinks, recent))
@@ -141,22 +143,25 @@ def dynamic_mask_attention(
         output, after = decode(query, key, value, gate, state, scale=scale, donate=donate)
         return (output, after) if return_state else output
     query, key, value = autocast(query, key, value)
-    gate = apart(gate)
+    checks.one_of("selection", selection, checks.SELECTIONS)
     checks.attention_arguments(query, key, value)
-    checks.bias("gate", gate, key)
+    checks.gate(gate, key, selection)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
-    policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
     check_donation(donate, state, return_state, query, key, value, gate, sink_logits)
     checks.sinks_without_recent(sink_logits, selection, recent)
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
     how: dict[str, Any] = {"lowering": lowering, "block_size": block_size, "kernel_options": kernel_options}
     attend_selected: Callable[..., Tensor] = partial(
-        attend, in_order=True, ranked=True, capacity=policy.capacity, **how
+        attend, in_order=True, ranked=policy.is_ranked, capacity=policy.capacity, **how
     )
+    is_biased, gate = gate is not None, policy.gates(gate, key)
     if state is None and not return_state:
-        return attend_selected(query, key, value, gate, policy.lifespans(gate, **masks), **scores)
+        return attend_selected(
+            query, key, value, gate if is_biased else None, policy.lifespans(gate, **masks), **scores
+        )
 
     policy.refuse_without_state()
     gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
@@ -179,7 +184,7 @@ def dynamic_mask_attention(
             group = query.shape[1] // key.shape[1]
             scores["score_mod"] = score_mod_at_positions(score_mod, keys, state.length, group)
     lifespans = policy.lifespans(keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids)
-    output = attend_selected(query, keys.key, keys.value, keys.gate, lifespans, **scores)
+    output = attend_selected(query, keys.key, keys.value, keys.gate if is_biased else None, lifespans, **scores)
     return (output, state_after(before, keys, lifespans)) if return_state else output
 
 

@@ -9,7 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-SELECTIONS = ("causal", "global", "threshold")
+# Those that choose keys by their gates, and all: the others choose by position alone, and need no gate.
+SELECTIONS_BY_GATE = ("causal", "global", "threshold")
+SELECTIONS = (*SELECTIONS_BY_GATE, "sliding", "full")
 LOWERINGS = ("flex", "gather", "dense")
 REDUCTIONS = ("sum", "max")
 LARGEST = 2**31 - 1
@@ -148,6 +150,14 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
         raise ValueError(f"query: expected at most K = {keys} queries (they are the last ones), got {queries}")
 
 
+def gate(gate: Tensor | None, key: Tensor, selection: str) -> None:
+    """Check gates as `bias`.  None only where the selection needs none."""
+    if gate is None and selection in SELECTIONS_BY_GATE:
+        raise TypeError(f"gate: expected a tensor with selection={selection!r}, which chooses by it, got None")
+    if gate is not None:
+        bias("gate", gate, key)
+
+
 def bias(name: str, bias: object, key: Tensor) -> None:
     """Check one floating point number for each key, as `per_key`."""
     if isinstance(bias, Tensor):
@@ -212,7 +222,7 @@ def sink_logits(sink_logits: Tensor | None, query: Tensor) -> None:
 
 def sinks_without_recent(sink_logits: Tensor | None, selection: str, recent: int) -> None:
     """Refuse learned sinks where the best visible gate may be a recent key's: it could leave before its document ends."""
-    if sink_logits is not None and recent and selection != "causal":
+    if sink_logits is not None and recent and selection in ("global", "threshold"):
         raise ValueError(
             f"recent: expected 0 with sink_logits and selection={selection!r}, as the best gate may be a recent one, "
             f"got {recent}"

@@ -21,7 +21,7 @@ def dense_visibility(
     Arguments as in `flexdma.dynamic_mask_attention`.
     """
     checks.selected_keys(gate, key_padding_mask, document_ids)
-    windows = checks.windows(window_size, gate.shape[1], needed=selection != "threshold")
+    windows = checks.windows(window_size, gate.shape[1], needed=selection not in ("threshold", "full"))
     checks.positive_int("sinks", sinks, 0)
     checks.positive_int("recent", recent, 0)
     gate = gate.detach() if gate.dtype == torch.float64 else gate.detach().float()
@@ -44,6 +44,8 @@ def dense_visibility(
     better = better & eligible[..., :, None] & together
     count = better.sum(-2, keepdim=True) if selection == "global" else better.cumsum(-2)
     window = torch.tensor(windows or [gate.shape[-1]], device=gate.device).view(-1, 1, 1)
+    if selection in ("sliding", "full"):
+        count = i - j
     chosen = (count < window) & eligible[..., None, :]
 
     is_sink = (together & (j <= i) & real[..., None, :]).sum(-1) <= sinks
@@ -51,14 +53,15 @@ def dense_visibility(
 
 
 def dense_dynamic_mask_attention(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor, *, window_size: int | Sequence[int] | None,
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, *, window_size: int | Sequence[int] | None,
     selection: str = "causal", scale: float | None = None, score_mod: ScoreMod | None = None, sinks: int = 0, recent: int = 0,
     key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None, sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flexdma.dynamic_mask_attention` by its formula.  Same arguments, shapes and result; any floating dtype."""
     checks.attention_arguments(query, key, value)
-    checks.bias("gate", gate, key)
     checks.one_of("selection", selection, checks.SELECTIONS)
+    checks.gate(gate, key, selection)
+    gate = key.new_zeros(key.shape[:3]) if gate is None else gate
     checks.sink_logits(sink_logits, query)
     checks.sinks_without_recent(sink_logits, selection, recent)
     visible = dense_visibility(gate, window_size=window_size, selection=selection, sinks=sinks, recent=recent,

@@ -14,7 +14,7 @@ from flexdma import checks
 from flexdma.lifespans import Selection
 from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
-from flexdma.opaque import apart, realize
+from flexdma.opaque import realize
 from flexdma.sequences import Sequences, packed_sequences
 from flexdma.signatures import ScoreMod, VarlenOptions
 from flexdma.state import DynamicMaskState
@@ -27,7 +27,7 @@ def dynamic_mask_attention_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     cu_seqlens: Tensor,
     *,
     window_size: int | Sequence[int] | None,
@@ -41,7 +41,7 @@ def dynamic_mask_attention_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     cu_seqlens: Tensor,
     *,
     window_size: int | Sequence[int] | None,
@@ -55,7 +55,7 @@ def dynamic_mask_attention_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     cu_seqlens: Tensor,
     *,
     window_size: int | Sequence[int] | None,
@@ -68,7 +68,7 @@ def dynamic_mask_attention_varlen(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     cu_seqlens: Tensor,
     *,
     window_size: int | Sequence[int] | None,
@@ -86,7 +86,7 @@ def dynamic_mask_attention_varlen(
     """`dynamic_mask_attention` of each of S sequences alone, packed into one row of T tokens without padding.
 
     query: [T, Hq, D]; key: [T, Hkv, D], value: [T, Hkv, Dv], of query's dtype; Hkv divides Hq.
-    gate: [T, Hkv] or [T, 1], any float dtype, as in `dynamic_mask_attention`.
+    gate: [T, Hkv] or [T, 1], any float dtype, as in `dynamic_mask_attention`; None = no gates.
     cu_seqlens: [S + 1] int32 or int64: 0, then the end of each sequence, the last one T.  Sequences may be empty.
         flash-attention's cu_seqlens_q and cu_seqlens_k are equal here, and its max_seqlen is not needed.
     score_mod: called as for a batch of S sequences: b is the number of the sequence, and positions begin at 0 in each.
@@ -108,36 +108,45 @@ def dynamic_mask_attention_varlen(
     """
     refuse_jit_trace()
     query, key, value = autocast(query, key, value)
-    query, key, value, gate = _as_one_row(query, key, value, apart(gate))
+    query, key, value, bias = _as_one_row(query, key, value, gate)
+    checks.one_of("selection", selection, checks.SELECTIONS)
     checks.attention_arguments(query, key, value)
-    checks.bias("gate", gate, key)
+    checks.gate(bias, key, selection)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
-    policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if bias is None else bias.shape[1])
     checks.sinks_without_recent(sink_logits, selection, recent)
     sequences = packed_sequences(cu_seqlens, key.shape[2], query)
+    gate = policy.gates(bias, key)
+    bias = None if bias is None else gate
     if return_state:
         policy.refuse_without_state()
         policy.refuse_without_bound("with return_state of packed sequences")
         gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
     lifespans = policy.lifespans(gate, document_ids=sequences.number[None])
     output = attend(
-        query, key, value, gate, lifespans, in_order=True, ranked=True, capacity=_capacity(policy, sequences, lowering),
-        scale=scale, score_mod=None if score_mod is None else _in_sequences(score_mod, sequences), lowering=lowering,
+        query, key, value, bias, lifespans, in_order=True, ranked=policy.is_ranked,
+        capacity=_capacity(policy, sequences, lowering), scale=scale,
+        score_mod=None if score_mod is None else _in_sequences(score_mod, sequences), lowering=lowering,
         block_size=block_size, kernel_options=kernel_options, sink_logits=sink_logits,
     )  # fmt: skip
     output = output[0].transpose(0, 1).contiguous()
     return (output, states_after(key, value, gate, lifespans, sequences, policy)) if return_state else output
 
 
-def _as_one_row(query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> tuple[Tensor, ...]:
+def _as_one_row(
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """[T, H, ...] -> views [1, H, T, ...].  Checks shapes, so that errors name those of the caller."""
     tokens, _heads, size = checks.tensor("query", query, ("T", "Hq", "D")).shape
     heads = checks.tensor("key", key, (tokens, "Hkv", size), query).shape[1]
     checks.tensor("value", value, (tokens, heads, "Dv"), query)
+    query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
+    if gate is None:
+        return query, key, value, None
     shared = isinstance(gate, Tensor) and gate.dim() == 2 and gate.shape[1] == 1
     checks.tensor("gate", gate, (tokens, 1 if shared else heads), query)
-    return tuple(tensor.transpose(0, 1)[None] for tensor in (query, key, value, gate))
+    return query, key, value, gate.transpose(0, 1)[None]
 
 
 def _capacity(policy: Selection, sequences: Sequences, lowering: str | None) -> int | None:

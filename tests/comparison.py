@@ -1,6 +1,7 @@
 """Comparison of an implementation with the dense specification, in outputs and gradients."""
 
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -61,9 +62,10 @@ def assert_same(function, tensors, *, tolerance, gradients=True, dense_options=N
         assert error <= tolerance * max(1.0, b.abs().max().item()), f"{name}: error {error}"
 
 
-def gather(*tensors: Tensor, **options) -> Tensor:
+def gather(*tensors: Tensor | None, **options) -> Tensor:
     """The operator by the gather lowering."""
-    return flexdma.dynamic_mask_attention(*tensors, lowering="gather", **options)
+    attend: Any = flexdma.dynamic_mask_attention
+    return attend(*tensors, lowering="gather", **options)
 
 
 def by_transposed_attention(*tensors: Tensor, **options) -> Tensor:

@@ -35,7 +35,11 @@ CASES = [
     ({"window_size": True}, TypeError, "window_size: expected an int, got bool"),
     ({"window_size": [1, 2, 3]}, ValueError, "window_size: expected one int per key/value head = 2, got 3"),
     ({"window_size": None}, TypeError, "window_size: expected an int or one int per key/value head, got None"),
-    ({"selection": "best"}, ValueError, "selection: expected one of 'causal', 'global', 'threshold', got 'best'"),
+    (
+        {"selection": "best"},
+        ValueError,
+        "selection: expected one of 'causal', 'global', 'threshold', 'sliding', 'full', got 'best'",
+    ),
     ({"sinks": -1}, ValueError, "sinks: expected at least 0, got -1"),
     ({"recent": 1.5}, TypeError, "recent: expected an int, got float"),
     ({"key_padding_mask": z(2, 8)}, TypeError, "key_padding_mask: expected torch.bool .*, got torch.float32"),

@@ -110,7 +110,7 @@ def test_any_lengths(lengths, data):
     lengths[data.draw(st.integers(0, len(lengths) - 1))] += 1
     options = {
         "window_size": data.draw(st.integers(1, 50)),
-        "selection": data.draw(st.sampled_from(["causal", "global", "threshold"])),
+        "selection": data.draw(st.sampled_from(["causal", "global", "threshold", "sliding"])),
         "sinks": data.draw(st.integers(0, 3)),
         "recent": data.draw(st.integers(0, 3)),
     }

@@ -31,7 +31,7 @@ def context_parallel_dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     mesh: DeviceMesh,
@@ -47,7 +47,7 @@ def context_parallel_dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     mesh: DeviceMesh,
@@ -63,7 +63,7 @@ def context_parallel_dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     mesh: DeviceMesh,
@@ -78,7 +78,7 @@ def context_parallel_dynamic_mask_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    gate: Tensor,
+    gate: Tensor | None,
     *,
     window_size: int | Sequence[int] | None,
     mesh: DeviceMesh,
@@ -106,7 +106,8 @@ def context_parallel_dynamic_mask_attention(
     score_mod: gets positions in the whole sequence.
     return_state: return (output, state after this rank's tokens); that of the last rank belongs to the whole sequence.
         `crop` goes back to this rank's first token at most.
-    Others as in `dynamic_mask_attention`; selection is "causal" or "threshold", and window_size an int or one per gate head.
+    Others as in `dynamic_mask_attention`; selection is "causal", "threshold" or "sliding", and window_size an int or one per
+        gate head.
 
     Returns [B, Hq, n, Dv], in query's dtype, or (that, DynamicMaskState).  Equals the call over the whole sequence.
     Differentiable as `dynamic_mask_attention`: gradients of received keys go back to their ranks.  Tensors that all ranks
@@ -124,11 +125,13 @@ def context_parallel_dynamic_mask_attention(
         )
     query, key, value = autocast(query, key, value)
     checks.attention_arguments(query, key, value)
-    checks.bias("gate", gate, key)
+    checks.one_of("selection", selection, checks.SELECTIONS)
+    checks.gate(gate, key, selection)
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query: expected {key.shape[2]} positions as key has, got {query.shape[2]}")
-    policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
     policy.refuse_without_bound("over several ranks")
+    gate = policy.gates(gate, key)
     refuse_other_mesh(mesh, query=query, key=key, value=value, gate=gate)
     gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
     checks.selected_keys(gate, key_padding_mask, document_ids)

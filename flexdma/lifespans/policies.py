@@ -102,5 +102,4 @@ def _selection(
     kind: str, gate: Tensor, window_size: int | Sequence[int] | None, sinks: int, recent: int, threshold: float = 0.0
 ) -> Selection:
     heads = checks.tensor("gate", gate, ("B", "Hkv", "K")).shape[1]
-    kinds = (*checks.SELECTIONS, "sliding")
-    return Selection.of(kind, window_size, sinks, recent, heads=heads, threshold=threshold, kinds=kinds)
+    return Selection.of(kind, window_size, sinks, recent, heads=heads, threshold=threshold)

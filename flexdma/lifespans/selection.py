@@ -14,7 +14,7 @@ from flexdma.stages import staged
 from flexdma.transforms import can_read
 
 # "global" chooses among later keys too, so a prefix has no state.
-STATEFUL_SELECTIONS = ("causal", "threshold")
+STATEFUL_SELECTIONS = ("causal", "threshold", "sliding", "full")
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Selection:
     """Which keys a query sees, by gates and positions.  `of` checks the arguments of a call and makes one.
 
     kind: "causal", "global", "threshold" or "sliding", for `causal_top_w`, `global_top_w`, `above_threshold` and
-        `sliding_window`.
+        `sliding_window`; "full" = all keys at or before the query.
     window_size: w, one int per head, or None = no bound.
     sinks, recent: number of first and last keys that are visible besides.
     threshold: for kind "threshold".
@@ -45,9 +45,15 @@ class Selection:
         Raises ValueError or TypeError naming the argument.
         """
         checks.one_of("selection", kind, kinds)
-        windows = checks.windows(window_size, heads, needed=kind != "threshold")
+        windows = checks.windows(window_size, heads, needed=kind not in ("threshold", "full"))
         checks.positive_int("sinks", sinks, 0)
         checks.positive_int("recent", recent, 0)
+        if kind == "full":
+            for name, given, none in (("window_size", window_size, None), ("sinks", sinks, 0), ("recent", recent, 0)):
+                if given != none:
+                    raise ValueError(
+                        f"{name}: expected {none} with selection='full', which sees all keys, got {given!r}"
+                    )
         if isinstance(threshold, bool) or not isinstance(threshold, int | float) or threshold != threshold:
             raise TypeError(f"threshold: expected a number, got {threshold!r}")
         window = None if not windows else windows[0] if len(windows) == 1 else tuple(windows)
@@ -63,10 +69,38 @@ class Selection:
         """Upper bound on the keys that one query sees; None = no bound."""
         return None if self.widest is None else self.widest + self.sinks + self.recent
 
+    @property
+    def is_bounded(self) -> bool:
+        """Whether there is an upper bound on the keys that one query sees."""
+        return self.window_size is not None
+
+    @property
+    def by_gate(self) -> bool:
+        """Whether keys are chosen by their gates."""
+        return self.kind in checks.SELECTIONS_BY_GATE
+
+    @property
+    def is_ranked(self) -> bool:
+        """Whether the best-gated key that a query sees stays visible to the end of its document."""
+        return self.kind != "sliding"
+
+    @property
+    def last_positions(self) -> int:
+        """How many last positions are visible because they are the last: `recent`, or the widest sliding window."""
+        return max(self.recent, self.widest or 0) if self.kind == "sliding" else self.recent
+
     def windows(self, device: torch.device) -> Tensor:
         """The window sizes as [1, 1] or [H, 1] int64; window_size must not be None."""
         assert self.window_size is not None
         return on_device(self.window_size if isinstance(self.window_size, tuple) else [self.window_size], device)
+
+    def gates(self, gate: Tensor | None, key: Tensor) -> Tensor:
+        """The gates of keys [B, Hkv, K, D]; for None zeros without memory, [B, 1, K] or where windows differ [B, Hkv, K]."""
+        if gate is not None:
+            return apart(gate)
+        batch, heads, keys, _size = key.shape
+        zero = torch.zeros((1, 1, 1), dtype=torch.float32, device=key.device)
+        return zero.expand(batch, heads if isinstance(self.window_size, tuple) else 1, keys)
 
     def refuse_without_state(self, where: str = "with a state") -> None:
         """Raise ValueError unless a prefix has a state.  where: of the call, for the message."""
@@ -76,7 +110,7 @@ class Selection:
     def refuse_without_bound(self, where: str) -> None:
         """Raise ValueError unless a prefix has a state, and the number of its keys a bound.  where: as above."""
         self.refuse_without_state(where)
-        if self.capacity is None:
+        if not self.is_bounded:
             raise ValueError(f"window_size: expected an int or one per gate head {where}, which it bounds, got None")
 
     def lifetimes(self, gate: Tensor, is_sink: Tensor) -> Tensor:

@@ -81,12 +81,12 @@ def with_state_keys(
 def _places(state: "DynamicMaskState") -> Tensor:
     """[B, Hkv, C]: the slot of the key at each place before the new keys; -1 for an empty place.
 
-    Keys are in order of position.  The last `recent` places belong to the last `recent` positions, with or without a key, so
-    the last n places are the last n positions.
+    Keys are in order of position.  The last n places belong to the last n positions, with or without a key, for the n that
+    are visible because they are the last.
     """
-    position, capacity = state.position, state.position.shape[-1]
+    position, capacity, last = state.position, state.position.shape[-1], state.policy.last_positions
     back = state.length[:, None, None] - position  # 1 = the last token
-    old = (position >= 0) & (back > state.recent)
+    old = (position >= 0) & (back > last)
     by_age = torch.where(old, position, NEVER).argsort(-1)
     ordinal = torch.arange(capacity, device=position.device)
     rank = torch.zeros_like(by_age).scatter(-1, by_age, ordinal.expand_as(by_age))
@@ -140,11 +140,17 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans | No
 def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
     """`state` with those of the `real` keys that the last query saw.  `state.length` is already the new length."""
     total = real.shape[-1]
-    eligible = real & is_above(keys.gate, state.policy.threshold) if state.selection == "threshold" else real
+    policy = state.policy
+    windows = policy.windows(real.device)
+    eligible = real
+    if policy.kind == "threshold":
+        eligible = real & is_above(keys.gate, policy.threshold)
+    elif policy.kind == "sliding":
+        eligible = real & (keys.position >= state.length[:, None, None] - windows)
     gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
     places = torch.arange(total, device=real.device).expand(real.shape)
     rank = torch.empty_like(places).scatter(-1, by_rank(gate), places)
-    in_top = eligible & (rank < state.policy.windows(real.device))
+    in_top = eligible & (rank < windows)
     # A cell beyond the slots collects the keys outside the top-w.
     slots = torch.full((*real.shape[:2], state.widest + 1), -1, device=real.device)  # -1 for none
     slots = slots.scatter(-1, torch.where(in_top, rank, state.widest), places)[..., : state.widest]

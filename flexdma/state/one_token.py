@@ -11,7 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from flexdma.lifespans.ranking import last_in_rank, outranks
+from flexdma.lifespans.ranking import NEVER, last_in_rank, outranks
 from flexdma.lifespans.selection import is_above
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
@@ -75,9 +75,13 @@ def inserted(
     position = torch.where(real, now, -1)
 
     held, new = _Slots(state.key, state.value, state.gate, state.position), _Slots(key, value, gate, position)
-    weakest = _weakest(state)
+    weakest = _weakest(state, now)
     old = _Slots(*(along_keys(tensor, weakest) for tensor in held))
-    enters = real & ~outranks(old.gate, gate)
+    if state.selection == "sliding":
+        enters = real | _has_left(old.position, now - state.policy.windows(now.device))
+        new = _Slots(*(_choose(real, a, a.new_full((), b)) for a, b in zip(new, EMPTY_SLOT, strict=True)))
+    else:
+        enters = real & ~outranks(old.gate, gate)
     if state.selection == "threshold":
         enters = enters & is_above(gate, state.policy.threshold)
     slot, writes, arriving = weakest, enters, new
@@ -130,10 +134,23 @@ def written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor, in_plac
     return tensor.index_put_((batch[:, None, None], head[:, None], slot), values)
 
 
-def _weakest(state: DynamicMaskState) -> Tensor:
-    """[B, Hkv, 1]: the slot of the top-w to overwrite: an empty one, else that of the last key in rank."""
+def _weakest(state: DynamicMaskState, now: Tensor) -> Tensor:
+    """[B, Hkv, 1]: the slot of the top-w to overwrite: an empty one, else that of the last key in rank.
+
+    Of a sliding window: that of the key that leaves it at `now` [B, 1, 1], else an empty one.
+    """
     gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
-    return last_in_rank(gate, position, beyond_window(state) if isinstance(state.window_size, tuple) else None)
+    beyond = beyond_window(state) if isinstance(state.window_size, tuple) else None
+    if state.selection != "sliding":
+        return last_in_rank(gate, position, beyond)
+    left = _has_left(position, now - state.policy.windows(now.device))
+    age = torch.where(left, -2, position)
+    return (age if beyond is None else age.masked_fill(beyond, NEVER)).argmin(-1, keepdim=True)
+
+
+def _has_left(position: Tensor, last: Tensor) -> Tensor:
+    """Whether keys at these positions are not after `last`."""
+    return (position >= 0) & (position <= last)
 
 
 def beyond_window(state: DynamicMaskState) -> Tensor:

@@ -212,7 +212,7 @@ def run_of(state: DynamicMaskState) -> TokenRun | None:
     run = state._run
     if run is not None and run.continues(state):
         return run
-    if state.position.numel() == 0:
+    if state.position.numel() == 0 or state.selection == "sliding":
         return None
     if state.sinks:
         sinks = (state.position >= 0) & (state.position <= state.last_sink[..., None])

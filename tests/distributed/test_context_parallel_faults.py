@@ -102,7 +102,10 @@ def refused(call):
             "unbounded",
             "window_size: expected an int or one per gate head over several ranks, which it bounds, got None",
         ),
-        ("global", "selection: expected one of ('causal', 'threshold') over several ranks, got 'global'"),
+        (
+            "global",
+            "selection: expected one of ('causal', 'threshold', 'sliding', 'full') over several ranks, got 'global'",
+        ),
         ("torch.func", "torch.func: expected a call outside of its transformations, as they send no messages"),
         ("fewer queries", "query: expected 10 positions as key has, got 9"),
     ],

@@ -16,10 +16,11 @@ from flexdma.lowerings import flex
 
 def flex_with_gradients(query, key, value, gate, *, window_size, selection="causal", sinks=0, recent=0, **options):
     """`dynamic_mask_attention` by the flex lowering, uncompiled, in small blocks."""
-    policy = Selection.of(selection, window_size, sinks, recent, heads=gate.shape[1])
+    policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
     masks = {name: options.pop(name, None) for name in ("key_padding_mask", "document_ids")}
-    facts = {"in_order": True, "ranked": True, "capacity": policy.capacity or key.shape[2]}
-    return attend_uncompiled(query, key, value, gate, policy.lifespans(gate, **masks), **facts, **options)
+    facts = {"in_order": True, "ranked": policy.is_ranked, "capacity": policy.capacity or key.shape[2]}
+    lifespans = policy.lifespans(policy.gates(gate, key), **masks)
+    return attend_uncompiled(query, key, value, gate, lifespans, **facts, **options)
 
 
 def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **options):

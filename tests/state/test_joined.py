@@ -17,7 +17,7 @@ from tests.comparison import inputs
 def cases(draw):
     lengths = draw(st.lists(st.integers(1, 12), min_size=2, max_size=4))
     window, sinks, recent = draw(st.integers(1, 8)), draw(st.integers(0, 3)), draw(st.integers(0, 6))
-    policy = Selection(draw(st.sampled_from(["causal", "threshold"])), window, sinks, recent)
+    policy = Selection(draw(st.sampled_from(["causal", "threshold", "sliding"])), window, sinks, recent)
     generator = torch.Generator().manual_seed(draw(st.integers(0, 99)))
     _, key, value, gate = inputs(2, 2, 2, 1, sum(lengths), 3, seed=draw(st.integers(0, 99)))
     gate[torch.rand(gate.shape, generator=generator) > 0.9] = draw(st.sampled_from([-torch.inf, torch.nan]))

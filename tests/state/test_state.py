@@ -280,7 +280,11 @@ def test_foreign_states_are_refused():
         ({"recent": 2}, ValueError, "state: expected recent=2, got a state with recent=0"),
         ({"selection": "threshold"}, ValueError, "state: expected selection='threshold', got .*selection='causal'"),
         ({"batch": 3}, ValueError, "state: expected batch size 3, got 2"),
-        ({"selection": "global"}, ValueError, r"selection: expected one of \('causal', 'threshold'\) with a state"),
+        (
+            {"selection": "global"},
+            ValueError,
+            r"selection: expected one of \('causal', 'threshold', 'sliding'\) with a state",
+        ),
         (
             {"window_size": None, "selection": "threshold"},
             TypeError,

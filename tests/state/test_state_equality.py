@@ -68,7 +68,7 @@ def test_any_split_is_one_pass(gate, data):
     options["window_size"] = data.draw(st.integers(1, 6))
     if heads == 2 and data.draw(st.booleans()):
         options["window_size"] = [options["window_size"], data.draw(st.integers(1, 6))]
-    options["selection"] = data.draw(st.sampled_from(["causal", "threshold"]))
+    options["selection"] = data.draw(st.sampled_from(["causal", "threshold", "sliding"]))
     # Two sequences whose gates, padding and documents differ.
     for name in ("key_padding_mask", "document_ids"):
         if name in options:

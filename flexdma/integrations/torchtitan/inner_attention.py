@@ -57,7 +57,8 @@ class DynamicMaskInnerAttention(Module):
         if config.param_init is not None:
             raise ValueError("param_init: expected None, because the gate initialises itself, got a mapping")
         checks.one_of("lowering", config.lowering, (None, *checks.LOWERINGS))
-        Selection.of(config.selection, config.window_size, config.sinks, config.recent, heads=heads)
+        kinds = checks.SELECTIONS_BY_GATE
+        Selection.of(config.selection, config.window_size, config.sinks, config.recent, heads=heads, kinds=kinds)
         self.gate = Gate(heads, size, config.form, config.recency, slopes=config.slopes)
         self.options: dict[str, Any] = {
             name: getattr(config, name)

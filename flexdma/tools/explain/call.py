@@ -62,7 +62,7 @@ def explain(
         "document_ids": document_ids,
     }
     batch, heads, length = checks.tensor("gate", gate, ("B", "Hkv", "K")).shape
-    policy = Selection.of(selection, window_size, sinks, recent, heads=heads)
+    policy = Selection.of(selection, window_size, sinks, recent, heads=heads, kinds=checks.SELECTIONS_BY_GATE)
     alive = policy.lifespans(gate, key_padding_mask=key_padding_mask, document_ids=document_ids)
     if not batch * heads * length:
         raise ValueError(f"gate: expected at least one key, got {list(gate.shape)}")

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from flexdma.checks import SELECTIONS
+from flexdma.checks import SELECTIONS_BY_GATE
 from flexdma.tools import arguments as types
 from flexdma.tools.explain.call import explain
 from flexdma.tools.gate_families import gate_families
@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--kv-heads", type=types.positive_int, default=2, help="heads of the gates")
     parser.add_argument("--query-heads", type=types.positive_int, default=8, help="query heads")
-    parser.add_argument("--selection", choices=SELECTIONS, default="causal", help="how keys are selected")
+    parser.add_argument("--selection", choices=SELECTIONS_BY_GATE, default="causal", help="how keys are selected")
     parser.add_argument("--sinks", type=types.natural, default=0, help="first keys that stay visible")
     parser.add_argument("--recent", type=types.natural, default=0, help="last keys that are always visible")
     parser.add_argument(

@@ -10,7 +10,7 @@ import torch
 
 from flexdma.atomic_write import atomic_write
 from flexdma.attention import dynamic_mask_attention
-from flexdma.checks import LOWERINGS, SELECTIONS
+from flexdma.checks import LOWERINGS, SELECTIONS_BY_GATE
 from flexdma.tools import arguments as types
 from flexdma.tools.inspect import grid
 from flexdma.tools.inspect.call import FIGURES, inspect_kernels
@@ -29,7 +29,7 @@ SETTINGS: dict[str, tuple[Any, Any, str]] = {
     "keys": (types.positive_int, 4096, "K"),
     "head_dim": (types.positive_int, 64, "D"),
     "window": (types.positive_int, 512, "w, the keys that a query sees"),
-    "selection": (SELECTIONS, "causal", "how keys are selected"),
+    "selection": (SELECTIONS_BY_GATE, "causal", "how keys are selected"),
     "dtype": (tuple(DTYPES), None, "of query, key and value; default: bfloat16 for a GPU, float32 for a CPU"),
     "gate_dtype": (tuple(DTYPES), "float32", "of the gate"),
     "lowering": (LOWERINGS, None, "default: the operator's choice"),
