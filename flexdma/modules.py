@@ -6,29 +6,37 @@ from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor, nn
+from typing_extensions import Unpack
 
 from flexdma import checks
 from flexdma.attention import dynamic_mask_attention
-from flexdma.gates import ValueGate
+from flexdma.attention_layer import AttentionLayer, refuse_beside_sequences
 from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
-from flexdma.signatures import ScoreMod
-from flexdma.state import State, check_state_matches, empty_state, state_options
+from flexdma.rotary import rotary_tables, rotate
+from flexdma.signatures import LayerOptions, ScoreMod
+from flexdma.state import State, check_state_matches
 from flexdma.state.donation import check_donation
 from flexdma.varlen import dynamic_mask_attention_varlen
 
 
-class DynamicMaskAttention(nn.Module):
+class DynamicMaskAttention(AttentionLayer):
     """hidden states [B, N, hidden_size] -> [B, N, hidden_size].
 
-    hidden_size, num_heads (Hq), num_kv_heads (Hkv, divides Hq), head_dim (D), window_size (w): the sizes.
+    hidden_size, num_heads (Hq), num_kv_heads (Hkv, divides Hq), head_dim (D), window_size (w): the sizes.  Hq * D need not
+        be hidden_size: fewer query heads are Sparse Query Attention (arXiv 2510.01817).
     form, recency, slopes: of the gate, see `ValueGate`.
-    selection, sinks, recent, lowering, block_size, kernel_options: of the operator, see `dynamic_mask_attention`.
+    selection, sinks, recent, lowering, block_size, kernel_options: of the operator, see `dynamic_mask_attention`.  With
+        selection="sliding" or "full" (then window_size is None) the layer has no gate: `gate` is None.
     qk_norm: root-mean-square normalisation of each query and key head before the rotary embedding (arXiv 2010.04245).
-    bias: whether the projections q_proj, k_proj, v_proj and o_proj have a bias.
+    output_gate: multiply the output of each head by sigmoid(g_proj(hidden states)), before o_proj (Gated Attention, arXiv
+        2505.06708).
+    bias: whether the projections q_proj, k_proj, v_proj, o_proj and g_proj have a bias.
 
-    There is no attention dropout.  Parameters: q_proj, k_proj, v_proj, o_proj, gate.A, gate.dt_proj, ..., and with qk_norm
-    q_norm and k_norm.  Raises ValueError where num_kv_heads does not divide num_heads or a size is below 1.
+    There is no attention dropout.  Parameters: q_proj, k_proj, v_proj, o_proj, gate.A, gate.dt_proj, ..., with qk_norm
+    q_norm and k_norm, with output_gate g_proj.
+    Raises ValueError where num_kv_heads does not divide num_heads, a size is below 1, or the gate's arguments are given for
+    a selection without one.
     """
 
     def __init__(
@@ -46,34 +54,29 @@ class DynamicMaskAttention(nn.Module):
         sinks: int = 0,
         recent: int = 0,
         qk_norm: bool = False,
+        output_gate: bool = False,
         bias: bool = False,
         lowering: str | None = None,
         block_size: int | tuple[int, int] | None = None,
         kernel_options: Mapping[str, object] | None = None,
     ) -> None:
-        super().__init__()
         for name, size in (("hidden_size", hidden_size), ("num_heads", num_heads), ("num_kv_heads", num_kv_heads),
                            ("head_dim", head_dim)):  # fmt: skip
             checks.positive_int(name, size)
         if num_heads % num_kv_heads:
             raise ValueError(f"num_heads: expected a multiple of num_kv_heads = {num_kv_heads}, got {num_heads}")
-        checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
-        self.policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads)
+        policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads)
+        super().__init__(policy, lowering, block_size, kernel_options)
         self.hidden_size = hidden_size
         self.num_heads, self.num_kv_heads, self.head_dim = num_heads, num_kv_heads, head_dim
-        self.lowering, self.block_size, self.kernel_options = lowering, block_size, kernel_options
         self.q_proj = nn.Linear(hidden_size, num_heads * head_dim, bias=bias)
         self.k_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.v_proj = nn.Linear(hidden_size, num_kv_heads * head_dim, bias=bias)
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
         self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self.gate = ValueGate(num_kv_heads, head_dim, form, recency, slopes=slopes)
-
-    def extra_repr(self) -> str:
-        how = {"lowering": self.lowering, "block_size": self.block_size, "kernel_options": self.kernel_options}
-        options = state_options(self.policy) | how
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, 0))
+        self._make_gate(num_kv_heads, head_dim, form, recency, slopes)
+        self._make_output_gate(output_gate, hidden_size, num_heads * head_dim, bias)
 
     @overload
     def forward(
@@ -81,13 +84,9 @@ class DynamicMaskAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
-        key_padding_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        score_mod: ScoreMod | None = None,
         state: State | None = None,
         return_state: Literal[False] = False,
-        donate: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> Tensor: ...
 
     @overload
@@ -96,13 +95,9 @@ class DynamicMaskAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
-        key_padding_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        score_mod: ScoreMod | None = None,
         state: State | None = None,
         return_state: Literal[True],
-        donate: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> tuple[Tensor, State]: ...
 
     @overload
@@ -111,13 +106,9 @@ class DynamicMaskAttention(nn.Module):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
-        key_padding_mask: Tensor | None = None,
-        document_ids: Tensor | None = None,
-        cu_seqlens: Tensor | None = None,
-        score_mod: ScoreMod | None = None,
         state: State | None = None,
         return_state: bool,
-        donate: bool = False,
+        **options: Unpack[LayerOptions],
     ) -> Tensor | tuple[Tensor, State]: ...
 
     def forward(
@@ -146,19 +137,13 @@ class DynamicMaskAttention(nn.Module):
         """
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
         attend: Callable[..., Any] = dynamic_mask_attention
-        before: dict[str, Any] = {}
         if cu_seqlens is not None:
-            _refuse_beside_sequences(key_padding_mask=key_padding_mask, document_ids=document_ids, state=state)
+            refuse_beside_sequences(key_padding_mask=key_padding_mask, document_ids=document_ids, state=state)
             check_donation(donate, state, return_state)
             attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
-            before = {"cu_seqlens": cu_seqlens}
         if state is not None:
             check_state_matches(state, key, value, self._gate_dtype, self.policy)
-            before = {"first_position": state.real_length, "forgotten": state.forgotten}
-        returns_forgotten = return_state and self.gate.recency == "forget"
-        gate = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
-        if returns_forgotten:
-            gate, forgotten = gate
+        gate, forgotten = self._gates(value, key_padding_mask, cu_seqlens, state, return_state)
         policy = self.policy
         result = attend(
             query, key, value, gate, window_size=policy.window_size, selection=policy.kind, sinks=policy.sinks,
@@ -167,12 +152,10 @@ class DynamicMaskAttention(nn.Module):
             kernel_options=self.kernel_options,
         )  # fmt: skip
         if not isinstance(result, tuple):
-            return self._joined(result)
+            return self._joined(result, hidden_states)
         output, after = result
-        return self._joined(output), after._with(forgotten=forgotten) if returns_forgotten else after
-
-    def _joined(self, output: Tensor) -> Tensor:
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        after = after if forgotten is None else after._with(forgotten=forgotten)
+        return self._joined(output, hidden_states), after
 
     def empty_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
@@ -182,30 +165,10 @@ class DynamicMaskAttention(nn.Module):
         dtype: of keys and values; default autocast's where it is enabled, else that of v_proj's parameters, or of `gate.A`
             where v_proj has none in floating point (quantised weights).
         device: default that of `gate.A`.  Raises ValueError where that is meta, as offloaded weights are between calls; pass
-            "meta" for a state without numbers.
+            "meta" for a state without numbers.  A layer without a gate takes its first parameter instead of `gate.A`.
         """
-        if device is None and self.gate.A.is_meta:
-            raise ValueError(
-                "device: expected the device that this layer computes on, as its weights are on meta, got None"
-            )
-        device = torch.device(self.gate.A.device if device is None else device)
-        if dtype is None:
-            # Not the gate's dtype, which may be float32 in a layer of lower precision.
-            dtypes = (p.dtype for p in self.v_proj.parameters() if p.is_floating_point())
-            dtype = autocast(torch.empty(0, dtype=next(dtypes, self.gate.A.dtype), device=device))[0].dtype
-        return empty_state(
-            self.policy,
-            batch_size,
-            self.num_kv_heads,
-            self.head_dim,
-            dtype=dtype,
-            device=device,
-            gate_dtype=self._gate_dtype,
-        )
-
-    @property
-    def _gate_dtype(self) -> torch.dtype:
-        return torch.float32 if self.gate.recency is None else torch.float64
+        size = self.head_dim
+        return self._empty_state(batch_size, self.num_kv_heads, size, size, self.v_proj, dtype, device)
 
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
@@ -216,26 +179,17 @@ class DynamicMaskAttention(nn.Module):
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim)))
         value = self.v_proj(hidden_states).unflatten(-1, (self.num_kv_heads, self.head_dim))
         if position_embeddings is not None:
-            for name, table in zip(("cos", "sin"), position_embeddings, strict=True):
-                leading = hidden_states.shape[2 - (table.dim() - 1) : 2] if table.dim() in (2, 3) else ("N",)
-                checks.tensor(f"position_embeddings, {name}", table, (*leading, self.head_dim), hidden_states)
-            if self.head_dim % 2:
-                raise ValueError(
-                    f"position_embeddings: expected None, as head_dim = {self.head_dim} is odd, got cos and sin"
-                )
-            cos, sin = (t.unsqueeze(-2).to(query.dtype) for t in position_embeddings)
+            cos, sin = rotary_tables(position_embeddings, hidden_states, self.head_dim, "head_dim", query.dtype)
             query, key = rotate(query, cos, sin), rotate(key, cos, sin)
         return query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
 
 
-def _refuse_beside_sequences(**others: object) -> None:
-    for name, value in others.items():
-        if value is not None:
-            raise ValueError(f"{name}: expected None with cu_seqlens, got a {type(value).__name__}")
-
-
 def _attend_sequences(
-    *tensors: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    gate: Tensor | None,
+    *,
     cu_seqlens: Tensor,
     window_size: int | tuple[int, ...] | None,
     return_state: bool,
@@ -246,16 +200,11 @@ def _attend_sequences(
     **options: Any,
 ) -> Tensor | tuple[Tensor, State]:
     """`dynamic_mask_attention` of query [1, Hq, T, D], key, value and gate [1, Hkv, T], each sequence alone."""
-    query, key, value, gate = (tensor[0].transpose(0, 1) for tensor in tensors)  # [T, H, ...]
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
+    gate = None if gate is None else gate[0].transpose(0, 1)
     result = dynamic_mask_attention_varlen(
         query, key, value, gate, cu_seqlens, window_size=window_size, return_state=return_state, **options
     )
     if isinstance(result, tuple):
         return result[0].transpose(0, 1)[None], result[1]
     return result.transpose(0, 1)[None]
-
-
-def rotate(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Rotary embedding of [..., D] in the layout of Llama and Doge, which rotates number n with number n + D / 2."""
-    first, second = heads.chunk(2, -1)
-    return heads * cos + torch.cat([-second, first], -1) * sin

@@ -1,4 +1,4 @@
-"""Types of arguments: the two callables that FlexAttention takes, intervals of keys, and the options of both operators.
+"""Types of arguments: the two callables that FlexAttention takes, intervals of keys, and options of operators and layers.
 
 Index arguments are tensors: 0-d where FlexAttention maps them, broadcastable where the gather and dense lowerings call the
 same function on whole tiles.  Index captured tensors in one step (`t[b, h, i, j]`), because chained indexing corrupts memory
@@ -38,4 +38,14 @@ class AttentionOptions(VarlenOptions, total=False):
 
     key_padding_mask: Tensor | None
     document_ids: Tensor | None
+    donate: bool
+
+
+class LayerOptions(TypedDict, total=False):
+    """The keywords of the layers' forward passes besides state and return_state."""
+
+    key_padding_mask: Tensor | None
+    document_ids: Tensor | None
+    cu_seqlens: Tensor | None
+    score_mod: ScoreMod | None
     donate: bool

@@ -55,7 +55,7 @@ class ContextParallelDynamicMaskAttention(DynamicMaskAttention):
                     f"{name}: expected None over several ranks (use {instead}), got {type(given).__name__}"
                 )
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
-        gate, forgotten = self._gates(value, key_padding_mask)
+        gate, forgotten = self._gates_over_ranks(value, key_padding_mask)
         policy = self.policy
         result = context_parallel_dynamic_mask_attention(
             query, key, value, gate, window_size=policy.window_size, mesh=self.mesh, selection=policy.kind,
@@ -64,12 +64,14 @@ class ContextParallelDynamicMaskAttention(DynamicMaskAttention):
             kernel_options=self.kernel_options,
         )  # fmt: skip
         if not isinstance(result, tuple):
-            return self._joined(result)
+            return self._joined(result, hidden_states)
         output, state = result
-        return self._joined(output), state if forgotten is None else replace(state, forgotten=forgotten)
+        return self._joined(output, hidden_states), state if forgotten is None else replace(state, forgotten=forgotten)
 
-    def _gates(self, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """The gates [B, Hkv, n], and with recency="forget" the sum of -logsigmoid to the last token [B, Hkv]."""
+    def _gates_over_ranks(self, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """The gates [B, Hkv, n] or None, and with recency="forget" the sum of -logsigmoid to the last token [B, Hkv]."""
+        if self.gate is None:
+            return None, None
         recency, mesh = self.gate.recency, self.mesh
         if recency is None:
             return self.gate(value, key_padding_mask=key_padding_mask), None

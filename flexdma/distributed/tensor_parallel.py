@@ -2,9 +2,10 @@
 
     parallelize_module(model, mesh["tensor"], {"layers.*.attention": DynamicMaskAttentionParallel()})
 
-The cut is Megatron's (arXiv 1909.08053): q_proj, k_proj and v_proj by columns, o_proj by rows; each rank has Hq / P query
-heads and Hkv / P KV heads.  Selection, attention and state of a KV head concern no other head.  Only the gate needs more: its
-projection reads the values of all heads.  Three exact ways, in numbers that a rank sends for B x N positions and P ranks:
+The cut is Megatron's (arXiv 1909.08053): q_proj, k_proj, v_proj and g_proj, the gate of the output, by columns, o_proj by
+rows; each rank has Hq / P query heads and Hkv / P KV heads.  Selection, attention and state of a KV head concern no other
+head.  Only the gate of keys needs more: its projection reads the values of all heads.  Three exact ways, in numbers that a
+rank sends for B x N positions and P ranks:
 
     gather the values                      B N Hkv Dv (P - 1) / P, and a reduce-scatter of as many in the backward pass
     compute all values on every rank       none, but P times the work of v_proj, whose weight is then not sharded
@@ -88,16 +89,15 @@ class DynamicMaskAttentionParallel(ParallelStyle):
         heads = _own_heads("num_heads", layer.num_heads, device_mesh)
         kv_heads = _own_heads("num_kv_heads", layer.num_kv_heads, device_mesh)
         rank = device_mesh.get_local_rank()
-        parallelize_module(
-            layer,
-            device_mesh,
-            {
-                **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel()),
-                "o_proj": RowwiseParallel(output_layouts=self.output_layouts, use_local_output=self.use_local_output),
-                "gate": ValueGateParallel(),
-            },
-            src_data_rank=self.src_data_rank,
-        )
+        plan: dict[str, ParallelStyle] = {
+            **dict.fromkeys(("q_proj", "k_proj", "v_proj"), ColwiseParallel()),
+            "o_proj": RowwiseParallel(output_layouts=self.output_layouts, use_local_output=self.use_local_output),
+        }
+        if layer.gate is not None:
+            plan["gate"] = ValueGateParallel()
+        if layer.g_proj is not None:
+            plan["g_proj"] = ColwiseParallel()
+        parallelize_module(layer, device_mesh, plan, src_data_rank=self.src_data_rank)
         for norm in (layer.q_norm, layer.k_norm):
             # The same weight for the heads of all ranks, so its gradient is a sum over ranks.
             distribute_module(norm, device_mesh, None, _heads_sharded, _local)

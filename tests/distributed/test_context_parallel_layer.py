@@ -19,9 +19,14 @@ RECENCIES = [None, "slope", "forget"]
 
 def make_layer(recency, window_size=6, **options):
     torch.manual_seed(1)
-    layer = DynamicMaskAttention(32, 4, 2, 8, window_size, recency=recency, sinks=1, recent=2, **options).double()
-    layer.gate.float()
-    nn.init.normal_(layer.gate.A)
+    if recency == "sliding":  # a layer without a gate
+        recency, options = None, {"selection": "sliding"}
+    layer = DynamicMaskAttention(
+        32, 4, 2, 8, window_size, recency=recency, sinks=1, recent=2, output_gate=True, **options
+    ).double()
+    if layer.gate is not None:
+        layer.gate.float()
+        nn.init.normal_(layer.gate.A)
     return layer
 
 
@@ -101,6 +106,7 @@ def in_one_process(layer, **options):
     ("recency", "how", "lengths"),
     [
         *((recency, "eager", LENGTHS) for recency in RECENCIES),
+        ("sliding", "eager", LENGTHS),
         ("forget", "checkpointed", LENGTHS),
         ("slope", "compiled", [30, 10]),
         pytest.param("forget", "compiled for changing lengths", LENGTHS, marks=pytest.mark.slow),

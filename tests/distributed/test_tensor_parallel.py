@@ -33,7 +33,17 @@ def tensor_mesh(ranks):
 def made(recency, windows=WINDOWS):
     """A norm and a layer, float64, with parameters that are all different."""
     layer = DynamicMaskAttention(
-        WIDTH, HEADS, KV_HEADS, SIZE, windows, recency=recency, sinks=1, recent=2, qk_norm=True, bias=True
+        WIDTH,
+        HEADS,
+        KV_HEADS,
+        SIZE,
+        windows,
+        recency=recency,
+        sinks=1,
+        recent=2,
+        qk_norm=True,
+        output_gate=True,
+        bias=True,
     )
     model = nn.ModuleDict({"norm": nn.RMSNorm(WIDTH), "attention": layer}).double()
     generator = torch.Generator().manual_seed(0)
@@ -122,6 +132,12 @@ def other_calls():
         "by keyword": [layer(hidden_states=hidden) for layer in (many, one)],
         "tokens that do not divide": [uneven(distribute_tensor(hidden[:, 1:], mesh, [Shard(1)])), one(hidden[:, 1:])],
     }
+    sliding = DynamicMaskAttention(
+        WIDTH, HEADS, KV_HEADS, SIZE, WINDOWS, selection="sliding", output_gate=True
+    ).double()
+    for parameter in sliding.parameters():
+        nn.init.normal_(parameter, generator=torch.Generator().manual_seed(0))
+    results["sliding"] = [parallelize_module(copy.deepcopy(sliding), mesh, whole_tokens)(hidden), sliding(hidden)]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         results["autocast"] = [layer(hidden) for layer in (many, one)]
     return {name: ((whole(a) - b).abs().max() / b.abs().max()).item() for name, (a, b) in results.items()}

@@ -19,7 +19,7 @@ RECENCIES = [None, "slope", "forget"]
 
 def made(recency=None):
     torch.manual_seed(0)
-    layer = DynamicMaskAttention(32, 4, 2, 8, 5, recency=recency, qk_norm=True, bias=True)
+    layer = DynamicMaskAttention(32, 4, 2, 8, 5, recency=recency, qk_norm=True, output_gate=True, bias=True)
     for parameter in layer.parameters():
         nn.init.normal_(parameter, std=0.3)
     return layer
@@ -106,7 +106,8 @@ def test_quantised_weights(hidden):
     step = layer.gate.dt_proj(value.transpose(1, 2).flatten(2)).mT
     gate = (layer.gate.A[:, None] * nn.functional.softplus(step)).exp()
     want = dense_dynamic_mask_attention(query, key, value, gate, window_size=5)
-    torch.testing.assert_close(layer(hidden), layer.o_proj(want.transpose(1, 2).flatten(2)))
+    want = want.transpose(1, 2).flatten(2) * layer.g_proj(hidden).sigmoid()
+    torch.testing.assert_close(layer(hidden), layer.o_proj(want))
     assert layer.empty_state(2).key.dtype == torch.float32
     assert read(layer, hidden).isfinite().all()
 

@@ -1,0 +1,112 @@
+"""What the attention layers share: a selection, its gate, the gate of the output, and the first state."""
+
+from collections.abc import Mapping
+from itertools import chain
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from flexdma import checks
+from flexdma.gates import ValueGate
+from flexdma.lifespans import Selection
+from flexdma.mixed_precision import autocast
+from flexdma.state import State, empty_state, state_options
+
+
+class AttentionLayer(nn.Module):
+    """The base of `DynamicMaskAttention` and `DynamicMaskLatentAttention`.
+
+    gate: from values to gates; None where the selection does not choose by gates, which then has no parameters.
+    o_proj: the output projection.  g_proj: from the layer's input to the gate of the output; None = no such gate.
+    """
+
+    gate: ValueGate
+    o_proj: nn.Linear
+    g_proj: nn.Linear
+
+    def __init__(
+        self, policy: Selection, lowering: str | None, block_size: int | tuple[int, int] | None,
+        kernel_options: Mapping[str, object] | None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
+        self.policy = policy
+        self.lowering, self.block_size, self.kernel_options = lowering, block_size, kernel_options
+
+    def _make_gate(self, heads: int, size: int, form: str, recency: str | None, slopes: Any) -> None:
+        """Set `gate`.  Raises ValueError where there is none, and an argument of it is given."""
+        if self.policy.by_gate:
+            self.gate = ValueGate(heads, size, form, recency, slopes=slopes)
+            return
+        for name, given, default in (("form", form, "exp"), ("recency", recency, None), ("slopes", slopes, None)):
+            if given != default:
+                raise ValueError(
+                    f"{name}: expected {default!r} with selection={self.policy.kind!r}, which has no gate, got {given!r}"
+                )
+        self.register_module("gate", None)
+
+    def _make_output_gate(self, given: bool, hidden_size: int, size: int, bias: bool) -> None:
+        """Set `g_proj`, last, so that the other parameters are initialised as without it."""
+        if not isinstance(given, bool):
+            raise TypeError(f"output_gate: expected a bool, got {given!r}")
+        self.register_module("g_proj", nn.Linear(hidden_size, size, bias=bias) if given else None)
+
+    def extra_repr(self) -> str:
+        how = {"lowering": self.lowering, "block_size": self.block_size, "kernel_options": self.kernel_options}
+        options = state_options(self.policy) | how
+        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, 0))
+
+    def _gates(
+        self, value: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, state: State | None,
+        return_state: bool,
+    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
+        """The gates, None for none; and with a forgetting gate and return_state the sums for the next state."""
+        if self.gate is None:
+            return None, None
+        before: dict[str, Any] = {}
+        if cu_seqlens is not None:
+            before = {"cu_seqlens": cu_seqlens}
+        elif state is not None:
+            before = {"first_position": state.real_length, "forgotten": state.forgotten}
+        returns_forgotten = return_state and self.gate.recency == "forget"
+        gates = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
+        return gates if returns_forgotten else (gates, None)
+
+    def _joined(self, output: Tensor, hidden_states: Tensor) -> Tensor:
+        """Heads [B, H, N, Dv] of the attention's output -> [B, N, hidden_size]."""
+        joined = output.transpose(1, 2).flatten(2)
+        if self.g_proj is not None:
+            joined = joined * self.g_proj(hidden_states).sigmoid().to(joined.dtype)
+        return self.o_proj(joined)
+
+    @property
+    def _gate_dtype(self) -> torch.dtype:
+        return torch.float32 if self.gate is None or self.gate.recency is None else torch.float64
+
+    def _empty_state(
+        self, batch_size: int, heads: int, size: int, value_size: int, projection: nn.Module, dtype: torch.dtype | None,
+        device: torch.device | str | None,
+    ) -> State:  # fmt: skip
+        """The state before the first token.  projection: the module whose dtype keys and values have by default."""
+        own = next(chain(self.parameters(), self.buffers())) if self.gate is None else self.gate.A
+        if device is None and own.is_meta:
+            raise ValueError(
+                "device: expected the device that this layer computes on, as its weights are on meta, got None"
+            )
+        device = torch.device(own.device if device is None else device)
+        if dtype is None:
+            # Not the gate's dtype, which may be float32 in a layer of lower precision.
+            dtypes = (p.dtype for p in projection.parameters() if p.is_floating_point())
+            dtype = autocast(torch.empty(0, dtype=next(dtypes, own.dtype), device=device))[0].dtype
+        return empty_state(
+            self.policy, batch_size, heads, size, value_dim=value_size, dtype=dtype, gate_dtype=self._gate_dtype,
+            device=device,
+        )  # fmt: skip
+
+
+def refuse_beside_sequences(**others: object) -> None:
+    """Raise ValueError naming the first argument that is given; they do not go with cu_seqlens."""
+    for name, value in others.items():
+        if value is not None:
+            raise ValueError(f"{name}: expected None with cu_seqlens, got a {type(value).__name__}")
