@@ -5,6 +5,7 @@ dynamic_mask_attention_varlen   the same over sequences packed into one row, in 
 lifespan_attention          attention over any lifespans; dynamic_mask_attention is built on it
 attention_mass              how much attention each key receives
 DynamicMaskAttention        the layer around the operator; ValueGate is its gate
+DynamicMaskLatentAttention  the same over latents of tokens, from which heads compute keys and values
 DynamicMaskState            the keys that later queries can see: decoding, chunked prefill, endless context
 growing_attention           the same for keys that no window bounds, in a GrowingState
 causal_top_w, ...           gates -> Lifespans, the mask as one interval per key
@@ -26,6 +27,7 @@ from flexdma._version import __version__
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
 from flexdma.growing import growing_attention
+from flexdma.latent import DynamicMaskLatentAttention
 from flexdma.lifespans import Lifespans, above_threshold, causal_top_w, global_top_w, sliding_window
 from flexdma.lowerings.choice import choose_lowering
 from flexdma.mass import attention_mass
@@ -42,6 +44,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DynamicMaskAttention",
+    "DynamicMaskLatentAttention",
     "DynamicMaskState",
     "GrowingState",
     "Lifespans",

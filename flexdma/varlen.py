@@ -126,8 +126,8 @@ def dynamic_mask_attention_varlen(
     lifespans = policy.lifespans(gate, document_ids=sequences.number[None])
     output = attend(
         query, key, value, bias, lifespans, in_order=True, ranked=policy.is_ranked,
-        capacity=_capacity(policy, sequences, lowering), scale=scale,
-        score_mod=None if score_mod is None else _in_sequences(score_mod, sequences), lowering=lowering,
+        capacity=capacity_of_sequences(policy, sequences, lowering), scale=scale,
+        score_mod=None if score_mod is None else score_mod_in_sequences(score_mod, sequences), lowering=lowering,
         block_size=block_size, kernel_options=kernel_options, sink_logits=sink_logits,
     )  # fmt: skip
     output = output[0].transpose(0, 1).contiguous()
@@ -149,7 +149,7 @@ def _as_one_row(
     return query, key, value, gate.transpose(0, 1)[None]
 
 
-def _capacity(policy: Selection, sequences: Sequences, lowering: str | None) -> int | None:
+def capacity_of_sequences(policy: Selection, sequences: Sequences, lowering: str | None) -> int | None:
     """Upper bound on the keys that one query sees; None = no bound.
 
     The longest sequence is one too.  It is read on a CPU only, where this does not synchronise, and not for "flex", which
@@ -161,7 +161,7 @@ def _capacity(policy: Selection, sequences: Sequences, lowering: str | None) -> 
     return longest if policy.capacity is None else min(longest, policy.capacity)
 
 
-def _in_sequences(score_mod: ScoreMod, sequences: Sequences) -> ScoreMod:
+def score_mod_in_sequences(score_mod: ScoreMod, sequences: Sequences) -> ScoreMod:
     """A score_mod that maps positions of the row to sequences and positions in them, and calls `score_mod`."""
     # Buffers, because Inductor's C++ FlexAttention captures no views and no expressions.
     number, start = realize(sequences.number), realize(sequences.start)

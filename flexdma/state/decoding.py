@@ -8,7 +8,8 @@ from torch import Tensor
 from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.layout import SLOTS
-from flexdma.state.one_token import attended, in_document, inserted
+from flexdma.state.one_query import attended
+from flexdma.state.one_token import in_document, inserted
 from flexdma.state.slot_writes import copied_into, decode_in_place
 from flexdma.state.token_run import has_sizes_of
 from flexdma.transforms import can_read, needs_gradient
@@ -42,14 +43,21 @@ def decode(
             query, key, value, gate, state, scale=scale, key_padding_mask=key_padding_mask, document_ids=document_ids,
             sink_logits=sink_logits,
         )  # fmt: skip
-    if document_ids is None:
-        after = inserted(state, key, value, gate, key_padding_mask, in_place=donate)
-    else:
-        # A copy: the caller may overwrite the ids.
-        before = in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
-        after = inserted(before, key, value, gate, key_padding_mask)
-        after = copied_into(state, after) if donate else after
+    after = state_after_token(key, value, gate, state, key_padding_mask, document_ids, donate=donate)
     return attended(query, state.length, after, scale, score_mod, sink_logits), after
+
+
+def state_after_token(
+    key: Tensor, value: Tensor, gate: Tensor, state: DynamicMaskState, key_padding_mask: Tensor | None,
+    document_ids: Tensor | None, *, donate: bool,
+) -> DynamicMaskState:  # fmt: skip
+    """The state after one new token, without attention and without reading values; arguments as of `decode`."""
+    if document_ids is None:
+        return inserted(state, key, value, gate, key_padding_mask, in_place=donate)
+    # A copy: the caller may overwrite the ids.
+    before = in_document(state, document_ids[:, 0].to(torch.int64, copy=True))
+    after = inserted(before, key, value, gate, key_padding_mask)
+    return copied_into(state, after) if donate else after
 
 
 def is_next_token(

@@ -11,7 +11,8 @@ from flexdma.state.growing import GrowingState
 from flexdma.state.growing_chunk import NewKeys
 from flexdma.state.growing_slots import GROWING_SLOTS
 from flexdma.state.layout import EMPTY
-from flexdma.state.one_token import attended, written
+from flexdma.state.one_query import attended
+from flexdma.state.one_token import written
 
 FULL = "state: expected an empty slot in every head, got a full one; call state.reserve(tokens) before a compiled call"
 

@@ -1,8 +1,8 @@
-"""The state after one more token and its attention, in operations of static shapes, which compile once and export.
+"""The state after one more token, in operations of static shapes, which compile once and export.
 
 The new key replaces the last of w keys in rank or is not kept ("Trainable Dynamic Mask Sparse Attention", arXiv
 2508.02124): it writes one slot, or two with sinks and recent tokens.  All operations are elementwise or reductions over
-slots.  Attention is plain attention over C slots.
+slots.
 """
 
 from dataclasses import replace
@@ -13,13 +13,8 @@ from torch import Tensor
 
 from flexdma.lifespans.ranking import NEVER, last_in_rank, outranks
 from flexdma.lifespans.selection import is_above
-from flexdma.lowerings.hidden import HIDDEN
-from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
-from flexdma.mixed_precision import without_autocast
 from flexdma.packing import along_keys
-from flexdma.signatures import ScoreMod
 from flexdma.state.dynamic_mask_state import DynamicMaskState
-from flexdma.state.value import State
 
 
 def in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
@@ -167,50 +162,3 @@ def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) ->
 def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
     """torch.where(condition, first, second) for condition [B, Hkv, n] and tensors [B, Hkv, n, ...]."""
     return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)
-
-
-def attended(
-    query: Tensor,
-    now: Tensor,
-    state: State,
-    scale: float,
-    score_mod: ScoreMod | None,
-    sink_logits: Tensor | None,
-) -> Tensor:
-    """Attention of query [B, Hq, 1, D] at positions now [B] to the keys of the state."""
-    batch, query_heads, _one, _size = query.shape
-    heads = state.position.shape[1]
-    computed = torch.float64 if query.dtype == torch.float64 else torch.float32
-    visible = (state.position >= 0)[:, :, None]  # [B, Hkv, 1, C]
-    gate = state.gate[:, :, None]
-    reference = torch.where(gate.detach().isfinite(), gate.detach(), float("-inf")).amax(-1, keepdim=True)
-    difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
-    bias = difference.to(computed)
-    nothing = ~visible.any(-1, keepdim=True)
-    with without_autocast(query.device):
-        rows = query.squeeze(2).unflatten(1, (heads, query_heads // heads)).to(computed) * scale
-        scores = rows @ state.key.to(computed).mT  # [B, Hkv, G, C]
-        if score_mod is not None:
-            head = torch.arange(query_heads, device=query.device).view(1, heads, -1, 1)
-            row = torch.arange(batch, device=query.device).view(-1, 1, 1, 1)
-            # Empty slots get position 0, so score_mod never sees -1.
-            position = state.position.clamp(min=0)[:, :, None]
-            scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
-        # Not a sum with HIDDEN, because the key of an empty slot may not be finite.
-        scores = torch.where(visible, scores + bias, HIDDEN)
-        if score_mod is not None:
-            nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
-        weights = scores.masked_fill(nothing, 0.0).softmax(-1)
-        output = torch.where(nothing, 0.0, weights @ state.value.to(computed))
-        if sink_logits is not None:
-            sink = sink_scores(sink_logits, _best_gate(state)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
-            output = output * share_of_keys(scores.logsumexp(-1, keepdim=True), sink.to(computed))
-    return output.flatten(1, 2).unsqueeze(2).to(query.dtype)
-
-
-def _best_gate(state: State) -> Tensor:
-    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 if it has none."""
-    level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
-    best = level.amax(-1, keepdim=True)
-    newest = torch.where(level == best, state.position, -1).argmax(-1, keepdim=True)
-    return torch.where(best == float("-inf"), 0.0, state.gate.gather(-1, newest))

@@ -15,7 +15,8 @@ from torch import Tensor
 from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.layout import SLOTS
-from flexdma.state.one_token import attended, in_document, inserted
+from flexdma.state.one_query import attended
+from flexdma.state.one_token import in_document, inserted
 from flexdma.state.token_run import run_of
 
 
