@@ -163,9 +163,12 @@ def test_a_layer_without_a_gate_has_no_parameters_for_it(selection):
 
 @torch.no_grad()
 @pytest.mark.parametrize("masked", [False, True])
-@pytest.mark.parametrize("options", [{}, {"sinks": 2, "recent": 9}])
-def test_a_sliding_layer_decodes_as_in_one_pass(options, masked):
-    layer = made("sliding", **options)
+@pytest.mark.parametrize(
+    ("selection", "options", "slots"),
+    [("sliding", {}, 7), ("sliding", {"sinks": 2, "recent": 9}, 18), ("full", {}, 64)],
+)
+def test_a_layer_without_a_gate_decodes_as_in_one_pass(selection, options, slots, masked):
+    layer = made(selection, **options)
     hidden = torch.randn(2, 40, 32, dtype=torch.float64)
     masks = {"key_padding_mask": MASK, "document_ids": DOCUMENTS} if masked else {}
     want = layer(hidden, **masks)
@@ -177,7 +180,7 @@ def test_a_sliding_layer_decodes_as_in_one_pass(options, masked):
             output, state = layer(part, state=state, return_state=True, donate=donate, **given)
             outputs.append(output)
         torch.testing.assert_close(torch.cat(outputs, 1), want, atol=1e-12, rtol=1e-12)
-        assert state.key.shape[2] == 7 + options.get("sinks", 0) + options.get("recent", 0)
+        assert state.key.shape[2] == slots or (selection == "full" and state.key.shape[2] < slots)
 
 
 class Mixed(nn.Module):
@@ -239,5 +242,3 @@ def test_what_has_no_meaning_is_refused_by_name():
         ValueError, match="recency: expected None with selection='full', which has no gate, got 'slope'"
     ):
         DynamicMaskAttention(32, 4, 2, 8, None, selection="full", recency="slope")
-    with pytest.raises(ValueError, match=r"selection: expected one of .* with a state, got 'full'"):
-        made("full").empty_state(1)

@@ -2,6 +2,7 @@
 
 layer.py        DynamicMaskLatentAttention
 projections.py  from hidden states to queries, latents and rotated keys; the up-projections kept for decoding
+attention.py    attention over latents, and the state after it
 absorbed.py     one token against latents, without keys and values of heads
 """
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from flexdma.mixed_precision import without_autocast
 from flexdma.signatures import ScoreMod
-from flexdma.state import DynamicMaskState
+from flexdma.state import State
 from flexdma.state.one_query import weighted_values
 
 
@@ -28,7 +28,7 @@ def up_projections(kv_b_proj: nn.Module, like: Tensor, heads: int) -> Tensor:
 
 
 def absorbed_attention(
-    query_nope: Tensor, query_rope: Tensor, now: Tensor, state: DynamicMaskState, up: Tensor, scale: float,
+    query_nope: Tensor, query_rope: Tensor, now: Tensor, state: State, up: Tensor, scale: float,
     score_mod: ScoreMod | None,
 ) -> Tensor:  # fmt: skip
     """Attention [B, H, 1, dv] of one query at positions now [B] to the latents of the state.  O(H C (r + dr)) time.

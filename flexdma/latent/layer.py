@@ -1,31 +1,24 @@
 """DynamicMaskLatentAttention: latents of tokens, a gate of each latent, and attention to the w best-gated ones."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
 from flexdma import checks
 from flexdma.attention_layer import refuse_beside_sequences
-from flexdma.latent.absorbed import absorbed_attention
-from flexdma.latent.projections import LatentProjections
-from flexdma.lifespans import Lifespans, Selection
-from flexdma.lowerings.attend import attend
+from flexdma.latent.attention import LatentAttention, LatentTokens
+from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
-from flexdma.sequences import Sequences, packed_sequences
+from flexdma.sequences import packed_sequences
 from flexdma.signatures import LayerOptions, ScoreMod
-from flexdma.state import DynamicMaskState, check_state_matches
-from flexdma.state.carry import Keys, first_keys, score_mod_at_positions, state_after, with_state_keys
-from flexdma.state.decoding import state_after_token
+from flexdma.state import State, check_state_matches
 from flexdma.state.donation import check_donation
-from flexdma.state.packed import states_after
-from flexdma.varlen import capacity_of_sequences, score_mod_in_sequences
+from flexdma.varlen import score_mod_in_sequences
 
 
-class DynamicMaskLatentAttention(LatentProjections):
+class DynamicMaskLatentAttention(LatentAttention):
     """hidden states [B, N, hidden_size] -> [B, N, hidden_size] by multi-head latent attention (arXiv 2405.04434).
 
     hidden_size, num_heads (H), window_size (w): the sizes.
@@ -100,7 +93,7 @@ class DynamicMaskLatentAttention(LatentProjections):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: Literal[False] = False,
         **options: Unpack[LayerOptions],
     ) -> Tensor: ...
@@ -111,10 +104,10 @@ class DynamicMaskLatentAttention(LatentProjections):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: Literal[True],
         **options: Unpack[LayerOptions],
-    ) -> tuple[Tensor, DynamicMaskState]: ...
+    ) -> tuple[Tensor, State]: ...
 
     @overload
     def forward(
@@ -122,10 +115,10 @@ class DynamicMaskLatentAttention(LatentProjections):
         hidden_states: Tensor,
         position_embeddings: tuple[Tensor, Tensor] | None = None,
         *,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: bool,
         **options: Unpack[LayerOptions],
-    ) -> Tensor | tuple[Tensor, DynamicMaskState]: ...
+    ) -> Tensor | tuple[Tensor, State]: ...
 
     def forward(
         self,
@@ -136,10 +129,10 @@ class DynamicMaskLatentAttention(LatentProjections):
         document_ids: Tensor | None = None,
         cu_seqlens: Tensor | None = None,
         score_mod: ScoreMod | None = None,
-        state: DynamicMaskState | None = None,
+        state: State | None = None,
         return_state: bool = False,
         donate: bool = False,
-    ) -> Tensor | tuple[Tensor, DynamicMaskState]:
+    ) -> Tensor | tuple[Tensor, State]:
         """Causal self-attention over the N tokens and the earlier ones of `state`.
 
         position_embeddings: cos and sin of the rotary embedding, each [N, dr] or [B, N, dr], the halves repeated (also with
@@ -147,70 +140,31 @@ class DynamicMaskLatentAttention(LatentProjections):
         Others as in `DynamicMaskAttention.forward`.  The state's key is the rotated key [B, 1, C, dr], its value the latent
         [B, 1, C, r].
 
-        Returns [B, N, hidden_size], or (that, DynamicMaskState) with return_state.
+        Returns [B, N, hidden_size], or (that, DynamicMaskState or GrowingState) with return_state.
         """
-        query_nope, query_rope, key, latent = autocast(*self.project(hidden_states, position_embeddings))
-        check_donation(donate, state, return_state, query_nope, query_rope, key, latent)
+        tokens = LatentTokens(*autocast(*self.project(hidden_states, position_embeddings)))
+        check_donation(donate, state, return_state, *tokens)
         checks.scores(None, score_mod)
         sequences = None
         if cu_seqlens is not None:
             refuse_beside_sequences(key_padding_mask=key_padding_mask, document_ids=document_ids, state=state)
-            sequences = packed_sequences(cu_seqlens, latent.shape[2], latent)
+            sequences = packed_sequences(cu_seqlens, tokens.key.shape[2], tokens.key)
             document_ids = sequences.number[None]
             score_mod = None if score_mod is None else score_mod_in_sequences(score_mod, sequences)
         if state is not None or return_state:
             self.policy.refuse_without_state()
+        if sequences is not None and return_state:
+            self.policy.refuse_without_bound("with cu_seqlens and return_state")
         if state is not None:
-            check_state_matches(state, key, latent, self._gate_dtype, self.policy)
-        gates, forgotten = self._gates(latent, key_padding_mask, cu_seqlens, state, return_state)
-        gate = self.policy.gates(gates, key)
+            check_state_matches(state, tokens.key, tokens.latent, self._gate_dtype, self.policy)
+        gates, forgotten = self._gates(tokens.latent, key_padding_mask, cu_seqlens, state, return_state)
         masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
-        checks.selected_keys(gate, **masks)
-        after = None
-        if (
-            state is not None
-            and latent.shape[2] == 1
-            and self.lowering is self.block_size is self.kernel_options is None
-        ):
-            after = state_after_token(key, latent, gate, state, **masks, donate=donate)
-            up = self._up_projections(latent)
-            output = absorbed_attention(query_nope, query_rope, state.length, after, up, self.scale, score_mod)
+        checks.selected_keys(self.policy.gates(gates, tokens.key), **masks)
+        if self.policy.is_bounded or not (return_state or state is not None):
+            output, after = self._attend(tokens, gates, masks, score_mod, sequences, state, return_state, donate)
         else:
-            if state is None:
-                keys = first_keys(key, latent, gate, **masks)
-            else:
-                keys = with_state_keys(state, key, latent, gate, **masks)
-                if score_mod is not None:
-                    score_mod = score_mod_at_positions(score_mod, keys, state.length, self.num_heads)
-            lifespans = self.policy.lifespans(
-                keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids
-            )
-            query = torch.cat([query_nope, query_rope], -1)
-            output = self._expanded(query, keys, gates is not None, lifespans, score_mod, sequences)
-            if return_state and sequences is not None:
-                after = states_after(key, latent, gate, lifespans, sequences, self.policy)
-            elif return_state:
-                before = self.empty_state(latent.shape[0], latent.dtype, latent.device) if state is None else state
-                after = state_after(before, keys, lifespans)
+            output, after = self._attend_growing(tokens, gates, masks, score_mod, state, donate)
         joined = self._joined(output, hidden_states)
         if not return_state or after is None:
             return joined
-        return joined, after if forgotten is None else replace(after, forgotten=forgotten)
-
-    def _expanded(
-        self, query: Tensor, keys: Keys, is_biased: bool, lifespans: Lifespans, score_mod: ScoreMod | None,
-        sequences: Sequences | None,
-    ) -> Tensor:  # fmt: skip
-        """Attention of query [B, H, N, D] to keys and values of each head, [B, H, N, dv]."""
-        heads = self.kv_b_proj(keys.value[:, 0]).unflatten(-1, (self.num_heads, -1)).transpose(1, 2)
-        nope, value = heads.split([self.qk_nope_head_dim, self.v_head_dim], -1)
-        key = torch.cat([nope, keys.key.to(nope.dtype).expand(-1, self.num_heads, -1, -1)], -1)
-        policy = self.policy
-        capacity = policy.capacity
-        if sequences is not None:
-            capacity = capacity_of_sequences(policy, sequences, self.lowering)
-        return attend(
-            query, key, value, keys.gate if is_biased else None, lifespans, in_order=True, ranked=policy.is_ranked,
-            capacity=capacity, scale=self.scale, score_mod=score_mod, lowering=self.lowering, block_size=self.block_size,
-            kernel_options=self.kernel_options, sink_logits=None,
-        )  # fmt: skip
+        return joined, after if forgotten is None else after._with(forgotten=forgotten)

@@ -7,7 +7,7 @@ from flexdma import checks
 from flexdma.attention_layer import AttentionLayer
 from flexdma.latent.absorbed import up_projections
 from flexdma.rotary import halves_of_pairs, rotary_tables, rotate
-from flexdma.state import DynamicMaskState
+from flexdma.state import State
 from flexdma.transforms import needs_gradient
 
 
@@ -21,6 +21,7 @@ class LatentProjections(AttentionLayer):
     qk_rope_head_dim: int
     v_head_dim: int
     rope_interleave: bool
+    scale: float
     _up: Tensor  # None where nothing is kept
 
     def _make_projections(self, q_lora_rank: int | None, bias: bool, norm_eps: float) -> None:
@@ -63,7 +64,7 @@ class LatentProjections(AttentionLayer):
 
     def empty_state(
         self, batch_size: int, dtype: torch.dtype | None = None, device: torch.device | str | None = None
-    ) -> DynamicMaskState:
+    ) -> State:
         """The state of this layer before the first token: (r + dr) numbers for each of w + sinks + recent tokens.
 
         dtype, device: as in `DynamicMaskAttention.empty_state`, with kv_a_proj_with_mqa for v_proj.

@@ -1,6 +1,6 @@
 """Attention of new tokens after a GrowingState, and the state after them: one token, or a chunk by the lowerings."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -32,10 +32,42 @@ def attend_growing(
     lowering: str | None,
     block_size: int | tuple[int, int] | None,
     kernel_options: Mapping[str, object] | None,
+    is_biased: bool = True,
 ) -> tuple[Tensor, GrowingState]:
     """Attention [B, Hq, Q, Dv] of the last Q of n new tokens, and the state after them.
 
-    options: of the state, by name.  ranked: see `flexdma.lowerings.attend`.  Others as in `dynamic_mask_attention`.
+    options: of the state, by name.  ranked: see `flexdma.lowerings.attend`.  is_biased: False = all gates are 0.
+    Others as in `dynamic_mask_attention`.
+    """
+    group = query.shape[1] // new.key.shape[1]
+
+    def of_chunk(put: Placed, before: GrowingState) -> Tensor:
+        at_positions = None
+        if score_mod is not None:
+            at_positions = score_mod_at_positions(score_mod, put.keys, before.length, group)
+        return attend(
+            query, put.keys.key, put.keys.value, put.keys.gate if is_biased else None, put.lifespans, in_order=True,
+            ranked=ranked, capacity=seen_at_most(put), lowering=lowering, block_size=block_size,
+            kernel_options=kernel_options, scale=scale, score_mod=at_positions, sink_logits=sink_logits,
+        )  # fmt: skip
+
+    def of_token(after: GrowingState, now: Tensor, reads: bool) -> Tensor:
+        size = query.shape[3] ** -0.5 if scale is None else scale
+        return attention_after(query, now, after, size, score_mod, sink_logits, reads=reads)
+
+    is_token = new.key.shape[2] == 1 and lowering is block_size is kernel_options is None
+    return attend_by(of_chunk, of_token if is_token else None, new, state, options, (query, sink_logits), donate)
+
+
+def attend_by(
+    of_chunk: Callable[[Placed, GrowingState], Tensor], of_token: Callable[[GrowingState, Tensor, bool], Tensor] | None,
+    new: NewKeys, state: State | None, options: Mapping[str, Any], others: Sequence[Tensor | None], donate: bool,
+) -> tuple[Tensor, GrowingState]:  # fmt: skip
+    """Any attention of new tokens after a state, and the state after them.
+
+    of_chunk: (keys in places, the state before them) -> output.
+    of_token: for one token: (the state after it, its position [B], whether values may be read) -> output.  None = by of_chunk.
+    others: further tensors of the call, which may need gradients.
     """
     _refuse_here()
     key, value, gate = new.key, new.value, new.gate
@@ -48,19 +80,11 @@ def attend_growing(
         check_growing_state(state, key, value, gate.dtype, options)
         assert isinstance(state, GrowingState)
         before = state
-    if key.shape[2] == 1 and lowering is block_size is kernel_options is None:
-        scale = query.shape[3] ** -0.5 if scale is None else scale
-        return _token(query, new, before, scale, score_mod, sink_logits, donate)
+    if of_token is not None:
+        return _token(of_token, new, before, others, donate)
     put = placed(before, new)
-    scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
-    if score_mod is not None:
-        scores["score_mod"] = score_mod_at_positions(score_mod, put.keys, before.length, query.shape[1] // key.shape[1])
-    output = attend(
-        query, put.keys.key, put.keys.value, put.keys.gate, put.lifespans, in_order=True, ranked=ranked,
-        capacity=_capacity(put), lowering=lowering, block_size=block_size, kernel_options=kernel_options, **scores,
-    )  # fmt: skip
-    alive = put.alive
-    if can_read(query):
+    output, alive = of_chunk(put, before), put.alive
+    if can_read(key):
         living = int(alive.sum(-1).max()) if alive.numel() else 0
         slots = slots_for(living + 1, before.position.shape[-1])
         return output, after_chunk(before, new, put, alive, slots)._with(_room=slots - living)
@@ -70,25 +94,24 @@ def attend_growing(
 
 
 def _token(
-    query: Tensor, new: NewKeys, state: GrowingState, scale: float, score_mod: ScoreMod | None,
-    sink_logits: Tensor | None, donate: bool,
+    of_token: Callable[[GrowingState, Tensor, bool], Tensor], new: NewKeys, state: GrowingState,
+    others: Sequence[Tensor | None], donate: bool,
 ) -> tuple[Tensor, GrowingState]:  # fmt: skip
-    if not can_read(query):
+    if not can_read(new.key):
         _assert_room((state.position < 0).any(-1))
         after = after_token(state, new, in_place=donate)
-        return attention_after(query, state.length, after, scale, score_mod, sink_logits, reads=False), after
+        return of_token(after, state.length, False), after
     before = state.reserve(1)
     slots = [getattr(state, name) for name in GROWING_SLOTS]
-    reads = query.is_cpu and not needs_gradient(query, new.key, new.value, new.gate, sink_logits, *slots)
+    reads = new.key.is_cpu and not needs_gradient(new.key, new.value, new.gate, *others, *slots)
     if reads and not donate and before.key is state.key:
         before = before._with(**{name: getattr(before, name).clone() for name in GROWING_SLOTS})
     after = after_token(before, new, in_place=reads or donate)
     room = None if before._room is None else before._room - 1
-    output = attention_after(query, state.length, after, scale, score_mod, sink_logits, reads=reads)
-    return output, after._with(_room=room)
+    return of_token(after, state.length, reads), after._with(_room=room)
 
 
-def _capacity(put: Placed) -> int | None:
+def seen_at_most(put: Placed) -> int | None:
     """Upper bound on the keys that one query sees; None = no bound.  Read on a CPU only, where this does not synchronise."""
     seen = put.seen
     if not seen.is_cpu or not can_read(seen) or not seen.numel():

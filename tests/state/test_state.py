@@ -283,7 +283,7 @@ def test_foreign_states_are_refused():
         (
             {"selection": "global"},
             ValueError,
-            r"selection: expected one of \('causal', 'threshold', 'sliding'\) with a state",
+            r"selection: expected one of \('causal', 'threshold', 'sliding', 'full'\) with a state",
         ),
         (
             {"window_size": None, "selection": "threshold"},
