@@ -66,7 +66,7 @@ def attend_by(
     """Any attention of new tokens after a state, and the state after them.
 
     of_chunk: (keys in places, the state before them) -> output.
-    of_token: for one token: (the state after it, its position [B], whether values may be read) -> output.  None = by of_chunk.
+    of_token: for one token: (the state after it, its position [B], whether values may be read) -> output; None: by of_chunk
     others: further tensors of the call, which may need gradients.
     """
     _refuse_here()
