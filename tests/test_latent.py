@@ -285,7 +285,7 @@ def test_offloaded_weights():
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_a_compiled_layer_trains_at_changing_lengths(backend):
-    layer = made(**VARIANTS["output gate"]).float()
+    layer = made(output_gate=True).float()
     counter = CompileCounterWithBackend(backend)
     compiled = torch.compile(layer, fullgraph=True, backend=counter)
     for length in (30, 17, 23):

@@ -8,6 +8,8 @@ import math
 from heapq import heappop, heapreplace
 from typing import NamedTuple
 
+import torch
+
 from flexdma.lifespans.ranking import NEVER
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.one_token import beyond_window
@@ -143,3 +145,12 @@ def find_last(heads: list[HeadKeys], state: DynamicMaskState) -> bool:
         all_numbers = all_numbers and not any(math.isnan(gate) for gate, _, _ in head.lowest)
         first += state.position.shape[2]
     return all_numbers
+
+
+def is_top_of_equal_gates(state: DynamicMaskState) -> bool:
+    """Whether the window of each head holds one key for each position from its first key on, all with a gate of 0."""
+    position = state.position[..., : state.widest]
+    held = position >= 0
+    first = torch.where(held, position, state.length[:, None, None]).amin(-1)
+    gapless = held.sum(-1) == state.length[:, None] - first
+    return bool(gapless.all()) and not bool(((state.gate != 0) & (state.position >= 0)).any())

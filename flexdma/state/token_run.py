@@ -4,6 +4,7 @@ A token costs more in calls than in arithmetic, so numbers per head are Python's
 read (gates, positions, lengths, and which slots are those of the top-w) is written when `state` is called.
 
 A run ends, and `one_token.py` continues, where a token is not plain: its gates are not finite, or it may become a sink.
+A sliding window is a run where it is the top-w of equal gates: where the gates are 0, and no token in it is masked.
 """
 
 import math
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.dynamic_mask_state import DynamicMaskState
-from flexdma.state.head_keys import HeadKeys, Later, find_last, heads_at
+from flexdma.state.head_keys import HeadKeys, Later, find_last, heads_at, is_top_of_equal_gates
 from flexdma.state.layout import SLOTS
 
 # How far gates may rise above the number that is subtracted from them.  Float32 rounds a difference of 4 by 2e-7.
@@ -40,6 +41,7 @@ class TokenRun:
         """Use `run_of`, which checks the state."""
         self.forgotten = state.forgotten
         self._has_threshold = state.selection == "threshold"
+        self._is_sliding = state.selection == "sliding"
         self._later = Later({}, {})
         self._heads = heads_at(state, self._later)
         self._begin_at(state)
@@ -75,7 +77,7 @@ class TokenRun:
         """
         gates: list[float] = gate.flatten().tolist()
         # A sum that overflows only ends the run.
-        if not math.isfinite(sum(gates)) or not (self._is_sorted or self._sort()):
+        if not math.isfinite(sum(gates)) or (self._is_sliding and any(gates)) or not (self._is_sorted or self._sort()):
             return False
         rows, places, biases, emptied, is_stale, lost = [], [], [], [], False, False
         for row, (head, number) in enumerate(zip(self._heads, gates, strict=True)):
@@ -212,7 +214,7 @@ def run_of(state: DynamicMaskState) -> TokenRun | None:
     run = state._run
     if run is not None and run.continues(state):
         return run
-    if state.position.numel() == 0 or state.selection == "sliding":
+    if state.position.numel() == 0 or (state.selection == "sliding" and not is_top_of_equal_gates(state)):
         return None
     if state.sinks:
         sinks = (state.position >= 0) & (state.position <= state.last_sink[..., None])

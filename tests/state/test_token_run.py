@@ -42,6 +42,7 @@ def contents(state):
         {"window_size": (2, 7), "sinks": 2, "recent": 4},
         {"window_size": (12, 3), "sinks": 1, "recent": 5, "selection": "threshold"},
         {"window_size": 2, "recent": 20},
+        {"window_size": (2, 7), "sinks": 2, "recent": 4, "selection": "sliding"},
     ],
 )
 @torch.no_grad()
@@ -70,6 +71,36 @@ def test_a_run_is_one_pass(options, donate, found, monkeypatch):
     for name, tensor in contents(state).items():
         torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0, equal_nan=True, msg=name)
     assert donate or not (empty.position >= 0).any()
+
+
+@pytest.mark.parametrize("options", [{"window_size": 6}, {"window_size": [2, 7], "sinks": 2, "recent": 4}])
+@pytest.mark.parametrize("with_gates", [False, True])
+@torch.no_grad()
+def test_a_sliding_window_is_a_run_where_no_token_of_it_is_masked(options, with_gates):
+    query, key, value, gate = inputs(2, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[0, :3] = mask[1, 20:22] = False
+    documents = (torch.arange(LENGTH) // 25).expand(2, -1)
+    gate[:, :, :50] = 0.0  # with other gates a token is none of a run
+    tensors: Any = (query, key, value, gate if with_gates else None)
+    options = {**options, "selection": "sliding"}
+    want = dense_dynamic_mask_attention(*tensors, key_padding_mask=mask, document_ids=documents, **options)
+    attend: Any = dynamic_mask_attention
+    state, outputs, runs = None, [], 0
+    with mock.patch.object(
+        token_run.TokenRun, "insert", autospec=True, side_effect=token_run.TokenRun.insert
+    ) as insert:
+        for at in range(LENGTH):
+            part = [None if t is None else t[:, :, at : at + 1] for t in tensors]
+            masks = {"key_padding_mask": mask[:, at : at + 1], "document_ids": documents[:, at : at + 1]}
+            output, state = attend(*part, state=state, return_state=True, donate=at > 0, **masks, **options)
+            outputs.append(output)
+        runs = insert.call_count
+    assert runs > LENGTH / 2
+    torch.testing.assert_close(torch.cat(outputs, 2), want, rtol=1e-5, atol=1e-5)
+    _, expected = attend(*tensors, return_state=True, key_padding_mask=mask, document_ids=documents, **options)
+    for name, tensor in contents(state).items():
+        torch.testing.assert_close(tensor, contents(expected)[name], rtol=0, atol=0, msg=name)
 
 
 @given(gates(max_length=30), st.data())
