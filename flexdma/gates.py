@@ -6,7 +6,7 @@ Dynamic Mask Attention (arXiv 2508.02124, and Hugging Face's Doge):
     gate_j =     A * softplus(v_j Delta)      form="linear"
     gate_j =     A *          v_j Delta       form="identity"
 
-"identity" can rank keys by any number that is linear in the value, below 0 too: gates fitted in closed form have it.
+"identity" can rank keys by any number that is linear in the value, below 0 too: gates of `calibrate` have it.
 
 A value carries no position, so such a gate cannot prefer recent keys.  A recency term can.  Terms that depend on the query
 alone cancel in the softmax, so these two need one number per key:

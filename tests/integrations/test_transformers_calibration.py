@@ -1,4 +1,4 @@
-"""Gates in closed form: against dense attention of transformers and a plain least-squares fit, in float64."""
+"""Calibrated gates: against dense attention of transformers, and the same regression by another method in float64."""
 
 import pytest
 import torch
@@ -10,11 +10,11 @@ from tests.integrations.hf_models import assert_close, causal_lm
 from flexdma.integrations.transformers import calibrate, convert_to_dma, from_pretrained, recall_sequences  # isort: skip
 from flexdma.integrations.transformers.calibration import recall_texts  # isort: skip
 from flexdma.integrations.transformers.calibration.budget import divided  # isort: skip
-from flexdma.integrations.transformers.calibration.regression import RidgeSums  # isort: skip
+from flexdma.integrations.transformers.calibration.regression import explained_deviance, log_linear, standardized  # isort: skip
 from flexdma.tools.long_context.wordings import EVALUATION  # isort: skip
 from tests.tools.tiny_models import byte_tokenizer  # isort: skip
 
-FAR, LENGTH, FIRST, LEAST_QUERIES, FLOOR, RIDGE = 6, 72, 8, 16, 1e-4, 10.0
+FAR, LENGTH, FIRST, LEAST_QUERIES, FLOOR, PENALTY = 6, 72, 8, 16, 1e-4, 1000.0
 
 
 def batches(sizes=(2, 1, 3, 2), length=LENGTH):
@@ -23,7 +23,7 @@ def batches(sizes=(2, 1, 3, 2), length=LENGTH):
 
 
 def dense_targets(model, ids, layer, reads_keys):
-    """Features [n, Hkv F] and log peaks [n, Hkv] of the sampled keys of each sequence, from transformers' eager attention.
+    """Features [B, n, Hkv F] and peaks [B, n, Hkv] of the sampled keys of each sequence, from transformers' eager attention.
 
     Keys are those before the rotary embedding: it leaves their energies alone.
     """
@@ -48,21 +48,33 @@ def dense_targets(model, ids, layer, reads_keys):
     return features.flatten(2)[:, keys], peak[:, :, keys].mT
 
 
-def dense_fit(values, peaks, train):
-    """The gate without its intercept, up to a constant: ridge on scaled features by an augmented least squares."""
-    x, y = values[train].flatten(0, 1), (peaks[train].flatten(0, 1) + FLOOR).log()
-    mean, deviation = x.mean(0), x.std(0, correction=0) + 1e-6
+def logarithms_of_expectations(features, peaks, train):
+    """The logarithm of the expected peak as a function of features, by L-BFGS in float64."""
+    x, y = features[train].flatten(0, 1), peaks[train].flatten(0, 1) + FLOOR
+    # All keys decide the units of the penalty.
+    mean, deviation = features.mean(dim=(0, 1)), features.flatten(0, 1).std(0, correction=0) + 1e-6
     scaled = (x - mean) / deviation
-    penalty = RIDGE**0.5 * torch.eye(x.shape[1], dtype=torch.float64)
-    design = torch.cat([torch.cat([scaled, torch.ones(len(x), 1)], 1), torch.nn.functional.pad(penalty, (0, 1))])
-    solved = torch.linalg.lstsq(design, torch.nn.functional.pad(y, (0, 0, 0, x.shape[1]))).solution
-    return lambda given: ((given - mean) / deviation) @ solved[:-1] + solved[-1]
+    weights = torch.zeros(x.shape[1], y.shape[1], dtype=torch.float64, requires_grad=True)
+    constant = y.mean(0).log().requires_grad_()
+    optimizer = torch.optim.LBFGS(
+        [weights, constant], max_iter=400, tolerance_grad=1e-9, tolerance_change=1e-14, line_search_fn="strong_wolfe"
+    )
+
+    def loss():
+        optimizer.zero_grad()
+        logarithm = scaled @ weights + constant
+        whole = ((logarithm.exp() - y * logarithm) / y.mean(0)).sum() + PENALTY / 2 * weights.square().sum()
+        whole.backward()
+        return whole
+
+    optimizer.step(loss)
+    return lambda given: (((given - mean) / deviation) @ weights + constant).detach()
 
 
 @pytest.mark.parametrize(
     ("family", "reads_keys"), [("Llama", False), ("Llama", True), ("Mistral", True), ("Gemma2", False)]
 )
-def test_gates_windows_and_r_squared_are_those_of_a_dense_fit(family, reads_keys):
+def test_gates_windows_and_r_squared_are_those_of_a_dense_regression(family, reads_keys):
     own = {} if family == "Llama" else {"sliding_window": 20}
     model, texts = causal_lm(family, **own), batches()
     rows = torch.cat(texts)
@@ -72,15 +84,16 @@ def test_gates_windows_and_r_squared_are_those_of_a_dense_fit(family, reads_keys
     held_out = torch.arange(len(rows)) % 5 == 1
     for layer, (values, peaks) in enumerate(layers):
         gate = model.model.layers[layer].self_attn.value_gate
-        want = dense_fit(values, peaks, torch.ones_like(held_out))(values)
+        want = logarithms_of_expectations(values, peaks, torch.ones_like(held_out))(values)
         got = gate(values.unflatten(-1, (2, -1)).transpose(1, 2).float()).detach().double() * 2.0**20
         got = got.mT - 0.05 / torch.tensor(found.windows[layer]) * torch.arange(values.shape[1])[:, None]
         shift = (got - want).mean(dim=(0, 1))
         assert_close(got - shift, want, 1e-4)
-        part = dense_fit(values, peaks, ~held_out)(values[held_out])
-        truth = (peaks[held_out] + FLOOR).log()
-        errors = (truth - part).square().sum(dim=(0, 1))
-        explained = 1 - errors / (truth - truth.mean(dim=(0, 1))).square().sum(dim=(0, 1))
+        part = logarithms_of_expectations(values, peaks, ~held_out)(values[held_out]).exp().flatten(0, 1)
+        truth = peaks[held_out].flatten(0, 1) + FLOOR
+        part, truth = part / part.mean(0), truth / truth.mean(0)
+        errors, total = ((truth * (truth / m).log() - truth + m).sum(0) for m in (part, torch.ones_like(truth)))
+        explained = 1 - errors / total
         torch.testing.assert_close(torch.tensor(found.r_squared[layer]).double(), explained, atol=1e-4, rtol=0)
         torch.testing.assert_close(
             torch.tensor(found.peaks[layer]).double(), peaks.mean(dim=(0, 1)), atol=1e-5, rtol=1e-4
@@ -172,19 +185,25 @@ def test_a_converted_model_is_refused():
         calibrate(model, batches(), window_size=5, far=FAR)
 
 
-def test_ridge_sums_add_up():
-    torch.manual_seed(0)
-    x, y = torch.randn(50, 3) * torch.tensor([1.0, 9.0, 0.1]) + 4, torch.randn(50, 2)
-    whole, one, other = (RidgeSums(3, 2) for _ in range(3))
-    whole.add(x, y)
-    one.add(x[:20], y[:20])
-    other.add(x[20:], y[20:])
-    torch.testing.assert_close((one + other).solve(2.0), whole.solve(2.0))
-    plain = torch.linalg.lstsq(torch.cat([x, torch.ones(50, 1)], 1).double(), y.double()).solution
-    torch.testing.assert_close(whole.solve(0.0), plain, atol=1e-8, rtol=1e-6)
-    variance = y.double().var(0, correction=0) * 50
-    errors = (y - torch.cat([x, torch.ones(50, 1)], 1).double() @ plain).square().sum(0)
-    torch.testing.assert_close(whole.r_squared(plain), 1 - errors / variance)
+def test_keys_that_are_needed_rarely_and_then_entirely_outrank_keys_that_always_get_a_little():
+    rare = torch.tensor([0.0, 1.0]).repeat_interleave(2000)
+    needed = torch.where(rare == 1, 1e-4, 0.01)
+    needed[2000:2100] = 1.0
+    x, deviation = standardized(rare[:, None])
+    weight = log_linear(x, needed[:, None], 1e-6)[0] / deviation
+    # One in twenty is needed: five times as much on average, although the mean of the logarithms is smaller.
+    assert needed[2000:].log().mean() < needed[:2000].log().mean()
+    torch.testing.assert_close(weight, torch.tensor([((0.05 + 0.95e-4) / 0.01)]).double().log(), atol=1e-5, rtol=0)
+
+
+def test_targets_that_span_ten_orders_of_magnitude_have_a_fit():
+    generator = torch.Generator().manual_seed(0)
+    x, _ = standardized(torch.randn(400, 3, generator=generator) * torch.tensor([1.0, 9.0, 0.1]) + 4)
+    want = torch.tensor([[4.0], [-3.0], [1.0], [-9.0]])
+    targets = (x @ want).exp()
+    torch.testing.assert_close(log_linear(x, targets, 1e-6).float(), want, atol=1e-3, rtol=0)
+    assert explained_deviance(x, targets, want.double()).item() == pytest.approx(1)
+    assert explained_deviance(x, targets, 0 * want.double()).item() == pytest.approx(0)
 
 
 @settings(max_examples=60, deadline=None)

@@ -2,7 +2,7 @@
 
 use_flexdma         compute the attention of Doge models with flexdma: same weights, same state_dict
 convert_to_dma      add the gates of Dynamic Mask Attention to any decoder that calls the attention interface, for training
-calibrate           the same with gates in closed form, which keep what the model's full attention will look back at
+calibrate           the same with gates by regression, which keep what the model's full attention will look back at
 distill             train gates and adapters of a converted model to its full attention; DistillTrainer: by the Trainer
 from_pretrained     load a saved model of either kind
 DynamicMaskCache    the bounded key-value cache that `generate` uses with these models

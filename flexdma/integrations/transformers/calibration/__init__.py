@@ -1,4 +1,4 @@
-"""Gates for an existing model in closed form, from what its full attention looks back at."""
+"""Gates for an existing model by regression, from what its full attention looks back at."""
 
 from flexdma.integrations.transformers.calibration.calibrate import Calibration, calibrate
 from flexdma.integrations.transformers.calibration.recall_texts import recall_sequences

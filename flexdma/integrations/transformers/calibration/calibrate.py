@@ -1,4 +1,4 @@
-"""Calibrate: convert a model and compute its gates in closed form."""
+"""Calibrate: convert a model and compute its gates by regression, without a gradient step."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,7 +18,6 @@ from flexdma.integrations.transformers.converted import windows_per_head
 from flexdma.integrations.transformers.eligibility import attention_calls, own_windows, refuse_wider_windows
 from flexdma.integrations.transformers.falcon import rerouted
 from flexdma.integrations.transformers.full_attention import full_attention
-from flexdma.integrations.transformers.key_energies import gate_input_size
 from flexdma.integrations.transformers.layer_selections import layer_selections
 
 # The scale of the gates.  It keeps their order and changes logits by less than float32 rounds them.
@@ -31,8 +30,8 @@ NARROWEST, WIDEST = 8, 6
 class Calibration:
     """What `calibrate` measured, by attention layer in order of `layer_idx` and by KV head.
 
-    r_squared: share of the variance of the logarithm of a key's largest future probability that its value predicts, in
-        sequences that the fit did not use.
+    r_squared: share of the deviance of a key's largest future probability that its value and key predict, in sequences that
+        the fit did not use.
     peaks: mean over keys of their largest future probability.  windows: keys kept by gate.
     tokens: number of calibration tokens.
     """
@@ -74,11 +73,11 @@ def calibrate(
 
         one full pass   ->  p_j = max over queries i >= j + far and the heads of a group of P_ij
         x_j             =   v_j, and log(k_jd^2 + k_j(d + D/2)^2) for d < D/2, of all KV heads
-        ridge           ->  log(p_j + 1e-4) ~ x_j . Delta_h + constant
+        regression      ->  E[p_j] + 1e-4 = exp(x_j . Delta_h + constant)
         gates           ->  2 ** -20 (x_j . Delta_h + j decay / window_h)
 
-    One pass of the full model over all tokens, layer by layer, O(N) memory per layer, and sums of F ** 2 numbers per layer,
-    F = Hkv (Dv + D / 2).
+    One pass of the full model over all tokens, layer by layer, O(N) memory per layer, then about 10 Newton steps of
+    O(tokens F ** 2) operations per head, F = Hkv (Dv + D / 2).  Keys and values of all tokens stay in CPU memory until then.
     Raises TypeError or ValueError naming the argument; for too few tokens, for models with learned sinks (`s_aux`).
     The model is converted only if all went well.
     """
@@ -95,14 +94,9 @@ def calibrate(
     heads = [call.value.shape[1] for call in calls]
     refuse_wider_windows(calls, layer_selections(choice, heads), choice)
     layers = [call.layer for call in calls]
-    futures = {
-        call.layer: FutureOfKeys(
-            call.value.shape[1], gate_input_size(call.key, call.value, reads_keys), far, reads_keys=reads_keys
-        )
-        for call in calls
-    }
+    futures = {layer: FutureOfKeys(far, reads_keys=reads_keys) for layer in layers}
     tokens = _observe(model, batches, futures, sliding, far)
-    fits = [futures[layer].fit() for layer in layers]
+    fits = [futures[layer].fit() for layer in logging.tqdm(layers, desc="Fitting gates", unit="layer")]
     windows = _divided(window_size, [futures[layer].mean_peak for layer in layers], list(sliding.values()))
     convert_to_dma(
         model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering,
@@ -154,8 +148,8 @@ def _divided(window_size: Any, peaks: Sequence[Tensor], sliding: Sequence[int]) 
 
 @torch.no_grad()
 def _set_gate(gate: ValueGate, weights: Tensor, slopes: Tensor) -> None:
-    """Make the gate SCALE (input . weights + slopes position); the intercept is the same for all keys."""
-    gate.dt_proj.weight.copy_(weights[:-1].mT)
+    """Make the gate SCALE (input . weights + slopes position); an intercept would be the same for all keys."""
+    gate.dt_proj.weight.copy_(weights.mT)
     gate.A.fill_(SCALE)
     gate.slope.copy_(slopes * SCALE)
 

@@ -1,65 +1,83 @@
-"""Sums of one layer over the calibration tokens: what its values and keys predict of the keys' future."""
+"""Samples of one layer from the calibration tokens: its keys, their values, and what the future made of them."""
 
 import torch
 from torch import Tensor
 
-from flexdma.integrations.transformers.calibration.regression import RidgeSums
+from flexdma.integrations.transformers.calibration.regression import explained_deviance, log_linear, standardized
 from flexdma.integrations.transformers.full_attention import ObservedAttention
 from flexdma.integrations.transformers.future_peaks import FLOOR, LEAST_QUERIES, future_peaks, sampled_keys
-from flexdma.integrations.transformers.key_energies import with_key_energies
+from flexdma.integrations.transformers.key_energies import gate_input_size, with_key_energies
 
 # Every fifth sequence measures how well the fit of the others predicts.
 HELD_OUT = 5
 # A penalty on squared weights, in samples.
-RIDGE = 10.0
+PENALTY = 1000.0
 # Samples per coefficient of the fit, at least.
 SAMPLES = 4
 
 
 class FutureOfKeys:
-    """Sums over the keys of one layer.
+    """The keys of one layer, in CPU memory, as large as a KV cache of the calibration tokens.
 
-    The target of a key is log(FLOOR + its peak), see `future_peaks`.
+    The target of a key is FLOOR + its peak, see `future_peaks`.
     """
 
-    def __init__(self, num_kv_heads: int, num_features: int, far: int, *, reads_keys: bool) -> None:
-        """num_features: of a key in one head, of its value or, with reads_keys, of `with_key_energies`."""
+    def __init__(self, far: int, *, reads_keys: bool) -> None:
+        """reads_keys: the features of a key are `with_key_energies`, not its value."""
         self.far, self.reads_keys = far, reads_keys
-        self.fitted = RidgeSums(num_kv_heads * num_features, num_kv_heads)
-        self.held_out = RidgeSums(num_kv_heads * num_features, num_kv_heads)
-        self.peaks = torch.zeros(num_kv_heads, dtype=torch.float64)
-        self.sequences = 0
+        self.device = torch.device("cpu")
+        # Of each sequence: [Hkv, n, D], [Hkv, n, Dv], [Hkv, n].
+        self.keys: list[Tensor] = []
+        self.values: list[Tensor] = []
+        self.peaks: list[Tensor] = []
 
     def add(self, seen: ObservedAttention) -> None:
         """Add the keys of a pass."""
-        peak = future_peaks(seen, self.far)
-        keys = sampled_keys(seen.key.shape[2], self.far)
-        features = seen.value[:, :, keys]
-        if self.reads_keys:
-            features = with_key_energies(seen.key[:, :, keys], features)
-        for feature, target in zip(features, peak[:, :, keys], strict=True):
-            sums = self.held_out if self.sequences % HELD_OUT == 1 else self.fitted
-            sums.add(feature.transpose(0, 1).flatten(1), (target.T + FLOOR).log())
-            self.peaks += target.double().sum(1).cpu()
-            self.sequences += 1
+        self.device = seen.value.device
+        sampled = sampled_keys(seen.key.shape[2], self.far)
+        peaks = future_peaks(seen, self.far)
+        # Clones, because a slice would keep all keys of the pass alive.
+        of_all = ((self.keys, seen.key), (self.values, seen.value), (self.peaks, peaks[..., None]))
+        for kept, given in of_all:
+            kept += given[:, :, sampled].to("cpu", copy=True).unbind()
 
     @property
     def mean_peak(self) -> Tensor:
         """[Hkv], the mean over keys of their largest future probability."""
-        return self.peaks / (self.fitted.count + self.held_out.count)
+        return torch.cat(self.peaks, 1)[..., 0].double().mean(1)
 
     def fit(self) -> tuple[Tensor, Tensor]:
-        """Weights [Hkv F + 1, Hkv] of the fit to all keys, and R squared [Hkv] of the fit without the held-out sequences.
+        """Weights [Hkv F, Hkv] of the fit to all keys, and R squared [Hkv] of the fit without the held-out sequences.
 
         Raises ValueError for too few samples and for targets that are not finite.
         """
-        needed = SAMPLES * len(self.fitted.features_features)
-        if self.held_out.count == 0 or self.fitted.count < needed:
+        fitted, needed = sum(peak.shape[1] for number, peak in enumerate(self.peaks) if not _is_held_out(number)), 0
+        if self.peaks:
+            size = gate_input_size(self.keys[0][None], self.values[0][None], self.reads_keys)
+            needed = SAMPLES * (len(self.keys[0]) * size + 1)
+        if len(self.peaks) < 2 or fitted < needed:
             raise ValueError(
                 f"batches: expected at least two sequences and {needed:,} keys followed by {self.far + LEAST_QUERIES} "
-                f"tokens, got {self.sequences} sequences and {self.fitted.count:,} keys beside those held out"
+                f"tokens, got {len(self.peaks)} sequences and {fitted:,} keys beside those held out"
             )
-        both = self.fitted + self.held_out
-        if not (both.features_features.isfinite().all() and both.features_targets.isfinite().all()):
+        features, targets = self._features(), torch.cat(self.peaks, 1)[..., 0].mT.float().to(self.device) + FLOOR
+        if not (features.isfinite().all() and targets.isfinite().all()):
             raise ValueError("model: expected finite values and attention probabilities, got NaN or infinity")
-        return both.solve(RIDGE), self.held_out.r_squared(self.fitted.solve(RIDGE))
+        held_out = torch.cat(
+            [torch.full((peak.shape[1],), _is_held_out(number)) for number, peak in enumerate(self.peaks)]
+        ).to(self.device)
+        x, deviation = standardized(features)
+        part = log_linear(x[~held_out], targets[~held_out], PENALTY)
+        r_squared = explained_deviance(x[held_out], targets[held_out], part)
+        weights = log_linear(x, targets, PENALTY)
+        return weights[:-1] / deviation[:, None], r_squared
+
+    def _features(self) -> Tensor:
+        """[n, Hkv F] float32 of all keys."""
+        keys, values = (torch.cat(parts, 1).to(self.device) for parts in (self.keys, self.values))
+        features = with_key_energies(keys[None], values[None])[0] if self.reads_keys else values.float()
+        return features.transpose(0, 1).flatten(1)
+
+
+def _is_held_out(sequence: int) -> bool:
+    return sequence % HELD_OUT == 1

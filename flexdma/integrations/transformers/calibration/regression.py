@@ -1,76 +1,85 @@
-"""Ridge regression from sums over samples, so that no sample is kept."""
+"""Log-linear (Poisson) regression: the expectation of a target >= 0 is exp(x . b + c).
 
-from dataclasses import dataclass, field
+The best ranking for a window is by expectation.  A fit of the logarithm ranks by the expected logarithm instead, and drops
+keys that are needed rarely and then entirely.
+"""
 
 import torch
 from torch import Tensor
 
+# Newton steps at most; they end when a step gains less than this share of a unit of deviance per sample.
+STEPS, PRECISION = 30, 1e-7
+# The penalty of the fit of logarithms at which Newton's steps start, in samples.
+START_PENALTY = 10.0
 
-@dataclass
-class RidgeSums:
-    """Sums over samples of features [n, F] and targets [n, H], from which a linear fit and its error follow.
 
-    features_features [F + 1, F + 1], features_targets [F + 1, H], targets_targets [H]: float64; the last feature is 1.
+def standardized(features: Tensor) -> tuple[Tensor, Tensor]:
+    """Features [n, F + 1] of mean 0 and variance 1 with a column of ones, and the deviations [F] of `features` [n, F]."""
+    mean, deviation = features.mean(0), features.std(0, correction=0) + 1e-6
+    ones = features.new_ones(len(features), 1)
+    return torch.cat([(features - mean) / deviation, ones], 1), deviation
+
+
+def log_linear(x: Tensor, targets: Tensor, penalty: float) -> Tensor:
+    """Weights [F + 1, H] float64 of log-linear fits to each of H targets.
+
+    x: [n, F + 1] float32, with 1 as its last feature.  targets: [n, H] float32, > 0.
+    penalty: on the squared weights without the last one, in samples.
+
+    The weights minimize, with m = exp(x . b) and the mean M of the target,
+        sum over samples of (m - target x . b) / M  +  penalty |b|^2 / 2
+    by Newton's method: O(n F^2) operations per step and target.
     """
+    penalties = torch.full((x.shape[1],), penalty, dtype=torch.float64, device=x.device)
+    penalties[-1] = 0
+    start = torch.linalg.solve(
+        (x.mT @ x).double() + torch.diag(penalties / penalty * START_PENALTY), (x.mT @ targets.log()).double()
+    )
+    return torch.stack([_newton(x, y, b, penalties) for y, b in zip(targets.mT, start.mT, strict=True)], 1)
 
-    num_features: int
-    num_targets: int
-    features_features: Tensor = field(init=False)
-    features_targets: Tensor = field(init=False)
-    targets_targets: Tensor = field(init=False)
 
-    def __post_init__(self) -> None:
-        F, H = self.num_features + 1, self.num_targets
-        self.features_features = torch.zeros(F, F, dtype=torch.float64)
-        self.features_targets = torch.zeros(F, H, dtype=torch.float64)
-        self.targets_targets = torch.zeros(H, dtype=torch.float64)
+def _newton(x: Tensor, y: Tensor, weights: Tensor, penalties: Tensor) -> Tensor:
+    """The weights [F + 1] of one target [n], from a first guess."""
+    mean = y.double().mean()
+    y = (y / mean).float()
+    weights = weights.clone()
+    # An intercept for which the mean is that of the target.
+    weights[-1] -= (x @ weights.float()).exp().double().mean().log()
 
-    def add(self, features: Tensor, targets: Tensor) -> None:
-        """Add samples."""
-        x = torch.cat([features.double(), torch.ones_like(features[:, :1], dtype=torch.float64)], dim=1)
-        y = targets.double()
-        self.features_features += (x.mT @ x).cpu()
-        self.features_targets += (x.mT @ y).cpu()
-        self.targets_targets += y.square().sum(0).cpu()
+    def loss(b: Tensor) -> Tensor:
+        logarithm = x @ b.float()
+        return (logarithm.exp().double() - (y * logarithm).double()).sum() + (penalties * b.square()).sum() / 2
 
-    def __add__(self, other: "RidgeSums") -> "RidgeSums":
-        """The sums over the samples of both."""
-        both = RidgeSums(self.num_features, self.num_targets)
-        both.features_features = self.features_features + other.features_features
-        both.features_targets = self.features_targets + other.features_targets
-        both.targets_targets = self.targets_targets + other.targets_targets
-        return both
+    now = loss(weights)
+    for _ in range(STEPS):
+        expected = (x @ weights.float()).exp()
+        slope = (x.mT @ (expected - y)).double() + penalties * weights
+        curvature = (x.mT @ (x * expected[:, None])).double() + torch.diag(penalties)
+        step = torch.linalg.solve(curvature, slope)
+        gain = slope @ step / 2
+        share, reached = 1.0, loss(weights - step)
+        # The loss is convex, so a part of the step lowers it; float32 ends the search.
+        while not reached < now and share > PRECISION:
+            share /= 2
+            reached = loss(weights - share * step)
+        if not reached < now:
+            break
+        weights, now = weights - share * step, reached
+        if gain < PRECISION * len(x):
+            break
+    weights[-1] += mean.log()
+    return weights
 
-    @property
-    def count(self) -> int:
-        """Number of samples."""
-        return int(self.features_features[-1, -1])
 
-    def solve(self, ridge: float) -> Tensor:
-        """Weights [F + 1, H] of the best fit; the last row is the intercept.
+def explained_deviance(x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
+    """R squared [H] of log-linear fits: the share of the deviance from the mean that they explain.
 
-        ridge: penalty on squared weights of features that are scaled to variance 1, in samples.
-        """
-        count = self.features_features[-1, -1]
-        mean = self.features_features[-1, :-1] / count
-        deviation = (self.features_features.diagonal()[:-1] / count - mean.square()).clamp(min=0).sqrt() + 1e-6
-        # scaled = features @ to_scaled, with scaled features of mean 0 and variance 1.
-        to_scaled = torch.diag(torch.cat([1 / deviation, torch.ones(1, dtype=torch.float64)]))
-        to_scaled[-1, :-1] = -mean / deviation
-        gram = to_scaled.mT @ self.features_features @ to_scaled
-        gram.diagonal()[:-1] += ridge
-        return to_scaled @ torch.linalg.solve(gram, to_scaled.mT @ self.features_targets)
-
-    def r_squared(self, weights: Tensor) -> Tensor:
-        """Share of the targets' variance [H] that these weights explain; 1 = all, 0 = as their mean, below 0 = worse.
-
-        0 for targets that are all equal.
-        """
-        errors = (
-            self.targets_targets
-            - 2 * (weights * self.features_targets).sum(0)
-            + (weights * (self.features_features @ weights)).sum(0)
-        )
-        variance = self.targets_targets - self.features_targets[-1].square() / self.features_features[-1, -1]
-        varies = variance > 1e-12 * self.targets_targets
-        return torch.where(varies, 1 - errors / variance.where(varies, variance.new_ones(())), 0.0)
+    Cameron and Windmeijer, R-squared measures for count data regression models, 1996.  1 = all, 0 = as the mean, below 0 = worse; 0 for targets that are all equal.
+    weights: their last one does not matter, because the mean of the expectations is made that of the targets.
+    """
+    y = targets.double() / targets.double().mean(0)
+    expected = (x.double() @ weights).exp()
+    expected = expected / expected.mean(0)
+    total, errors = ((y * (y / m).log()).sum(0) for m in (torch.ones_like(y), expected))
+    varies = total > 1e-12 * len(y)
+    return torch.where(varies, 1 - errors / total.where(varies, total.new_ones(())), 0.0)

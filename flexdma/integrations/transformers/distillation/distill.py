@@ -44,9 +44,10 @@ def distill(
     steps: of the optimizer, one batch each; None = len(batches).  `batches` starts again where it ends before.
     gates: train what a gate reads from a value; A, slopes and biases stay.  A gate learns to predict
 
-            log(1e-4 + max of P_hij over queries i >= j + far and the heads h of its group)
+            1e-4 + max of P_hij over queries i >= j + far and the heads h of its group
 
-        of the full model, by a Huber loss.  Heads with A = 0 get A = 2 ** -20, which ranks keys and leaves logits alone.
+        of the full model as exp(gate / A), up to a factor, as in `calibrate`.  Heads with A = 0 get A = 2 ** -20, which
+        ranks keys and leaves logits alone.
     lora: train LoRA adapters (needs peft), which learn by KL(full model || this model) to use the keys that are kept:
         a rank, for all projections of the attention layers, or a LoraConfig.  None = no adapters.
     merge: add the adapters to the weights at the end.  False = leave the model inside the PeftModel that the result has,

@@ -1,4 +1,4 @@
-"""The gates' own loss: how well they predict the logarithm of the attention that a key gets later.
+"""The gates' own loss: how well they predict the attention that a key gets later.
 
 A divergence of predictions teaches gates little: its gradient reaches a gate only through keys that are seen, and through
 logits, which gates that rank leave alone.
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import huber_loss
+from torch.nn.functional import kl_div
 
 from flexdma.gates import ValueGate
 from flexdma.integrations.transformers.calibration.calibrate import SCALE
@@ -16,15 +16,16 @@ from flexdma.integrations.transformers.future_peaks import FLOOR, sampled_keys
 
 
 def ranking_loss(gate: Any, value: Tensor, peaks: Tensor, far: int) -> Tensor:
-    """Huber loss, in logarithms, between a gate in units of its A, without slope, and log(FLOOR + peak).
+    """The divergence of exp(gate) from FLOOR + peak, each over its sum over keys; gates in units of A, without slope.
 
+    It is the deviance of the log-linear regression of `calibrate`, with the intercept that makes the sums equal.
     gate: a ValueGate with recency None or "slope".  value: [B, Hkv, K, Dv], without gradient.  peaks: [B, Hkv, K].
-    Both are compared up to their mean over the keys of a head, because a constant changes no rank.
     """
     keys = sampled_keys(value.shape[2], far)
     predicted = logarithms(gate, value)[..., keys]
-    target = (peaks[..., keys] + FLOOR).log().to(predicted.dtype)
-    return huber_loss(predicted - predicted.mean(-1, keepdim=True), target - target.mean(-1, keepdim=True)).float()
+    needed = peaks[..., keys].to(predicted.dtype) + FLOOR
+    shares = needed / needed.sum(-1, keepdim=True)
+    return kl_div(predicted.log_softmax(-1), shares, reduction="none").sum(-1).mean().float()
 
 
 def logarithms(gate: Any, value: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ class Distillation:
     """One number per step, in order.
 
     divergence: KL(full model || model in its windows) per token, in nats.
-    ranking: the gates' loss, a Huber loss of logarithms; empty without gates.
+    ranking: the gates' loss, a divergence from the shares that keys get later; empty without gates.
     windows: keys kept by gate in a head, on average.
     tokens: number of tokens seen.
     model: the model, or the PeftModel around it where adapters were not merged.
