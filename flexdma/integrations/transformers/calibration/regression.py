@@ -74,7 +74,8 @@ def _newton(x: Tensor, y: Tensor, weights: Tensor, penalties: Tensor) -> Tensor:
 def explained_deviance(x: Tensor, targets: Tensor, weights: Tensor) -> Tensor:
     """R squared [H] of log-linear fits: the share of the deviance from the mean that they explain.
 
-    Cameron and Windmeijer, R-squared measures for count data regression models, 1996.  1 = all, 0 = as the mean, below 0 = worse; 0 for targets that are all equal.
+    Cameron and Windmeijer, R-squared measures for count data regression models, 1996.
+    1 = all, 0 = as the mean, below 0 = worse; 0 for targets that are all equal.
     weights: their last one does not matter, because the mean of the expectations is made that of the targets.
     """
     y = targets.double() / targets.double().mean(0)
