@@ -25,6 +25,10 @@ COMMANDS = {
         "measure tiles and warps on this machine and keep the fastest for later calls",
     ),
     "demo": ("flexdma.tools.demo.command", "train four small language models on real text and compare their attention"),
+    "experiments": (
+        "flexdma.tools.experiments.command",
+        "train attentions side by side on tasks that separate them, over learning rates and seeds",
+    ),
     "longrun": (
         "flexdma.tools.longrun.command",
         "read a million tokens in constant memory, then decode at constant cost",

@@ -17,6 +17,7 @@ BAD = {
     "bench": ["--from", "no-such-file"],
     "tune": ["--rounds", "0"],
     "demo": ["--text", "no-such-file"],
+    "experiments": ["nothing"],
     "longrun": ["--tokens", "0"],
     "retrofit": ["./no-such-model", "--out", "no-such-folder"],
     "evaluate": ["./no-such-model"],

@@ -88,7 +88,7 @@ class ByteModel(nn.Module):
         )
         self.norm = nn.RMSNorm(sizes.width)
         self.head = nn.Linear(sizes.width, 256, bias=False)
-        _initialise(self, seed)
+        initialise(self, seed)
 
     def attentions(self) -> list[DynamicMaskAttention]:
         """The attention of each layer."""
@@ -156,7 +156,7 @@ def layer_gates(model: ByteModel, tokens: Tensor) -> list[tuple[Tensor, Lifespan
     return [(gate, lifespans_of(model.kind, gate, model.sizes.window)) for gate in gates]
 
 
-def _initialise(model: nn.Module, seed: int) -> None:
+def initialise(model: nn.Module, seed: int) -> None:
     """Draw each matrix from its own generator, seeded by its name, so that an extra module changes no other matrix."""
     for name, parameter in model.named_parameters():
         if parameter.dim() < 2:

@@ -1,0 +1,79 @@
+"""The model of all experiments: embeddings, pre-norm blocks of a mixer and an MLP, logits over the symbols."""
+
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+from torch.nn.functional import pad
+
+from flexdma.tools.byte_models.model import Block, initialise, rotary_embedding
+from flexdma.tools.experiments.mixers import MixerSizes, make_mixer
+
+
+@dataclass(frozen=True)
+class ModelSizes:
+    """Sizes that all mixers of an experiment share; see `MixerSizes`."""
+
+    width: int = 64
+    layers: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    window: int = 16
+
+    def of_mixer(self, length: int) -> MixerSizes:
+        """The sizes of one layer for sequences of this length."""
+        return MixerSizes(self.width, self.heads, self.kv_heads, self.window, length)
+
+
+class ShortConvolution(nn.Module):
+    """A causal convolution per channel, [B, N, width] -> the same."""
+
+    def __init__(self, width: int, size: int) -> None:
+        super().__init__()
+        self.size = size
+        self.kernel = nn.Conv1d(width, width, size, groups=width)
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """Position n reads n - size + 1 .. n."""
+        return self.kernel(pad(hidden.mT, (self.size - 1, 0))).mT
+
+
+class _AfterConvolution(nn.Module):
+    """A mixer whose input has passed a convolution."""
+
+    def __init__(self, width: int, size: int, mixer: nn.Module) -> None:
+        super().__init__()
+        self.convolution, self.mixer = ShortConvolution(width, size), mixer
+
+    def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
+        return self.mixer(hidden + self.convolution(hidden), position_embeddings)
+
+
+class SequenceModel(nn.Module):
+    """symbols [B, N, S] int64 -> logits [B, N, symbols].
+
+    mixer: one of MIXERS.  symbols: how many different ones.  length: N of training.
+    convolution: width of a causal convolution before each mixer; 1 = none.
+    seed: models of one seed start with the same weights in matrices of the same name and shape.
+    """
+
+    def __init__(
+        self, mixer: str, sizes: ModelSizes, symbols: int, length: int, *, convolution: int = 1, seed: int = 0
+    ) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.embedding = nn.Embedding(symbols, sizes.width)
+        layers = (make_mixer(mixer, sizes.of_mixer(length)) for _ in range(sizes.layers))
+        if convolution > 1:
+            layers = (_AfterConvolution(sizes.width, convolution, layer) for layer in layers)
+        self.blocks = nn.ModuleList(Block(layer, sizes.width) for layer in layers)
+        self.norm = nn.RMSNorm(sizes.width)
+        self.head = nn.Linear(sizes.width, symbols, bias=False)
+        initialise(self, seed)
+
+    def forward(self, symbols: Tensor) -> Tensor:
+        """Logits at every position."""
+        hidden = self.embedding(symbols).sum(-2)
+        embeddings = rotary_embedding(symbols.shape[1], self.sizes.width // self.sizes.heads, symbols.device)
+        for block in self.blocks:
+            hidden = block(hidden, embeddings)
+        return self.head(self.norm(hidden))

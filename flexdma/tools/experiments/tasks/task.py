@@ -1,0 +1,45 @@
+"""What every task provides."""
+
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+IGNORED = -100  # the target of a position that is not asked; cross_entropy's default
+
+
+class Batch(NamedTuple):
+    """Sequences and what is asked.
+
+    symbols: [B, N, S] int64.  The embeddings of the S symbols of a position are added.
+    targets: [B, N] int64, the symbol to predict at a position; IGNORED where nothing is asked.
+    distance: [B, N] int64, from a position that asks back to the newest one that has its answer; 0 elsewhere.
+    """
+
+    symbols: Tensor
+    targets: Tensor
+    distance: Tensor
+
+
+class Task(Protocol):
+    """A task of fixed sizes."""
+
+    @property
+    def length(self) -> int:
+        """N, the length of a sequence."""
+
+    @property
+    def symbols(self) -> int:
+        """The number of different symbols."""
+
+    @property
+    def convolution(self) -> int:
+        """Width of a causal convolution before each attention that the task needs; 1 = none."""
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """`size` sequences, drawn by the generator alone."""
+
+
+def distinct(size: int, number: int, of: int, generator: torch.Generator) -> Tensor:
+    """[size, number] int64: in each row that many different numbers below `of`, in random order."""
+    return torch.rand(size, of, generator=generator).argsort(-1)[:, :number]

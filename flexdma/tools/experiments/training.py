@@ -1,0 +1,121 @@
+"""One run: a mixer trained on a task with one learning rate and one seed."""
+
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.functional import cross_entropy
+
+from flexdma.tools.experiments.model import ModelSizes, SequenceModel
+from flexdma.tools.experiments.tasks import IGNORED, Batch, Task
+
+EVALUATION_SEED = 2**31  # of the batches that no training draws
+SOLVED = 0.95
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """How every mixer is trained: AdamW, warm-up over a tenth of the steps, cosine decay.
+
+    every: steps between two evaluations, each on `held_out` sequences.
+    """
+
+    steps: int = 1000
+    batch: int = 32
+    every: int = 100
+    held_out: int = 256
+    weight_decay: float = 0.1
+
+
+@dataclass
+class Outcome:
+    """What a run found.
+
+    steps: of the evaluations.  near, far: the accuracy at each, over questions whose answer is within reach of a window, and
+        beyond it (`reach`).  loss: of the evaluations, nats per question.  parameters: of the model.  seconds: of training.
+    """
+
+    mixer: str
+    rate: float
+    seed: int
+    parameters: int
+    steps: list[int] = field(default_factory=list)
+    near: list[float] = field(default_factory=list)
+    far: list[float] = field(default_factory=list)
+    loss: list[float] = field(default_factory=list)
+    seconds: float = 0.0
+
+    def as_dict(self) -> dict[str, Any]:
+        """The contents of its JSON."""
+        return asdict(self)
+
+    def solved_at(self) -> int | None:
+        """The first step of an evaluation with far >= SOLVED; None for never."""
+        return next((step for step, far in zip(self.steps, self.far, strict=True) if far >= SOLVED), None)
+
+
+def reach(sizes: ModelSizes) -> int:
+    """The distance that layers of windows bridge: L (w - 1)."""
+    return sizes.layers * (sizes.window - 1)
+
+
+def train(
+    mixer: str, task: Task, sizes: ModelSizes, schedule: Schedule, *, rate: float, seed: int,
+    device: str = "cpu", watch: Callable[[int, Outcome], None] = lambda step, outcome: None,
+) -> Outcome:  # fmt: skip
+    """Train one model and evaluate it on the way.
+
+    watch: called after every step.  The batches depend on the seed alone, so all mixers and
+    rates of a seed see the same.
+    """
+    model = SequenceModel(mixer, sizes, task.symbols, task.length, convolution=task.convolution, seed=seed).to(device)
+    outcome = Outcome(mixer, rate, seed, sum(p.numel() for p in model.parameters()))
+    matrices = [p for p in model.parameters() if p.dim() > 1]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": schedule.weight_decay}, {"params": others, "weight_decay": 0.0}],
+        lr=rate, betas=(0.9, 0.95),
+    )  # fmt: skip
+    rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, schedule.steps, pct_start=0.1, cycle_momentum=False)
+    generator = torch.Generator().manual_seed(seed)
+    held_out = task.batch(schedule.held_out, torch.Generator().manual_seed(EVALUATION_SEED))
+    for step in range(1, schedule.steps + 1):
+        started = time.perf_counter()
+        batch = task.batch(schedule.batch, generator)
+        loss = _loss(model(batch.symbols.to(device)), batch.targets.to(device))
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        rates.step()
+        outcome.seconds += time.perf_counter() - started
+        if step % schedule.every == 0 or step == schedule.steps:
+            _evaluate(model, held_out, schedule.batch, reach(sizes), outcome, step, device)
+        watch(step, outcome)
+    return outcome
+
+
+@torch.no_grad()
+def _evaluate(
+    model: SequenceModel, batch: Batch, size: int, bridged: int, outcome: Outcome, step: int, device: str
+) -> None:
+    rows = [model(symbols.to(device)).cpu() for symbols in batch.symbols.split(size)]
+    logits = torch.cat(rows)
+    right = logits.argmax(-1) == batch.targets
+    asked, far = batch.targets != IGNORED, batch.distance > bridged
+    outcome.steps.append(step)
+    outcome.near.append(_share(right, asked & ~far))
+    outcome.far.append(_share(right, asked & far))
+    outcome.loss.append(_loss(logits, batch.targets).item())
+
+
+def _share(right: Tensor, of: Tensor) -> float:
+    """The share that is right; NaN where there is none."""
+    return right[of].double().mean().item()
+
+
+def _loss(logits: Tensor, targets: Tensor) -> Tensor:
+    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)

@@ -1,0 +1,131 @@
+"""The experiments: tasks that their own symbols answer, runs that go on after an interruption, and the report."""
+
+import json
+
+import pytest
+import torch
+
+from flexdma.__main__ import main
+from flexdma.tools.experiments import grid
+from flexdma.tools.experiments.mixers import MIXERS, MixerSizes, make_mixer
+from flexdma.tools.experiments.model import ModelSizes
+from flexdma.tools.experiments.presets import PRESETS, Setting
+from flexdma.tools.experiments.tasks import IGNORED, Copying, Recall
+from flexdma.tools.experiments.training import Schedule
+
+TINY = Recall(length=24, pairs=3, questions=4, keys=5, values=5, noise=5)
+
+
+def _answers(task, symbols):
+    """Position -> (answer, distance), read from one sequence [N, S] from left to right."""
+    written: dict[int, tuple[int, int]] = {}
+    found = {}
+    asked = task.symbols - 1
+    rows = symbols.tolist()
+    for position, row in enumerate(rows):
+        key = row[0]
+        if key >= task.keys:
+            continue
+        if task.form == "stacked":
+            value = row[1] if row[1] != asked else None
+        else:
+            value = rows[position + 1][0] if task.keys <= rows[position + 1][0] < task.keys + task.values else None
+        if value is None:
+            found[position] = (written[key][0], position - written[key][1])
+        else:
+            written[key] = (value, position)
+    return found
+
+
+@pytest.mark.parametrize(
+    "task",
+    [
+        TINY,
+        Recall(length=40, pairs=3, questions=4, keys=5, form="unstacked"),
+        Recall(length=24, pairs=4, questions=6, overwritten=3),
+    ],
+)
+def test_the_last_pair_of_a_key_answers_each_question(task):
+    batch = task.batch(20, torch.Generator().manual_seed(0))
+    assert batch.symbols.max() < task.symbols
+    for symbols, targets, distance in zip(*batch, strict=True):
+        asked = {
+            position: (targets[position].item(), distance[position].item())
+            for position in (targets != IGNORED).nonzero().flatten().tolist()
+        }
+        assert asked == _answers(task, symbols)
+        assert len(asked) == task.questions
+
+
+def test_copying_asks_for_the_tokens_in_order():
+    task = Copying(length=20, tokens=3, content=4, noise=5)
+    symbols, targets, distance = task.batch(10, torch.Generator().manual_seed(0))
+    for row, target, back in zip(
+        symbols[..., 0].tolist(), targets[:, -3:].tolist(), distance[:, -3:].tolist(), strict=True
+    ):
+        at = [position for position, symbol in enumerate(row) if symbol < 4]
+        assert [row[position] for position in at] == target
+        assert [17 + n - position for n, position in enumerate(at)] == back
+
+
+def test_impossible_sizes_are_refused():
+    with pytest.raises(ValueError, match="length: expected at least 28"):
+        Recall(length=20, pairs=8, questions=20)
+    with pytest.raises(ValueError, match="pairs: expected at least overwritten"):
+        Recall(pairs=2, overwritten=3)
+    with pytest.raises(ValueError, match="tokens: expected at most"):
+        Copying(length=10, tokens=6)
+
+
+@pytest.mark.parametrize("name", [name for name in MIXERS if name != "DMA global"])
+def test_mixers_are_causal_and_bounded_ones_see_a_window(name):
+    sizes = MixerSizes(width=16, heads=2, kv_heads=1, window=6, length=24)
+    mixer = make_mixer(name, sizes).double()
+    hidden = torch.randn(1, 24, 16, dtype=torch.double, requires_grad=True)
+
+    def gradient_of(position):
+        (gradient,) = torch.autograd.grad(mixer(hidden, tables)[0, position].sum(), hidden)
+        return gradient[0].abs().sum(-1)
+
+    tables = (torch.ones(24, 8, dtype=torch.double), torch.zeros(24, 8, dtype=torch.double))
+    seen = (gradient_of(-1) > 0).sum()
+    # A forget gate adds up numbers of all earlier tokens.
+    is_bounded = MIXERS[name].bounded and name != "DMA + forget"
+    assert seen <= sizes.window if is_bounded else seen == 24
+    assert gradient_of(11)[12:].max() == 0
+
+
+def _setting(**changes):
+    given = {"mixers": ("full", "DMA"), "rates": (1e-3,), "seeds": (0, 1)} | changes
+    return Setting(TINY, ModelSizes(width=8, window=4), Schedule(steps=2, batch=2, every=1, held_out=4), **given)
+
+
+def test_an_interrupted_experiment_goes_on_and_refuses_other_sizes(tmp_path):
+    def interrupt(run, outcome):
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        grid.run_all(_setting(), tmp_path, device="cpu", workers=1, watch=interrupt)
+    assert len(grid.finished(_setting(), tmp_path)) == 1
+    trained = []
+    outcomes = grid.run_all(
+        _setting(), tmp_path, device="cpu", workers=1, watch=lambda run, outcome: trained.append(run)
+    )
+    assert len(trained) == 3
+    assert list(outcomes) == grid.runs_of(_setting())
+    whole = grid.run_all(_setting(), tmp_path / "whole", device="cpu", workers=1, watch=lambda run, outcome: None)
+    assert [o.loss for o in outcomes.values()] == [o.loss for o in whole.values()]
+    with pytest.raises(grid.RefusedError, match="--out: expected a new folder"):
+        grid.finished(Setting(TINY, ModelSizes(width=16), Schedule(steps=2)), tmp_path)
+
+
+def test_the_command_writes_runs_table_and_picture(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(PRESETS["cpu"], "stacked", _setting())
+    assert main(["experiments", "stacked", "--out", str(tmp_path), "--seeds", "0", "--workers", "1"]) == 0
+    assert "far" in capsys.readouterr().out
+    written = json.loads((tmp_path / "stacked-cpu.json").read_text())
+    assert [run["mixer"] for run in written["runs"]] == ["full", "DMA"]
+    assert written["runs"][0]["steps"] == [1, 2]
+    assert (tmp_path / "stacked-cpu.png").stat().st_size > 1000
+    assert (tmp_path / "stacked-cpu.md").read_text().count("\n") == 4
+    assert main(["experiments", "stacked", "--mixers", "nothing"]) == 2
