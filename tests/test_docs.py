@@ -2,11 +2,9 @@
 
 import importlib
 import importlib.util
-import os
 import pkgutil
 import re
 import runpy
-import subprocess
 import sys
 import types
 from pathlib import Path
@@ -14,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import flexdma
+from tests.doc_blocks import run_block
 from tests.integrations.fake_torchtitan import torchtitan_or_stand_in
 
 ROOT = Path(__file__).parent.parent
@@ -37,10 +36,8 @@ PUBLIC = ("score_mods", "block_masks", "distributed", "integrations.torchtitan",
 
 @pytest.mark.parametrize("block", BLOCKS)
 def test_the_block_runs(block, tmp_path):
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "HF_MODULES_CACHE": str(tmp_path / "modules")}
-    command = [sys.executable, "-W", "ignore", "-c", block]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    errors = run_block(block, tmp_path)
+    assert errors is None, errors[-2000:]
 
 
 @pytest.mark.parametrize(
