@@ -19,7 +19,7 @@ from hypothesis import HealthCheck, settings
 from tests.tools.view_cases import make_checkpoint, make_text
 
 settings.register_profile(
-    "flexdma", deadline=None, max_examples=40, suppress_health_check=[HealthCheck.too_slow], print_blob=True
+    "flexdma", deadline=None, max_examples=30, suppress_health_check=[HealthCheck.too_slow], print_blob=True
 )
 settings.load_profile("flexdma")
 

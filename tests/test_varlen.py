@@ -160,6 +160,7 @@ def test_inference_compiles_for_all_lengths():
     assert counter.frame_count <= 4  # one sequence is a case of its own
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_by_flexattention():
     lengths, options = [5, 0, 30, 1, 77], {"sinks": 1, "score_mod": lambda score, b, h, i, j: score - 0.1 * (b + 1) * i}

@@ -43,6 +43,7 @@ def test_the_gates_learn(family):
     assert learning == {name for name in gates(model) if name.endswith((".A", ".slope"))}
 
 
+@pytest.mark.slow
 def test_a_softcap_is_computed_in_one_graph_too():
     model, ids = convert_to_dma(causal_lm("Gemma2"), W), distinct_tokens(2, 24)
     want = model(ids, labels=ids)

@@ -165,6 +165,7 @@ def test_heads_with_constant_gates_start_as_a_window():
     assert record.divergence[0] == pytest.approx(want, rel=1e-4)
 
 
+@pytest.mark.slow
 def test_adapters_learn_the_predictions():
     model, original, ids = converted(), causal_lm("Llama"), batches(2)[0]
     before = kl(original, model, ids)
@@ -209,7 +210,7 @@ def test_unmerged_adapters_are_saved_with_the_gates(tmp_path):
 
 
 # Losses of one step after others: equal if all gradients so far were.
-@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("lora", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_checkpointing_changes_nothing(lora):
     want = distilled(converted(), lora=lora)
     for reentrant in (False, True):
@@ -220,7 +221,7 @@ def test_checkpointing_changes_nothing(lora):
         assert got.ranking == pytest.approx(want.ranking, rel=1e-4)
 
 
-@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("lora", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_bfloat16(lora):
     want = distilled(converted(), lora=lora)
     model = converted().bfloat16()
@@ -365,7 +366,7 @@ class _Largest(TorchDispatchMode):
         return result
 
 
-@pytest.mark.parametrize("lora", [None, 4])
+@pytest.mark.parametrize("lora", [None, pytest.param(4, marks=pytest.mark.slow)])
 def test_no_tensor_has_the_size_of_queries_by_keys(lora):
     length = 2048  # blocks of scores have up to 2 ** 20 numbers per thread
     model = converted()

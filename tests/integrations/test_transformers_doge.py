@@ -100,7 +100,8 @@ def test_training_compiles_to_one_graph(backend):
     assert counter.frame_count == 1
 
 
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @torch.no_grad()
 def test_decoding_compiles_to_one_graph_that_serves_every_length(backend):
     model, ids = use_flexdma(doge()), distinct_tokens(2, 24)

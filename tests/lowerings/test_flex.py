@@ -65,7 +65,7 @@ def test_new_gates_do_not_recompile_and_new_sizes_equal_the_specification():
     ("dtype", "query_heads", "heads", "size", "value_size"),
     [
         pytest.param(torch.float32, 2, 2, 80, 48, marks=pytest.mark.slow),
-        (torch.bfloat16, 4, 1, 64, 64),
+        pytest.param(torch.bfloat16, 4, 1, 64, 64, marks=pytest.mark.slow),
         pytest.param(torch.float16, 6, 2, 16, 256, marks=pytest.mark.slow),
     ],
 )

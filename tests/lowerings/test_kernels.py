@@ -90,6 +90,7 @@ def test_generated_kernels_agree_with_the_specification(case):
         assert sound[0]["full_blocks"] > 0
 
 
+@pytest.mark.slow
 @needs_the_interpreter
 def test_generated_kernels_compute_the_attention_mass():
     """The inputs are in bfloat16; nothing else is rounded to it."""

@@ -23,8 +23,17 @@ def token(tensors, at):
     return [t[:, :, at : at + 1] for t in tensors]
 
 
-@pytest.mark.parametrize("compiled", [False, True])
-@pytest.mark.parametrize("options", [{}, {"sinks": 2}, {"sinks": 1, "recent": 2}])
+@pytest.mark.parametrize(
+    ("options", "compiled"),
+    [
+        ({}, False),
+        ({"sinks": 2}, False),
+        ({"sinks": 1, "recent": 2}, False),
+        pytest.param({}, True, marks=pytest.mark.slow),
+        pytest.param({"sinks": 2}, True, marks=pytest.mark.slow),
+        ({"sinks": 1, "recent": 2}, True),
+    ],
+)
 @torch.no_grad()
 def test_decoding_writes_into_the_slots_of_the_donated_state(options, compiled):
     tensors = inputs(2, 4, 2, 40, 40, 8, dtype=torch.float32)

@@ -225,6 +225,7 @@ def test_a_press_answers_from_the_keys_it_keeps_after_a_full_prefill():
     torch.testing.assert_close(press.answer(needle), expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("kvpress")
 def test_runs_that_measured_different_contenders_are_joined(folder, run, results, tmp_path, capsys):
     assert run(folder / "plain", "--budget", 60, "--presses", "StreamingLLM", "--out", tmp_path / "other") == 0

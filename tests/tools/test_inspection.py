@@ -220,6 +220,7 @@ def parsed(*arguments):
 SMALL = ["--keys", "64", "--heads", "2", "--kv-heads", "1", "--head-dim", "16", "--window", "8", "--training", "no"]
 
 
+@pytest.mark.slow
 def test_the_command_compares_two_settings(capsys):
     assert command.run(parsed("--lowering", "flex", "--diff", "block-size=64", "--json")) == 0
     assert json.loads(capsys.readouterr().out)["forward kvBlockSize"] == [32, 64]

@@ -89,6 +89,7 @@ def test_decoding_and_chunks():
     torch.testing.assert_close(torch.cat(outputs, 1), dense(hidden), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lowering", [None, pytest.param("dense", marks=DENSE)])
 def test_training(lowering):
     attend, dense = layer(lowering=lowering)
