@@ -18,6 +18,7 @@ from flexdma.state.decoding import state_after_token
 from flexdma.state.growing import GrowingState, growing_options
 from flexdma.state.growing_call import attend_by, seen_at_most
 from flexdma.state.growing_chunk import NewKeys, Placed
+from flexdma.state.growing_token import without_dead_values
 from flexdma.state.packed import states_after
 from flexdma.varlen import capacity_of_sequences
 
@@ -82,10 +83,7 @@ class LatentAttention(LatentProjections):
             return self._expanded(tokens, put.keys, gates is not None, put.lifespans, seen_at_most(put), at_positions)
 
         def of_token(after: GrowingState, now: Tensor, reads: bool) -> Tensor:
-            # Slots of dead keys are not cleared.
-            value = after.value.masked_fill((after.position < 0)[..., None], 0.0)
-            after = after._with(value=value)
-            return self._absorbed(tokens, after, now, score_mod)
+            return self._absorbed(tokens, without_dead_values(after), now, score_mod)
 
         new = NewKeys(tokens.key, tokens.latent, gate, partial(self.policy.lifetimes, gate), None, None, **masks)
         by_token = of_token if self._takes_token(tokens.latent) else None

@@ -90,6 +90,9 @@ def attention_after(
             # A dead key or value that is not finite makes this one NaN.
             if math.isfinite(output.sum().item()):
                 return output
-    empty = (state.position < 0)[..., None]
-    state = state._with(value=state.value.masked_fill(empty, 0.0))
-    return attended(query, now, state, scale, score_mod, sink_logits)
+    return attended(query, now, without_dead_values(state), scale, score_mod, sink_logits)
+
+
+def without_dead_values(state: GrowingState) -> GrowingState:
+    """The state with values of 0 in empty slots: those of dead keys are not cleared, and may not be finite."""
+    return state._with(value=state.value.masked_fill((state.position < 0)[..., None], 0.0))

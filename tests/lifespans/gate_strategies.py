@@ -3,6 +3,8 @@
 import torch
 from hypothesis import strategies as st
 
+from tests.comparison import inputs
+
 VALUES = {
     "ties": st.sampled_from([-1.0, 0.0, 1.0]),
     "constant": st.just(0.5),
@@ -40,3 +42,18 @@ def selections(draw, length):
         )
         options["document_ids"] %= 3
     return options
+
+
+def two_sequences(gate, options):
+    """float64 query, key, value and gate of two sequences whose gates differ, and in `options` padding and documents.
+
+    gate: [1, 1 or 2, K].  Changes the masks of options in place.
+    """
+    for name in ("key_padding_mask", "document_ids"):
+        if name in options:
+            options[name] = torch.cat([options[name], options[name].roll(3, -1)])
+    gate = torch.cat([gate, gate.roll(3, -1)])
+    heads, length = gate.shape[1:]
+    query, key, value, _gate = inputs(2, 4, heads, length, length, 4)
+    # The specification adds gates without a reference, so its rounding error grows with the gate.
+    return query, key, value, torch.where(gate == -torch.inf, gate, gate.clamp(-1e3, 1e3)).double()

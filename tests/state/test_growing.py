@@ -22,7 +22,7 @@ from flexdma import (
 )
 from flexdma.reference import dense_dynamic_mask_attention, dense_lifespan_attention, dense_visibility
 from tests.comparison import inputs
-from tests.lifespans.gate_strategies import gates, selections
+from tests.lifespans.gate_strategies import gates, selections, two_sequences
 from tests.lowerings.uncompiled_flex import attend_uncompiled
 from tests.state.test_state_equality import gradients, run, splits
 
@@ -61,28 +61,22 @@ def test_literal():
 @settings(max_examples=25)
 @given(gates(), st.data())
 def test_any_split_is_one_pass(gate, data):
-    length, heads = gate.shape[-1], gate.shape[1]
+    length = gate.shape[-1]
     options = data.draw(selections(length)) | THRESHOLD
     if options["recent"] == 0 and data.draw(st.booleans()):
         options["sink_logits"] = torch.tensor([0.5, -1.0, -torch.inf, 2.0]).double()
     if data.draw(st.booleans()):
         options["score_mod"] = lambda score, b, h, i, j: score - 0.1 * (i - j) * (h + 1 + b)
-    # Two sequences whose gates, padding and documents differ.
-    for name in ("key_padding_mask", "document_ids"):
-        if name in options:
-            options[name] = torch.cat([options[name], options[name].roll(3, -1)])
-    gate = torch.cat([gate, gate.roll(3, -1)])
-    query, key, value, _gate = inputs(2, 4, heads, length, length, 4)
-    # The specification adds gates without a reference, so its rounding error grows with the gate.
-    gate = torch.where(gate == -torch.inf, gate, gate.clamp(-1e3, 1e3)).double()
-    tensors = (query, key, value, gate)
+    tensors = two_sequences(gate, options)
     whole = dense_dynamic_mask_attention(*tensors, **options)
     by_chunks, state = run(tensors, data.draw(splits(length)), **options)
     torch.testing.assert_close(by_chunks, whole, equal_nan=True, rtol=1e-9, atol=1e-9)
     by_tokens, state_by_tokens = run(tensors, [1] * length, donate=data.draw(st.booleans()), **options)
     torch.testing.assert_close(by_tokens, whole, equal_nan=True, rtol=1e-9, atol=1e-9)
     assert_same_states(state, state_by_tokens)
-    visible = dense_visibility(gate, **{n: o for n, o in options.items() if n not in ("score_mod", "sink_logits")})
+    visible = dense_visibility(
+        tensors[3], **{n: o for n, o in options.items() if n not in ("score_mod", "sink_logits")}
+    )
     assert torch.equal(state.peak, visible.sum(-1).amax(-1))
     assert torch.equal(state.living, visible[..., -1, :].sum(-1))
 

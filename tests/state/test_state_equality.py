@@ -11,7 +11,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from flexdma import DynamicMaskAttention, dynamic_mask_attention
 from tests.comparison import inputs
-from tests.lifespans.gate_strategies import gates, selections
+from tests.lifespans.gate_strategies import gates, selections, two_sequences
 
 
 def run(
@@ -69,15 +69,7 @@ def test_any_split_is_one_pass(gate, data):
     if heads == 2 and data.draw(st.booleans()):
         options["window_size"] = [options["window_size"], data.draw(st.integers(1, 6))]
     options["selection"] = data.draw(st.sampled_from(["causal", "threshold", "sliding"]))
-    # Two sequences whose gates, padding and documents differ.
-    for name in ("key_padding_mask", "document_ids"):
-        if name in options:
-            options[name] = torch.cat([options[name], options[name].roll(3, -1)])
-    gate = torch.cat([gate, gate.roll(3, -1)])
-    query, key, value, _gate = inputs(2, 4, heads, length, length, 4)
-    # The specification adds gates without a reference, so its rounding error grows with the gate.
-    gate = torch.where(gate == -torch.inf, gate, gate.clamp(-1e3, 1e3)).double()
-    tensors = (query, key, value, gate)
+    tensors = two_sequences(gate, options)
     whole = dynamic_mask_attention(*tensors, lowering="dense", **options)
     split, state = run(tensors, data.draw(splits(length)), **options)
     torch.testing.assert_close(split, whole, equal_nan=True, rtol=1e-9, atol=1e-9)

@@ -7,8 +7,7 @@ import torch
 
 from flexdma.__main__ import main
 from flexdma.tools.experiments import grid
-from flexdma.tools.experiments.mixers import MIXERS, MixerSizes, make_mixer
-from flexdma.tools.experiments.model import ModelSizes
+from flexdma.tools.experiments.mixers import MIXERS, ModelSizes, make_mixer
 from flexdma.tools.experiments.presets import PRESETS, Setting
 from flexdma.tools.experiments.tasks import IGNORED, Copying, Recall
 from flexdma.tools.experiments.training import Schedule
@@ -79,7 +78,7 @@ def test_impossible_sizes_are_refused():
 
 @pytest.mark.parametrize("name", [name for name in MIXERS if name != "DMA global"])
 def test_mixers_are_causal_and_bounded_ones_see_a_window(name):
-    sizes = MixerSizes(width=16, heads=2, kv_heads=1, window=6, length=24)
+    sizes = ModelSizes(width=16, heads=2, kv_heads=1, window=6)
     mixer = make_mixer(name, sizes).double()
     hidden = torch.randn(1, 24, 16, dtype=torch.double, requires_grad=True)
 

@@ -15,19 +15,21 @@ from torch import nn
 
 from flexdma import DynamicMaskAttention
 
+EVERY_KEY = 2**30  # a window that no sequence fills
+
 
 @dataclass(frozen=True)
-class MixerSizes:
-    """The sizes of one layer.
+class ModelSizes:
+    """The sizes that all mixers of an experiment share.
 
-    window: w, the keys that a query of a bounded mixer sees, sinks included.  length: of the sequences of training.
+    window: w, the keys that a query of a bounded mixer sees, sinks included.
     """
 
-    width: int
-    heads: int
-    kv_heads: int
-    window: int
-    length: int
+    width: int = 64
+    layers: int = 1
+    heads: int = 2
+    kv_heads: int = 2
+    window: int = 16
 
     @property
     def head_dim(self) -> int:
@@ -47,38 +49,38 @@ class Mixer(NamedTuple):
     make: sizes -> layer.  bounded: whether a query sees at most `window` keys.  sees: in words.  source: the paper.
     """
 
-    make: Callable[[MixerSizes], nn.Module]
+    make: Callable[[ModelSizes], nn.Module]
     bounded: bool
     sees: str
     source: str
 
 
-def _layer(sizes: MixerSizes, window: int | None, *, heads: int | None = None, **options: Any) -> DynamicMaskAttention:
+def _layer(sizes: ModelSizes, window: int | None, *, heads: int | None = None, **options: Any) -> DynamicMaskAttention:
     heads = sizes.heads if heads is None else heads
     return DynamicMaskAttention(
         sizes.width, heads, min(sizes.kv_heads, heads), sizes.head_dim, window, qk_norm=True, **options
     )
 
 
-def _dynamic(**options: Any) -> Callable[[MixerSizes], nn.Module]:
-    def make(sizes: MixerSizes) -> nn.Module:
+def _dynamic(**options: Any) -> Callable[[ModelSizes], nn.Module]:
+    def make(sizes: ModelSizes) -> nn.Module:
         slopes = sizes.slopes if options.get("recency") == "slope" else None
         return _layer(sizes, sizes.window, slopes=slopes, **options)
 
     return make
 
 
-def _window(**options: Any) -> Callable[[MixerSizes], nn.Module]:
+def _window(**options: Any) -> Callable[[ModelSizes], nn.Module]:
     return lambda sizes: _layer(sizes, sizes.window - options.get("sinks", 0), selection="sliding", **options)
 
 
-def _full(**options: Any) -> Callable[[MixerSizes], nn.Module]:
+def _full(**options: Any) -> Callable[[ModelSizes], nn.Module]:
     return lambda sizes: _layer(sizes, None, selection="full", **options)
 
 
-def _full_with(recency: str) -> Callable[[MixerSizes], nn.Module]:
-    def make(sizes: MixerSizes) -> nn.Module:
-        layer = _layer(sizes, sizes.length, recency=recency, slopes=sizes.slopes if recency == "slope" else None)
+def _full_with(recency: str) -> Callable[[ModelSizes], nn.Module]:
+    def make(sizes: ModelSizes) -> nn.Module:
+        layer = _layer(sizes, EVERY_KEY, recency=recency, slopes=sizes.slopes if recency == "slope" else None)
         layer.gate.A.requires_grad_(False)  # it stays 0: the gate is the recency and a constant, which cancels
         return layer
 
@@ -106,7 +108,7 @@ MIXERS: Mapping[str, Mixer] = {
 }  # fmt: skip
 
 
-def make_mixer(name: str, sizes: MixerSizes) -> nn.Module:
+def make_mixer(name: str, sizes: ModelSizes) -> nn.Module:
     """The layer of one of MIXERS.  Raises ValueError for other names."""
     if name not in MIXERS:
         raise ValueError(f"mixer: expected one of {', '.join(MIXERS)}, got {name!r}")

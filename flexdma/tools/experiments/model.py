@@ -1,27 +1,10 @@
 """The model of all experiments: embeddings, pre-norm blocks of a mixer and an MLP, logits over the symbols."""
 
-from dataclasses import dataclass
-
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
 from flexdma.tools.byte_models.model import Block, initialise, rotary_embedding
-from flexdma.tools.experiments.mixers import MixerSizes, make_mixer
-
-
-@dataclass(frozen=True)
-class ModelSizes:
-    """Sizes that all mixers of an experiment share; see `MixerSizes`."""
-
-    width: int = 64
-    layers: int = 1
-    heads: int = 2
-    kv_heads: int = 2
-    window: int = 16
-
-    def of_mixer(self, length: int) -> MixerSizes:
-        """The sizes of one layer for sequences of this length."""
-        return MixerSizes(self.width, self.heads, self.kv_heads, self.window, length)
+from flexdma.tools.experiments.mixers import ModelSizes, make_mixer
 
 
 class ShortConvolution(nn.Module):
@@ -51,18 +34,16 @@ class _AfterConvolution(nn.Module):
 class SequenceModel(nn.Module):
     """symbols [B, N, S] int64 -> logits [B, N, symbols].
 
-    mixer: one of MIXERS.  symbols: how many different ones.  length: N of training.
+    mixer: one of MIXERS.  symbols: how many different ones.
     convolution: width of a causal convolution before each mixer; 1 = none.
     seed: models of one seed start with the same weights in matrices of the same name and shape.
     """
 
-    def __init__(
-        self, mixer: str, sizes: ModelSizes, symbols: int, length: int, *, convolution: int = 1, seed: int = 0
-    ) -> None:
+    def __init__(self, mixer: str, sizes: ModelSizes, symbols: int, *, convolution: int = 1, seed: int = 0) -> None:
         super().__init__()
         self.sizes = sizes
         self.embedding = nn.Embedding(symbols, sizes.width)
-        layers = (make_mixer(mixer, sizes.of_mixer(length)) for _ in range(sizes.layers))
+        layers = (make_mixer(mixer, sizes) for _ in range(sizes.layers))
         if convolution > 1:
             layers = (_AfterConvolution(sizes.width, convolution, layer) for layer in layers)
         self.blocks = nn.ModuleList(Block(layer, sizes.width) for layer in layers)
@@ -73,7 +54,7 @@ class SequenceModel(nn.Module):
     def forward(self, symbols: Tensor) -> Tensor:
         """Logits at every position."""
         hidden = self.embedding(symbols).sum(-2)
-        embeddings = rotary_embedding(symbols.shape[1], self.sizes.width // self.sizes.heads, symbols.device)
+        embeddings = rotary_embedding(symbols.shape[1], self.sizes.head_dim, symbols.device)
         for block in self.blocks:
             hidden = block(hidden, embeddings)
         return self.head(self.norm(hidden))

@@ -4,8 +4,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from flexdma.tools.experiments.mixers import MIXERS
-from flexdma.tools.experiments.model import ModelSizes
+from flexdma.tools.experiments.mixers import MIXERS, ModelSizes
 from flexdma.tools.experiments.tasks import Copying, Recall, Task
 from flexdma.tools.experiments.training import Schedule
 

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from flexdma.tools.experiments.model import ModelSizes, SequenceModel
+from flexdma.tools.experiments.mixers import ModelSizes
+from flexdma.tools.experiments.model import SequenceModel
 from flexdma.tools.experiments.tasks import IGNORED, Batch, Task
 
 EVALUATION_SEED = 2**31  # of the batches that no training draws
@@ -71,7 +72,7 @@ def train(
     watch: called after every step.  The batches depend on the seed alone, so all mixers and
     rates of a seed see the same.
     """
-    model = SequenceModel(mixer, sizes, task.symbols, task.length, convolution=task.convolution, seed=seed).to(device)
+    model = SequenceModel(mixer, sizes, task.symbols, convolution=task.convolution, seed=seed).to(device)
     outcome = Outcome(mixer, rate, seed, sum(p.numel() for p in model.parameters()))
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
