@@ -7,7 +7,7 @@ import torch
 
 from flexdma.__main__ import main
 from flexdma.tools.experiments import grid
-from flexdma.tools.experiments.mixers import MIXERS, ModelSizes, make_mixer
+from flexdma.tools.experiments.mixers import MIXERS, ModelSizes
 from flexdma.tools.experiments.presets import PRESETS, Setting
 from flexdma.tools.experiments.tasks import IGNORED, Copying, Recall
 from flexdma.tools.experiments.training import Schedule
@@ -76,24 +76,6 @@ def test_impossible_sizes_are_refused():
         Copying(length=10, tokens=6)
 
 
-@pytest.mark.parametrize("name", [name for name in MIXERS if name != "DMA global"])
-def test_mixers_are_causal_and_bounded_ones_see_a_window(name):
-    sizes = ModelSizes(width=16, heads=2, kv_heads=1, window=6)
-    mixer = make_mixer(name, sizes).double()
-    hidden = torch.randn(1, 24, 16, dtype=torch.double, requires_grad=True)
-
-    def gradient_of(position):
-        (gradient,) = torch.autograd.grad(mixer(hidden, tables)[0, position].sum(), hidden)
-        return gradient[0].abs().sum(-1)
-
-    tables = (torch.ones(24, 8, dtype=torch.double), torch.zeros(24, 8, dtype=torch.double))
-    seen = (gradient_of(-1) > 0).sum()
-    # A forget gate adds up numbers of all earlier tokens.
-    is_bounded = MIXERS[name].bounded and name != "DMA + forget"
-    assert seen <= sizes.window if is_bounded else seen == 24
-    assert gradient_of(11)[12:].max() == 0
-
-
 def _setting(**changes):
     given = {"mixers": ("full", "DMA"), "rates": (1e-3,), "seeds": (0, 1)} | changes
     return Setting(TINY, ModelSizes(width=8, window=4), Schedule(steps=2, batch=2, every=1, held_out=4), **given)
@@ -128,3 +110,16 @@ def test_the_command_writes_runs_table_and_picture(tmp_path, capsys, monkeypatch
     assert (tmp_path / "stacked-cpu.png").stat().st_size > 1000
     assert (tmp_path / "stacked-cpu.md").read_text().count("\n") == 4
     assert main(["experiments", "stacked", "--mixers", "nothing"]) == 2
+
+
+def test_a_mixer_of_a_missing_package_is_left_out_with_a_line_and_refused_by_name(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(MIXERS, "Doge", MIXERS["Doge"]._replace(package="no_such_package"))
+    monkeypatch.setitem(PRESETS["cpu"], "stacked", _setting(mixers=("full", "Doge"), seeds=(0,)))
+    needs = "Doge needs no_such_package: pip install flexdma[mixers]"
+    arguments = ["experiments", "stacked", "--out", str(tmp_path), "--workers", "1"]
+    assert main(arguments) == 0
+    assert f"left out: {needs}\n" in capsys.readouterr().out
+    written = json.loads((tmp_path / "stacked-cpu.json").read_text())
+    assert [run["mixer"] for run in written["runs"]] == ["full"]
+    assert main([*arguments, "--mixers", "Doge"]) == 2
+    assert f"--mixers: {needs}" in capsys.readouterr().err

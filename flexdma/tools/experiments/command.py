@@ -6,10 +6,10 @@ from dataclasses import replace
 from typing import Any
 
 from flexdma.tools import arguments as types
-from flexdma.tools.experiments.mixers import MIXERS
+from flexdma.tools.experiments.mixers import MIXERS, needed, not_installed
 from flexdma.tools.experiments.presets import PRESETS, Setting
 from flexdma.tools.machine import machine
-from flexdma.tools.refusal import check_installed
+from flexdma.tools.refusal import RefusedError, check_installed
 
 __all__ = ["add_arguments", "run"]
 
@@ -26,7 +26,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )  # fmt: skip
     parser.add_argument(
         "--mixers", type=types.one_of(list(MIXERS)), nargs="+", metavar="MIXER", default=argparse.SUPPRESS,
-        help=f"of {', '.join(MIXERS)} (default: all)",
+        help=f"of {', '.join(MIXERS)} (default: all that are installed)",
     )  # fmt: skip
     parser.add_argument(
         "--rates", type=types.positive_number, nargs="+", metavar="RATE", default=argparse.SUPPRESS,
@@ -88,4 +88,10 @@ def _chosen(arguments: argparse.Namespace) -> Setting:
     }
     if arguments.steps is not None:
         given["schedule"] = replace(setting.schedule, steps=arguments.steps)
+    missing = not_installed(given.get("mixers", setting.mixers))
+    if missing and "mixers" in given:
+        raise RefusedError(f"--mixers: {needed(missing)}")
+    if missing:
+        print(f"left out: {needed(missing)}")
+        given["mixers"] = tuple(name for name in setting.mixers if name not in missing)
     return replace(setting, **given)

@@ -1,5 +1,7 @@
 """The model of all experiments: embeddings, pre-norm blocks of a mixer and an MLP, logits over the symbols."""
 
+from typing import cast
+
 from torch import Tensor, nn
 from torch.nn.functional import pad
 
@@ -50,6 +52,17 @@ class SequenceModel(nn.Module):
         self.norm = nn.RMSNorm(sizes.width)
         self.head = nn.Linear(sizes.width, symbols, bias=False)
         initialise(self, seed)
+
+    @property
+    def mixers(self) -> list[nn.Module]:
+        """The mixer of each layer."""
+        layers = [cast(nn.Module, block.attention) for block in self.blocks]
+        return [layer.mixer if isinstance(layer, _AfterConvolution) else layer for layer in layers]
+
+    def auxiliary_losses(self) -> list[Tensor]:
+        """What mixers add to the loss, of the last call with gradients: their `auxiliary_loss`, where they have one."""
+        losses = (getattr(mixer, "auxiliary_loss", None) for mixer in self.mixers)
+        return [loss for loss in losses if loss is not None]
 
     def forward(self, symbols: Tensor) -> Tensor:
         """Logits at every position."""

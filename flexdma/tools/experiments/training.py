@@ -1,5 +1,6 @@
 """One run: a mixer trained on a task with one learning rate and one seed."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from flexdma.tools.experiments.keys_seen import mean_keys_seen
 from flexdma.tools.experiments.mixers import ModelSizes
 from flexdma.tools.experiments.model import SequenceModel
 from flexdma.tools.experiments.tasks import IGNORED, Batch, Task
@@ -37,6 +39,7 @@ class Outcome:
 
     steps: of the evaluations.  near, far: the accuracy at each, over questions whose answer is within reach of a window, and
         beyond it (`reach`).  loss: of the evaluations, nats per question.  parameters: of the model.  seconds: of training.
+    keys: the mean number of keys that a query sees in a head, after training (`mean_keys_seen`); NaN = not counted.
     """
 
     mixer: str
@@ -48,6 +51,7 @@ class Outcome:
     far: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
     seconds: float = 0.0
+    keys: float = math.nan
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of its JSON."""
@@ -87,6 +91,7 @@ def train(
         started = time.perf_counter()
         batch = task.batch(schedule.batch, generator)
         loss = _loss(model(batch.symbols.to(device)), batch.targets.to(device))
+        loss = sum(model.auxiliary_losses(), loss)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -95,6 +100,8 @@ def train(
         outcome.seconds += time.perf_counter() - started
         if step % schedule.every == 0 or step == schedule.steps:
             _evaluate(model, held_out, schedule.batch, reach(sizes), outcome, step, device)
+        if step == schedule.steps:
+            outcome.keys = mean_keys_seen(model, held_out.symbols[:1].to(device))
         watch(step, outcome)
     return outcome
 
