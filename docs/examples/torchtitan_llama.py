@@ -23,7 +23,7 @@ from torchtitan.protocols.module import Module
 
 from flexdma.integrations.torchtitan import DynamicMaskConverter, DynamicMaskInnerAttention
 from flexdma.plots import loss_figure
-from flexdma.tools.demo.text import load_text, training_windows, validation_windows
+from flexdma.tools.byte_models.text import load_text, training_windows, validation_windows
 from flexdma.tools.demo.training import BITS, Hyperparameters, learning_rate_factor
 from flexdma.tools.machine import machine
 

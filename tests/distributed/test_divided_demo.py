@@ -17,11 +17,11 @@ pytest.importorskip("rich")
 from flexdma.__main__ import main
 from flexdma.tools.byte_models.checkpoint import load_checkpoint
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes
+from flexdma.tools.byte_models.text import load_text, validation_windows
 from flexdma.tools.demo.divided_model import divide
 from flexdma.tools.demo.progress import TrainingProgress
 from flexdma.tools.demo.ranks import Division
 from flexdma.tools.demo.ranks import Ranks as DemoRanks
-from flexdma.tools.demo.text import load_text, validation_windows
 from flexdma.tools.demo.training import Hyperparameters, train, validate
 from tests.distributed.processes import Ranks
 

@@ -21,10 +21,10 @@ from flexdma.reference import dense_visibility
 from flexdma.tools.byte_models.attentions import KINDS, make_attention
 from flexdma.tools.byte_models.checkpoint import load_checkpoint
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes, recorded_gates, rotary_embedding
+from flexdma.tools.byte_models.text import TextError, load_text, training_windows, validation_windows
 from flexdma.tools.demo import comparison
 from flexdma.tools.demo.masks import layer_lifespans, visible_keys_per_query
 from flexdma.tools.demo.sampling import sample
-from flexdma.tools.demo.text import TextError, load_text, training_windows, validation_windows
 from flexdma.tools.demo.training import Hyperparameters, train
 
 TINY = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=4)

@@ -2,9 +2,9 @@
 
 import argparse
 
+from flexdma.tools.byte_models.text import TextError, load_text
 from flexdma.tools.demo.ranks import check_division, is_divided
 from flexdma.tools.demo.settings import add_arguments, resolved
-from flexdma.tools.demo.text import TextError, load_text
 from flexdma.tools.machine import cpp_compiler
 from flexdma.tools.refusal import RefusedError, check_installed, refusing
 

@@ -13,12 +13,12 @@ from flexdma.atomic_write import atomic_write
 from flexdma.tools.byte_models.attentions import KINDS
 from flexdma.tools.byte_models.checkpoint import save_checkpoint
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes
+from flexdma.tools.byte_models.text import Text, validation_windows
 from flexdma.tools.demo import masks
 from flexdma.tools.demo.pictures import report_figures
 from flexdma.tools.demo.progress import TrainingProgress
 from flexdma.tools.demo.report import Outcome, outcome_table, write_json
 from flexdma.tools.demo.sampling import sample
-from flexdma.tools.demo.text import Text, validation_windows
 from flexdma.tools.demo.training import Course, Hyperparameters, train, validate
 from flexdma.tools.machine import machine
 

@@ -9,12 +9,12 @@ from rich.console import Console
 
 from flexdma.tools.byte_models.checkpoint import save_checkpoint
 from flexdma.tools.byte_models.model import ByteModel, ModelSizes
+from flexdma.tools.byte_models.text import Text, validation_windows
 from flexdma.tools.demo.divided_model import divide, whole_weights
 from flexdma.tools.demo.progress import TrainingProgress
 from flexdma.tools.demo.ranks import division_of, joined
 from flexdma.tools.demo.report import write_json
 from flexdma.tools.demo.resumable import ShardedCheckpoints
-from flexdma.tools.demo.text import Text, validation_windows
 from flexdma.tools.demo.training import Hyperparameters, train, validate
 from flexdma.tools.machine import machine
 

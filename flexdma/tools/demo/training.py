@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from flexdma.tools.byte_models.model import run_block
-from flexdma.tools.demo.text import Text, training_windows
+from flexdma.tools.byte_models.text import Text, training_windows
 
 BITS = 1 / math.log(2)  # nats to bits
 

@@ -1,4 +1,4 @@
-"""Text for the demonstration, as bytes: the first nine tenths for training, the last tenth for validation."""
+"""Texts of byte-level models: the first nine tenths for training, the last tenth for validation."""
 
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,11 @@ def load_text(path: str | None, context: int) -> Text:
     Raises TextError if the file does not exist, or is too short for windows of `context` bytes in both parts.
     """
     name, content = _python_topics() if path is None else (path, _read(path))
+    return split_text(name, content, context)
+
+
+def split_text(name: str, content: bytes, context: int) -> Text:
+    """These bytes as a Text.  Raises TextError where they are too few for windows of `context` bytes in both parts."""
     needed = VALIDATION_SHARE * max(context + 1, SHORTEST_VALIDATION)
     if len(content) < needed:
         raise TextError(
