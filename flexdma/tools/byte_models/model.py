@@ -30,13 +30,17 @@ class ModelSizes:
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then x + MLP(norm(x))."""
+    """x + attention(norm(x)), then x + MLP(norm(x)).
 
-    def __init__(self, attention: nn.Module, width: int) -> None:
+    mlp_width: hidden numbers of the MLP; default 4 x width.
+    """
+
+    def __init__(self, attention: nn.Module, width: int, mlp_width: int | None = None) -> None:
         super().__init__()
         self.attention_norm, self.attention = nn.RMSNorm(width), attention
         self.mlp_norm = nn.RMSNorm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width, False), nn.GELU(), nn.Linear(4 * width, width, False))
+        hidden = 4 * width if mlp_width is None else mlp_width
+        self.mlp = nn.Sequential(nn.Linear(width, hidden, False), nn.GELU(), nn.Linear(hidden, width, False))
 
     def forward(self, hidden: Tensor, position_embeddings: tuple[Tensor, Tensor]) -> Tensor:
         """[B, N, width] -> the same."""

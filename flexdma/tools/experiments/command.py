@@ -1,15 +1,21 @@
-"""python -m flexdma experiments: the options, and one experiment from training to report."""
+"""python -m flexdma experiments: the options, and experiments from training to report, or from results to a page."""
 
 import argparse
 import os
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 from flexdma.tools import arguments as types
+from flexdma.tools.byte_models.text import TextError
+from flexdma.tools.experiments.gate_variants import CANDIDATES
 from flexdma.tools.experiments.mixers import MIXERS, needed, not_installed
-from flexdma.tools.experiments.presets import PRESETS, Setting
+from flexdma.tools.experiments.presets import EXPERIMENTS, PRESETS, Setting, settings_of, with_text
+from flexdma.tools.experiments.tasks import Language
 from flexdma.tools.machine import machine
-from flexdma.tools.refusal import RefusedError, check_installed
+from flexdma.tools.refusal import RefusedError, check_installed, refusing
+
+RESULTS = "results"  # makes the page
 
 __all__ = ["add_arguments", "run"]
 
@@ -17,16 +23,18 @@ __all__ = ["add_arguments", "run"]
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `python -m flexdma experiments`."""
     parser.add_argument(
-        "task", choices=list(PRESETS["cpu"]),
-        help="stacked, unstacked, overwritten: recall of pairs among noise; copying: tokens among noise, in order",
+        "task", choices=[*EXPERIMENTS, RESULTS],
+        help="stacked, unstacked, overwritten: recall of pairs among noise; copying: tokens among noise, in order; gates: "
+        "variants of the gate on stacked; niah: numbers hidden in up to 32 times the trained length; lm: bytes of two real "
+        "texts at three sizes; results: write --page from results that are there",
     )  # fmt: skip
     parser.add_argument(
         "--preset", choices=list(PRESETS), default="cpu",
         help="sizes for two CPU cores, one GPU, or as in the papers (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--mixers", type=types.one_of(list(MIXERS)), nargs="+", metavar="MIXER", default=argparse.SUPPRESS,
-        help=f"of {', '.join(MIXERS)} (default: all that are installed)",
+        "--mixers", type=types.one_of(list(CANDIDATES)), nargs="+", metavar="MIXER", default=argparse.SUPPRESS,
+        help=f"of {', '.join(CANDIDATES)} (default: the task's that are installed)",
     )  # fmt: skip
     parser.add_argument(
         "--rates", type=types.positive_number, nargs="+", metavar="RATE", default=argparse.SUPPRESS,
@@ -48,50 +56,103 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers", type=types.positive_int, metavar="N", default=None,
         help="processes of one thread each (default: one per CPU core; 1 on a GPU)",
     )  # fmt: skip
+    parser.add_argument(
+        "--text", type=types.input_file, metavar="FILE", default=None,
+        help="for lm: a text in place of the two (default: Python's documentation, networkx's docstrings)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--page", type=types.output_file, metavar="FILE", default="docs/results.md",
+        help="for results: the page, made from experiments-NAME.json in the folder of the same name (default: %(default)s)",
+    )  # fmt: skip
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Train what is missing, print the table, write JSON, table and picture."""
+    """Train what is missing, print the tables, write JSON, tables and pictures; or write the page."""
     check_installed("matplotlib", "rich", extra="experiments")
+    if arguments.task == RESULTS:
+        return _write_page(arguments.page)
     # Imported here, because these need matplotlib and rich.
     from rich.console import Console
 
-    from flexdma.tools.experiments import grid, report
+    from flexdma.tools.experiments import grid
+    from flexdma.tools.experiments.experiment import Experiment
+    from flexdma.tools.experiments.reports.pictures import language_pictures, pictures
+    from flexdma.tools.experiments.reports.tables import markdown, table
     from flexdma.tools.progress import progress_bars
 
-    setting = _chosen(arguments)
-    name = f"{arguments.task}-{arguments.preset}"
-    folder = arguments.out / name
+    settings = _chosen(arguments)
     workers = arguments.workers or (len(os.sched_getaffinity(0)) if arguments.device == "cpu" else 1)
-    done, total = grid.finished(setting, folder), len(grid.runs_of(setting))
+    experiments = []
     with progress_bars() as bars:
-        task = bars.add_task(name, total=total, completed=len(done), note="")
+        for name, setting in settings.items():
+            folder = arguments.out / f"{name}-{arguments.preset}"
+            done, total = grid.finished(setting, folder), len(grid.runs_of(setting))
+            shown = bars.add_task(folder.name, total=total, completed=len(done), note="")
 
-        def watch(run: grid.Run, outcome: grid.Outcome) -> None:
-            note = f"{run.mixer}, rate {run.rate:g}, seed {run.seed}: {outcome.far[-1]:.3f}"
-            bars.update(task, advance=1, note=note)
+            def watch(run: grid.Run, outcome: grid.Outcome, shown: Any = shown) -> None:
+                note = f"{run.mixer}, rate {run.rate:g}, seed {run.seed}: loss {outcome.loss[-1]:.3f}"
+                bars.update(shown, advance=1, note=note)
 
-        outcomes = grid.run_all(setting, folder, device=arguments.device, workers=workers, watch=watch)
-    report.write(arguments.out, name, setting, outcomes, {"machine": machine(arguments.device)})
-    title = f"{name}: {setting.task}"
-    Console().print(report.table(setting, report.rows(outcomes), title))
-    print(f"wrote {arguments.out / name}.json, .md and .png")
+            outcomes = grid.run_all(setting, folder, device=arguments.device, workers=workers, watch=watch)
+            about = machine(arguments.device) | ({"threads": 1} if workers > 1 else {})
+            experiments.append(
+                Experiment(name, arguments.preset, grid.as_settings(setting), about, list(outcomes.values()))
+            )
+    for experiment in experiments:
+        experiment.write(arguments.out / f"{experiment.name}.json")
+        (arguments.out / f"{experiment.name}.md").write_text(markdown(experiment))
+        pictures(arguments.out, "", experiment)
+        Console().print(table(experiment))
+        print(f"wrote {arguments.out / experiment.name}.json, .md and .png")
+    language_pictures(arguments.out, "", [experiment for experiment in experiments if experiment.kind == "lm"])
     return 0
 
 
-def _chosen(arguments: argparse.Namespace) -> Setting:
-    setting = PRESETS[arguments.preset][arguments.task]
+def _write_page(path: Path) -> int:
+    from flexdma.tools.experiments.reports.page import read_experiments, write_page
+
+    with refusing(ValueError, OSError):
+        experiments = read_experiments(path.with_suffix(""))
+    write_page(path, experiments)
+    print(f"wrote {path} from {len(experiments)} experiments")
+    return 0
+
+
+def _chosen(arguments: argparse.Namespace) -> dict[str, Setting]:
+    """The settings by name, with the options applied."""
+    settings = settings_of(arguments.task, arguments.preset)
+    if arguments.text is not None:
+        if arguments.task != "lm":
+            raise RefusedError(f"--text: expected the task lm, got {arguments.task}")
+        settings = with_text(settings, arguments.text)
     given: dict[str, Any] = {
         name: tuple(dict.fromkeys(getattr(arguments, name)))
         for name in ("mixers", "rates", "seeds")
         if hasattr(arguments, name)
     }
-    if arguments.steps is not None:
-        given["schedule"] = replace(setting.schedule, steps=arguments.steps)
-    missing = not_installed(given.get("mixers", setting.mixers))
-    if missing and "mixers" in given:
+    with refusing(TextError):
+        chosen = {name: _with_options(setting, given, arguments.steps) for name, setting in settings.items()}
+    return _without_missing(chosen, is_given="mixers" in given)
+
+
+def _with_options(setting: Setting, given: dict[str, Any], steps: int | None) -> Setting:
+    changed = replace(setting, **given)
+    if steps is not None:
+        changed = replace(changed, schedule=replace(setting.schedule, steps=steps))
+    if isinstance(setting.task, Language):
+        changed = replace(changed, task=setting.task.with_digest())
+    return changed
+
+
+def _without_missing(settings: dict[str, Setting], *, is_given: bool) -> dict[str, Setting]:
+    """Without mixers whose package is not installed.  is_given: whether the user named the mixers; raises RefusedError then."""
+    mixers = dict.fromkeys(name for setting in settings.values() for name in setting.mixers if name in MIXERS)
+    missing = not_installed(mixers)
+    if missing and is_given:
         raise RefusedError(f"--mixers: {needed(missing)}")
     if missing:
         print(f"left out: {needed(missing)}")
-        given["mixers"] = tuple(name for name in setting.mixers if name not in missing)
-    return replace(setting, **given)
+    return {
+        name: replace(setting, mixers=tuple(mixer for mixer in setting.mixers if mixer not in missing))
+        for name, setting in settings.items()
+    }

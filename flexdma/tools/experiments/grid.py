@@ -37,7 +37,7 @@ def runs_of(setting: Setting) -> list[Run]:
 def as_settings(setting: Setting) -> dict[str, Any]:
     """What a run depends on besides mixer, rate and seed, as JSON has it."""
     shared = asdict(replace(setting, mixers=(), rates=(), seeds=()))
-    return json.loads(json.dumps(shared))
+    return json.loads(json.dumps({name: value for name, value in shared.items() if value is not None}))
 
 
 def finished(setting: Setting, folder: Path) -> dict[Run, Outcome]:
@@ -88,7 +88,10 @@ def _trained(setting: Setting, runs: list[Run], device: str, workers: int) -> It
 
 
 def _train(setting: Setting, run: Run, device: str) -> Outcome:
-    return train(run.mixer, setting.task, setting.sizes, setting.schedule, rate=run.rate, seed=run.seed, device=device)
+    return train(
+        run.mixer, setting.task, setting.sizes, setting.schedule, rate=run.rate, seed=run.seed, device=device,
+        probe=setting.probe,
+    )  # fmt: skip
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:

@@ -1,17 +1,28 @@
 """The sizes of the experiments: for two CPU cores, for one GPU, and as in the papers."""
 
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
+from flexdma.tools.experiments.gate_variants import GATE_VARIANTS
 from flexdma.tools.experiments.mixers import MIXERS, ModelSizes
-from flexdma.tools.experiments.tasks import Copying, Recall, Task
+from flexdma.tools.experiments.probes import GateCourse, HeatMap, Probe
+from flexdma.tools.experiments.tasks import Copying, Language, Needles, Recall, Task
 from flexdma.tools.experiments.training import Schedule
+
+# For the longer experiments.  A choice that reads the whole sequence predicts no next byte.
+_CAUSAL = (
+    "full", "full + slope", "MLA", "NSA", "window", "sinks + window", "DMA", "DMA + slope", "DMA + forget",
+)  # fmt: skip
+CAUSAL = tuple(name for name in _CAUSAL if name in MIXERS)
+TEXTS = ("python", "networkx")
 
 
 @dataclass(frozen=True)
 class Setting:
-    """One task, and how all mixers are trained on it."""
+    """One task, and how all mixers are trained on it.  probe: what is measured besides answers."""
 
     task: Task
     sizes: ModelSizes
@@ -19,24 +30,85 @@ class Setting:
     mixers: tuple[str, ...] = tuple(MIXERS)
     rates: tuple[float, ...] = (1e-3, 3e-3, 1e-2)
     seeds: tuple[int, ...] = (0, 1, 2)
+    probe: Probe | None = None
 
 
-def _settings(length: int, pairs: int, sizes: ModelSizes, schedule: Schedule, **more: Any) -> dict[str, Setting]:
+def _recall(length: int, pairs: int, sizes: ModelSizes, schedule: Schedule, **more: Any) -> dict[str, Setting]:
+    stacked = Recall(length=length, pairs=pairs, questions=2 * pairs, **more)
     tasks: dict[str, Task] = {
-        "stacked": Recall(length=length, pairs=pairs, questions=2 * pairs, **more),
+        "stacked": stacked,
         "unstacked": Recall(length=length, pairs=pairs, questions=2 * pairs, form="unstacked", **more),
         "overwritten": Recall(length=length, pairs=pairs, questions=2 * pairs, overwritten=pairs // 2, **more),
         "copying": Copying(length=length, tokens=pairs),
     }
-    return {name: Setting(task, sizes, schedule) for name, task in tasks.items()}
+    settings = {name: Setting(task, sizes, schedule) for name, task in tasks.items()}
+    settings["gates"] = Setting(stacked, sizes, schedule, mixers=tuple(GATE_VARIANTS), probe=GateCourse())
+    return settings
+
+
+def _language(
+    length: int, window: int, sizes: Mapping[int, int], schedule: Schedule, **more: Any
+) -> dict[str, Setting]:
+    """lm-TEXT-WIDTH for both texts.  sizes: width -> layers."""
+    return {
+        f"lm-{text}-{width}": Setting(
+            Language(length, text), ModelSizes(width, layers, max(2, width // 32), max(2, width // 64), window), schedule,
+            mixers=CAUSAL, **more,
+        )
+        for text in TEXTS for width, layers in sizes.items()
+    }  # fmt: skip
 
 
 # paper: the widths and lengths of zoology (arXiv 2312.04927); documented, and not run by this project.
 PRESETS: Mapping[str, Mapping[str, Setting]] = {
-    "cpu": _settings(128, 8, ModelSizes(), Schedule()),
-    "gpu": _settings(512, 16, ModelSizes(layers=2, window=32), Schedule(steps=4000, batch=64, every=200)),
-    "paper": _settings(
-        1024, 64, ModelSizes(width=128, layers=2, window=128), Schedule(steps=20_000, batch=128, every=1000),
-        keys=4096, values=4096, noise=64,
-    ),
+    "cpu": {
+        **_recall(128, 8, ModelSizes(), Schedule()),
+        "niah": Setting(
+            Needles(), ModelSizes(window=32), Schedule(steps=500, batch=16, held_out=64), mixers=CAUSAL,
+            rates=(3e-3, 1e-2), probe=HeatMap(),
+        ),
+        **_language(256, 32, {32: 2, 64: 2, 128: 2}, Schedule(steps=400, batch=4, held_out=64), rates=(3e-3,)),
+    },
+    "gpu": {
+        **_recall(512, 16, ModelSizes(layers=2, window=32), Schedule(steps=4000, batch=64, every=200)),
+        "niah": Setting(
+            Needles(needles=16, digits=3), ModelSizes(width=128, layers=2, window=128),
+            Schedule(steps=4000, batch=64, every=200), mixers=CAUSAL, probe=HeatMap(tokens=2**18),
+        ),
+        **_language(1024, 128, {128: 4, 256: 4, 512: 6}, Schedule(steps=2000, batch=32, every=200), rates=(1e-3, 3e-3)),
+    },
+    "paper": {
+        **_recall(
+            1024, 64, ModelSizes(width=128, layers=2, window=128), Schedule(steps=20_000, batch=128, every=1000),
+            keys=4096, values=4096, noise=64,
+        ),
+        "niah": Setting(
+            Needles(needles=16, digits=7), ModelSizes(width=256, layers=4, heads=8, kv_heads=4, window=256),
+            Schedule(steps=20_000, batch=128, every=1000), mixers=CAUSAL, probe=HeatMap(depths=16, tokens=2**20),
+        ),
+        **_language(2048, 256, {512: 8, 768: 12, 1024: 24}, Schedule(steps=20_000, batch=128, every=1000)),
+    },
 }  # fmt: skip
+
+
+def experiment_of(name: str) -> str:
+    """What trains a setting on the command line: lm for lm-python-64."""
+    return name.split("-")[0]
+
+
+EXPERIMENTS = tuple(dict.fromkeys(map(experiment_of, PRESETS["cpu"])))
+
+
+def settings_of(experiment: str, preset: str) -> dict[str, Setting]:
+    """The settings of one of EXPERIMENTS, by their names."""
+    return {name: setting for name, setting in PRESETS[preset].items() if experiment_of(name) == experiment}
+
+
+def with_text(settings: Mapping[str, Setting], path: Path) -> dict[str, Setting]:
+    """The settings of `lm` with one text in place of TEXTS, one for each width."""
+    name = re.sub(r"\W+", "_", path.stem)
+    found = {}
+    for setting in settings.values():
+        assert isinstance(setting.task, Language)
+        found[f"lm-{name}-{setting.sizes.width}"] = replace(setting, task=replace(setting.task, text=str(path)))
+    return found

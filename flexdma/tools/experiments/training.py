@@ -13,9 +13,9 @@ from torch.nn.functional import cross_entropy
 from flexdma.tools.experiments.keys_seen import mean_keys_seen
 from flexdma.tools.experiments.mixers import ModelSizes
 from flexdma.tools.experiments.model import SequenceModel
+from flexdma.tools.experiments.probes import Probe
 from flexdma.tools.experiments.tasks import IGNORED, Batch, Task
 
-EVALUATION_SEED = 2**31  # of the batches that no training draws
 SOLVED = 0.95
 
 
@@ -38,7 +38,8 @@ class Outcome:
     """What a run found.
 
     steps: of the evaluations.  near, far: the accuracy at each, over questions whose answer is within reach of a window, and
-        beyond it (`reach`).  loss: of the evaluations, nats per question.  parameters: of the model.  seconds: of training.
+        beyond it (`reach`).  loss: of the evaluations, nats per question.  probed: what the probe measured at each.
+    parameters: of the model.  seconds: of training.
     keys: the mean number of keys that a query sees in a head, after training (`mean_keys_seen`); NaN = not counted.
     """
 
@@ -50,6 +51,7 @@ class Outcome:
     near: list[float] = field(default_factory=list)
     far: list[float] = field(default_factory=list)
     loss: list[float] = field(default_factory=list)
+    probed: list[dict[str, Any]] = field(default_factory=list)
     seconds: float = 0.0
     keys: float = math.nan
 
@@ -69,14 +71,16 @@ def reach(sizes: ModelSizes) -> int:
 
 def train(
     mixer: str, task: Task, sizes: ModelSizes, schedule: Schedule, *, rate: float, seed: int,
-    device: str = "cpu", watch: Callable[[int, Outcome], None] = lambda step, outcome: None,
+    device: str = "cpu", probe: Probe | None = None, watch: Callable[[int, Outcome], None] = lambda step, outcome: None,
 ) -> Outcome:  # fmt: skip
     """Train one model and evaluate it on the way.
 
-    watch: called after every step.  The batches depend on the seed alone, so all mixers and
-    rates of a seed see the same.
+    probe: measures the model at every evaluation.  watch: called after every step.
+    The batches depend on the seed alone, so all mixers and rates of a seed see the same.
     """
-    model = SequenceModel(mixer, sizes, task.symbols, convolution=task.convolution, seed=seed).to(device)
+    model = SequenceModel(mixer, sizes, task.symbols, convolution=task.convolution, rotary=task.rotary, seed=seed).to(
+        device
+    )
     outcome = Outcome(mixer, rate, seed, sum(p.numel() for p in model.parameters()))
     matrices = [p for p in model.parameters() if p.dim() > 1]
     others = [p for p in model.parameters() if p.dim() < 2]
@@ -86,11 +90,12 @@ def train(
     )  # fmt: skip
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, schedule.steps, pct_start=0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
-    held_out = task.batch(schedule.held_out, torch.Generator().manual_seed(EVALUATION_SEED))
+    held_out = task.held_out(schedule.held_out)
     for step in range(1, schedule.steps + 1):
         started = time.perf_counter()
         batch = task.batch(schedule.batch, generator)
-        loss = _loss(model(batch.symbols.to(device)), batch.targets.to(device))
+        asked = batch.targets != IGNORED
+        loss = cross_entropy(model(batch.symbols.to(device), asked.to(device)).float(), batch.targets[asked].to(device))
         loss = sum(model.auxiliary_losses(), loss)
         optimizer.zero_grad()
         loss.backward()
@@ -100,6 +105,8 @@ def train(
         outcome.seconds += time.perf_counter() - started
         if step % schedule.every == 0 or step == schedule.steps:
             _evaluate(model, held_out, schedule.batch, reach(sizes), outcome, step, device)
+            if probe is not None:
+                outcome.probed.append(probe.measure(model, task, is_last=step == schedule.steps))
         if step == schedule.steps:
             outcome.keys = mean_keys_seen(model, held_out.symbols[:1].to(device))
         watch(step, outcome)
@@ -110,20 +117,19 @@ def train(
 def _evaluate(
     model: SequenceModel, batch: Batch, size: int, bridged: int, outcome: Outcome, step: int, device: str
 ) -> None:
-    rows = [model(symbols.to(device)).cpu() for symbols in batch.symbols.split(size)]
-    logits = torch.cat(rows)
-    right = logits.argmax(-1) == batch.targets
-    asked, far = batch.targets != IGNORED, batch.distance > bridged
+    asked = batch.targets != IGNORED
+    rows = [
+        model(symbols.to(device), at.to(device)).cpu()
+        for symbols, at in zip(batch.symbols.split(size), asked.split(size), strict=True)
+    ]
+    logits, targets, far = torch.cat(rows).float(), batch.targets[asked], batch.distance[asked] > bridged
+    right = logits.argmax(-1) == targets
     outcome.steps.append(step)
-    outcome.near.append(_share(right, asked & ~far))
-    outcome.far.append(_share(right, asked & far))
-    outcome.loss.append(_loss(logits, batch.targets).item())
+    outcome.near.append(_share(right, ~far))
+    outcome.far.append(_share(right, far))
+    outcome.loss.append(cross_entropy(logits, targets).item())
 
 
 def _share(right: Tensor, of: Tensor) -> float:
     """The share that is right; NaN where there is none."""
     return right[of].double().mean().item()
-
-
-def _loss(logits: Tensor, targets: Tensor) -> Tensor:
-    return cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED)

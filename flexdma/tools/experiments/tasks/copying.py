@@ -4,11 +4,11 @@ from dataclasses import dataclass
 
 import torch
 
-from flexdma.tools.experiments.tasks.task import IGNORED, Batch, distinct
+from flexdma.tools.experiments.tasks.task import IGNORED, Batch, DrawnTask, distinct
 
 
 @dataclass(frozen=True)
-class Copying:
+class Copying(DrawnTask):
     """`tokens` content tokens at random positions among noise; then as many questions, one per token, in order.
 
     length: N, the questions included.  content, noise: how many symbols of each kind.

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from flexdma.tools.experiments.tasks.task import IGNORED, Batch, distinct
+from flexdma.tools.experiments.tasks.task import IGNORED, Batch, DrawnTask, distinct
 
 
 @dataclass(frozen=True)
-class Recall:
+class Recall(DrawnTask):
     """`pairs` pairs of key and value among noise, and `questions` positions that ask for the value of a key.
 
     length: N.  keys, values, noise: how many symbols of each kind.
@@ -85,6 +85,12 @@ class Recall:
         value = value_of_pair.gather(-1, (number.gather(-1, newest) - 1))
         distance = (chosen - chosen.gather(-1, newest)) * width
         return self._laid_out(chosen, is_pair, key, value, distance, generator)
+
+    def pairs_and_noise(self, symbols: Tensor) -> tuple[Tensor, Tensor]:
+        """Two masks [B, N] of a batch's symbols: positions with the value of a pair, and positions of noise."""
+        first, last = symbols[..., 0], symbols[..., -1]
+        is_pair = (last >= self.keys) & (last < self.keys + self.values)
+        return is_pair, (first >= self.keys + self.values) & (first < self.symbols - 2)
 
     def _laid_out(
         self, slot: Tensor, is_pair: Tensor, key: Tensor, value: Tensor, distance: Tensor, generator: torch.Generator

@@ -5,6 +5,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+HELD_OUT_SEED = 2**31  # of sequences that no training draws
 IGNORED = -100  # the target of a position that is not asked; cross_entropy's default
 
 
@@ -36,8 +37,32 @@ class Task(Protocol):
     def convolution(self) -> int:
         """Width of a causal convolution before each attention that the task needs; 1 = none."""
 
+    @property
+    def rotary(self) -> bool:
+        """Whether queries and keys are rotated by their positions."""
+
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """`size` sequences, drawn by the generator alone."""
+
+    def held_out(self, size: int) -> Batch:
+        """`size` sequences that no training draws, the same on every call."""
+
+
+class DrawnTask:
+    """The base of tasks whose sequences are drawn without end, at positions that are rotated."""
+
+    @property
+    def rotary(self) -> bool:
+        """See `Task`."""
+        return True
+
+    def batch(self, size: int, generator: torch.Generator) -> Batch:
+        """See `Task`."""
+        raise NotImplementedError
+
+    def held_out(self, size: int) -> Batch:
+        """See `Task`."""
+        return self.batch(size, torch.Generator().manual_seed(HELD_OUT_SEED))
 
 
 def distinct(size: int, number: int, of: int, generator: torch.Generator) -> Tensor:
