@@ -135,10 +135,14 @@ def test_tasks_are_trained_and_become_a_page(tmp_path, capsys, monkeypatch):
     assert whole.count("agrees**") + whole.count("difference**") == 2  # DMA than full, on the text and on needles
 
 
-def test_options_of_other_tasks_are_refused(tmp_path, capsys):
+def test_options_of_other_tasks_and_missing_folders_are_refused(tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     text = tmp_path / "text"
     text.write_bytes(b"short")
-    assert main(["experiments", "niah", "--text", str(text)]) == CANNOT
-    assert "--text: expected the task lm, got niah" in capsys.readouterr().err
-    assert main(["experiments", "lm", "--text", str(text)]) == CANNOT
-    assert "--text: expected at least" in capsys.readouterr().err
+    for options, message in {
+        ("niah", "--text", "text"): "--text: expected the task lm, got niah",
+        ("lm", "--text", "text"): "--text: expected at least",
+        ("results",): "--page: expected the JSON of experiments in docs/results, got no such folder",
+    }.items():
+        assert main(["experiments", *options]) == CANNOT
+        assert message in capsys.readouterr().err

@@ -16,6 +16,7 @@ from flexdma.tools.machine import machine
 from flexdma.tools.refusal import RefusedError, check_installed, refusing
 
 RESULTS = "results"  # makes the page
+PAGE = Path("docs/results.md")
 
 __all__ = ["add_arguments", "run"]
 
@@ -61,8 +62,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="for lm: a text in place of the two (default: Python's documentation, networkx's docstrings)",
     )  # fmt: skip
     parser.add_argument(
-        "--page", type=types.output_file, metavar="FILE", default="docs/results.md",
-        help="for results: the page, made from experiments-NAME.json in the folder of the same name (default: %(default)s)",
+        "--page", type=types.output_file, metavar="FILE", default=None,
+        help=f"for results: the page, made from experiments-NAME.json in the folder of the same name (default: {PAGE})",
     )  # fmt: skip
 
 
@@ -70,7 +71,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Train what is missing, print the tables, write JSON, tables and pictures; or write the page."""
     check_installed("matplotlib", "rich", extra="experiments")
     if arguments.task == RESULTS:
-        return _write_page(arguments.page)
+        return _write_page(arguments.page or PAGE)
     # Imported here, because these need matplotlib and rich.
     from rich.console import Console
 
@@ -111,6 +112,8 @@ def run(arguments: argparse.Namespace) -> int:
 def _write_page(path: Path) -> int:
     from flexdma.tools.experiments.reports.page import read_experiments, write_page
 
+    if not path.with_suffix("").is_dir():
+        raise RefusedError(f"--page: expected the JSON of experiments in {path.with_suffix('')}, got no such folder")
     with refusing(ValueError, OSError):
         experiments = read_experiments(path.with_suffix(""))
     write_page(path, experiments)
