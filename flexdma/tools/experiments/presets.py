@@ -64,7 +64,7 @@ PRESETS: Mapping[str, Mapping[str, Setting]] = {
     "cpu": {
         **_recall(128, 8, ModelSizes(), Schedule()),
         "niah": Setting(
-            Needles(), ModelSizes(window=32), Schedule(steps=600, batch=8, held_out=64), mixers=CAUSAL,
+            Needles(), ModelSizes(window=32), Schedule(steps=800, batch=8, held_out=64), mixers=CAUSAL,
             rates=(3e-3, 1e-2), probe=HeatMap(),
         ),
         **_language(256, 32, {32: 2, 64: 2, 128: 2}, Schedule(steps=400, batch=4, held_out=64), rates=(3e-3,)),
