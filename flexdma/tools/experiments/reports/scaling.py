@@ -28,7 +28,12 @@ def scaling(experiments: Sequence[Experiment]) -> Figure:
             below = [mean - min(seeds) for mean, seeds in zip(means, bits, strict=True)]
             above = [max(seeds) - mean for mean, seeds in zip(means, bits, strict=True)]
             panel.errorbar(parameters, means, [below, above], label=mixer, marker=".", capsize=2, **style)
+        sizes = sorted({parameters for found in points.values() for parameters, _ in found})
         panel.set_xscale("log")
+        # One tick per size of model; mixers of one size differ by few parameters.
+        shown = [size for before, size in zip([0, *sizes], sizes, strict=False) if size > 1.1 * before]
+        panel.set_xticks(shown, [f"{size:,}" for size in shown])
+        panel.minorticks_off()
         panel.set_xlabel("parameters")
         panel.set_title(text)
         panel.grid(alpha=0.25)
