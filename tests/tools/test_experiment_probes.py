@@ -72,7 +72,11 @@ def test_texts_ask_for_the_next_byte_and_hold_out_their_end(tmp_path):
 
 def test_mixers_have_equal_parameters():
     sizes = ModelSizes(width=32, layers=2, heads=4, kv_heads=2, window=8)
-    counts = [sum(p.numel() for p in SequenceModel(name, sizes, 50).parameters()) for name in CANDIDATES]
+    counts = [
+        sum(p.numel() for p in SequenceModel(name, sizes, 50).parameters())
+        for name in CANDIDATES
+        if CANDIDATES[name].is_installed
+    ]
     assert max(counts) - min(counts) <= 2 * sizes.layers * sizes.width
 
 

@@ -107,7 +107,7 @@ def test_tasks_are_trained_and_become_a_page(tmp_path, capsys, monkeypatch):
     text.write_bytes(bytes(range(256)) * 10)
     recall = Recall(length=24, pairs=3, questions=4, keys=5, values=5, noise=5)
     tiny = {
-        "gates": _tiny(recall, mixers=("exp", "exp + slope"), probe=GateCourse(sequences=2, by_token=2)),
+        "gates": _tiny(recall, mixers=("exp + slope", "full"), probe=GateCourse(sequences=2, by_token=2)),
         "niah": _tiny(Needles(length=48, needles=4), mixers=("full", "DMA"), probe=HeatMap((48, 96), 4, 192)),
         "lm-python-8": _tiny(Language(length=16, text="python"), mixers=("full", "DMA")),
     }

@@ -148,7 +148,7 @@ def _with_options(setting: Setting, given: dict[str, Any], steps: int | None) ->
 
 
 def _without_missing(settings: dict[str, Setting], *, is_given: bool) -> dict[str, Setting]:
-    """Without mixers whose package is not installed.  is_given: whether the user named the mixers; raises RefusedError then."""
+    """Without mixers whose package is not installed.  is_given: the user named the mixers; raises RefusedError then."""
     mixers = dict.fromkeys(name for setting in settings.values() for name in setting.mixers if name in MIXERS)
     missing = not_installed(mixers)
     if missing and is_given:

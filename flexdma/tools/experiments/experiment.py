@@ -47,8 +47,8 @@ class Row(NamedTuple):
         return [mean_over_heads(layers) for layers in self.probed(name)]
 
     def probed(self, name: str) -> list[Any]:
-        """What the probe found after training under this name."""
-        return [outcome.probed[-1][name] for outcome in self.outcomes]
+        """What the probe found after training under this name; nothing for mixers to which it does not apply."""
+        return [outcome.probed[-1][name] for outcome in self.outcomes if name in outcome.probed[-1]]
 
 
 @dataclass(frozen=True)
