@@ -169,10 +169,10 @@ def test_only_a_global_choice_differs_token_by_token():
     batch = RECALL.held_out(16)
     same = {
         name: parallel_and_by_token(_with_gates(name), batch)["same"]
-        for name in ("linear from 1", "linear from 1 + slope", "linear from 1 global")
+        for name in ("linear from 1", "linear from 1 + slope", "identity from 1 global")
     }
     assert same["linear from 1"] == same["linear from 1 + slope"] == 1
-    assert same["linear from 1 global"] < 1
+    assert same["identity from 1 global"] < 1
 
 
 def test_answers_in_one_pass_and_by_token_are_those_of_the_batch():

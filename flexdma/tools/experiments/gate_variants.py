@@ -30,19 +30,18 @@ def _variant(form: str, initial: float, recency: str | None = None, selection: s
     return Mixer(make, True, f"{sees}; A starts at {initial:g}", PAPER if recency is None else "this project")
 
 
+STARTS = {
+    "exp": ("exp", 0.0), "exp from 1": ("exp", 1.0), "linear from 1": ("linear", 1.0), "identity": ("identity", 0.0),
+    "identity from 1": ("identity", 1.0),
+}  # fmt: skip
+
 GATE_VARIANTS: Mapping[str, Mixer] = {
-    "exp": _variant("exp", 0.0),
-    "linear": _variant("linear", 0.0),
-    "identity": _variant("identity", 0.0),
-    "exp from 1": _variant("exp", 1.0),
-    "linear from 1": _variant("linear", 1.0),
-    "identity from 1": _variant("identity", 1.0),
+    f"{name}{suffix}": _variant(form, initial, recency)
+    for recency, suffix in ((None, ""), ("slope", " + slope"), ("forget", " + forget"))
+    for name, (form, initial) in STARTS.items()
+} | {
     "exp global": _variant("exp", 0.0, selection="global"),
-    "linear from 1 global": _variant("linear", 1.0, selection="global"),
-    "exp + slope": _variant("exp", 0.0, "slope"),
-    "linear from 1 + slope": _variant("linear", 1.0, "slope"),
-    "exp + forget": _variant("exp", 0.0, "forget"),
-    "linear from 1 + forget": _variant("linear", 1.0, "forget"),
+    "identity from 1 global": _variant("identity", 1.0, selection="global"),
 }
 
 CANDIDATES: Mapping[str, Mixer] = {**MIXERS, **GATE_VARIANTS}
