@@ -15,25 +15,29 @@ from flexdma.lowerings.living_keys import LivingList, living_lists
 from flexdma.lowerings.living_terms import living_terms
 
 # Queries per block.  From 192 rows on the kernel multiplies 64 at a time, from 768 on 256, and rereads keys less often.
-BLOCK_SIZE, LARGE_BLOCK = 256, 1024
+SMALL_BLOCK, BLOCK_SIZE, LARGE_BLOCK = 128, 256, 1024
 # A large block pays while its own births add less than this share to the keys that a query sees.
 FEW_BIRTHS = 1 / 4
+# A small block pays where the births of a block of BLOCK_SIZE add more than this share.
+MANY_BIRTHS = 3 / 5
 # Scores per kernel call and thread: enough work for every thread, with a mask that stays in cache.
 SCORES_PER_THREAD = 2**20
 
 
 def block_size_for(lifespans: Lifespans, queries: int, capacity: int, terms_per_key: int = 1) -> int:
-    """Queries per block: a large block where there are many queries and few keys are born in a block.
+    """Queries per block: the more, the fewer keys are born in a block beside those that a query sees.
 
     Of several intervals one begins where another ends: a large block would contain many keys twice (1.15 times as slow).
     """
-    if queries < 8 * LARGE_BLOCK or terms_per_key > 1:
+    if queries <= SMALL_BLOCK or terms_per_key > 1:
         return BLOCK_SIZE
-    births = (lifespans.death > lifespans.birth).float().mean().item() * LARGE_BLOCK
-    # Not the capacity alone: of documents it is the longest, and most queries see far fewer keys.
     born, dies = seen_by_queries(lifespans, queries)
-    visible = (dies - born).clamp(min=0).sum(-1).float().mean().item() / queries
-    return LARGE_BLOCK if births <= FEW_BIRTHS * min(capacity, visible) else BLOCK_SIZE
+    births = ((dies > born) & (born > 0)).sum(-1).float().mean().item() / queries
+    # Not the capacity alone: of documents it is the longest, and most queries see far fewer keys.
+    visible = min(capacity, (dies - born).clamp(min=0).sum(-1).float().mean().item() / queries)
+    if births * BLOCK_SIZE > MANY_BIRTHS * visible:
+        return SMALL_BLOCK
+    return LARGE_BLOCK if queries >= 8 * LARGE_BLOCK and births * LARGE_BLOCK <= FEW_BIRTHS * visible else BLOCK_SIZE
 
 
 class Chunk(NamedTuple):
