@@ -324,6 +324,19 @@ def test_blocks_are_large_where_few_keys_are_born():
     assert fused_cut.block_size_for(packed, 65536, 8192) == fused_cut.BLOCK_SIZE
 
 
+def test_blocks_are_small_where_most_keys_are_born():
+    window = flexdma.causal_top_w(
+        torch.zeros(1, 1, 2048), 256
+    )  # equal gates: the last 256 keys, each query sees a new one
+    assert fused_cut.block_size_for(window, 2048, 256) == fused_cut.SMALL_BLOCK
+    assert fused_cut.block_size_for(window, 512, 256) == fused_cut.SMALL_BLOCK
+    wide = flexdma.causal_top_w(torch.zeros(1, 1, 2048), 1024)
+    assert fused_cut.block_size_for(wide, 512, 1024) == fused_cut.BLOCK_SIZE
+    # No key is born at the last 512 queries.
+    late = flexdma.causal_top_w(torch.cat([torch.ones(1, 1, 1536), torch.zeros(1, 1, 512)], -1), 256)
+    assert fused_cut.block_size_for(late, 512, 256) == fused_cut.BLOCK_SIZE
+
+
 def test_gradients_of_gates_that_outweigh_all_others():
     """Softmaxes are 1 for one key; the gradients of scores are differences of equal numbers, multiplied by large gates."""
     tensors = inputs(1, 4, 2, 60, 60, 16, dtype=torch.float32)

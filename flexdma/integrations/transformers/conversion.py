@@ -126,12 +126,12 @@ def finish(model: Model, choice: dict[str, Any]) -> Model:
 
 def _show_the_cache(layer: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
     """Pre-hook that adds the cache to the layer's keywords: layers pass unknown ones, but not the cache, to the interface."""
-    if layer.config._attn_implementation == PROBE:
+    implementation = layer.config._attn_implementation
+    if implementation == PROBE:
         return args, kwargs  # the probe has such a hook of its own
-    if layer.config._attn_implementation not in (NAME, FULL):
+    if implementation not in (NAME, FULL):
         raise ValueError(
-            f"attn_implementation: expected {NAME!r} for a converted model, got {layer.config._attn_implementation!r}, "
-            "which has no gates"
+            f"attn_implementation: expected {NAME!r} for a converted model, got {implementation!r}, which has no gates"
         )
     return args, {**kwargs, "dynamic_mask_cache": given_cache((*args, *kwargs.values()))}
 
