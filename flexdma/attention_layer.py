@@ -39,7 +39,7 @@ class AttentionLayer(nn.Module):
         if self.policy.by_gate:
             self.gate = ValueGate(heads, size, form, recency, slopes=slopes)
             return
-        for name, given, default in (("form", form, "exp"), ("recency", recency, None), ("slopes", slopes, None)):
+        for name, given, default in (("form", form, "identity"), ("recency", recency, None), ("slopes", slopes, None)):
             if given != default:
                 raise ValueError(
                     f"{name}: expected {default!r} with selection={self.policy.kind!r}, which has no gate, got {given!r}"

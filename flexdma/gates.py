@@ -2,11 +2,13 @@
 
 Dynamic Mask Attention (arXiv 2508.02124, and Hugging Face's Doge):
 
-    gate_j = exp(A * softplus(v_j Delta))     form="exp"
-    gate_j =     A * softplus(v_j Delta)      form="linear"
-    gate_j =     A *          v_j Delta       form="identity"
+    gate_j = exp(A * softplus(v_j Delta))     form="exp"         A starts at 0, in all heads
+    gate_j =     A * softplus(v_j Delta)      form="linear"      at 0
+    gate_j =     A *          v_j Delta       form="identity"    at 1
 
-"identity" can rank keys by any number that is linear in the value, below 0 too: gates of `calibrate` have it.
+"exp" is the paper's.  It starts with equal gates, so as a sliding window, and where w keys answer most of what is asked, it
+stays one: softplus moves the gates of all keys together, which changes no choice.  "identity", the default, ranks keys from
+the first step on, and its gates differ from key to key by construction (docs/results.md, gates).
 
 A value carries no position, so such a gate cannot prefer recent keys.  A recency term can.  Terms that depend on the query
 alone cancel in the softmax, so these two need one number per key:
@@ -28,6 +30,7 @@ from flexdma.opaque import apart
 from flexdma.sequences import Sequences, packed_sequences
 
 FORMS = ("exp", "linear", "identity")
+INITIAL_A = {"exp": 0.0, "linear": 0.0, "identity": 1.0}
 RECENCIES = (None, "slope", "forget")
 # A forget gate starts at sigmoid(3) = 0.95, a memory of about twenty tokens; each head learns a longer or shorter one.
 FORGET_BIAS = 3.0
@@ -37,12 +40,13 @@ class ValueGate(nn.Module):
     """values [B, Hkv, K, Dv] -> gates [B, Hkv, K]: float32, or float64 with a recency, whose gates grow with position.
 
     num_kv_heads, head_dim: Hkv and the size of a value head.
-    form: "exp", "linear" or "identity".  recency: None, "slope" or "forget".
+    form: "identity", "exp" or "linear".  recency: None, "slope" or "forget".
     bias: whether dt_proj has a bias.
+    initial_a: A at first, in all heads; default 1 for "identity" and 0 for the others.  With 0 all gates are equal.
     slopes: with recency="slope" the Hkv initial slopes, in logits per token; default ALiBi's 2 ** (-8 (h + 1) / Hkv).
 
-    Parameters as in Doge checkpoints: A [Hkv], initialised to 0 (so DMA starts as a sliding window), and dt_proj, from all
-    Hkv * Dv values of a position to Hkv numbers; then `slope` [Hkv], or `forget_proj` like dt_proj.
+    Parameters as in Doge checkpoints, whose form is "exp": A [Hkv], and dt_proj, from all Hkv * Dv values of a position to
+    Hkv numbers; then `slope` [Hkv], or `forget_proj` like dt_proj.
     The projections run in the dtype of A, with or without autocast; later operations run in float32.  bfloat16 projections
     round many gates to the same number, so keep the gate in float32 (`layer.gate.float()`) in a model of lower precision.
     """
@@ -54,11 +58,12 @@ class ValueGate(nn.Module):
         self,
         num_kv_heads: int,
         head_dim: int,
-        form: str = "exp",
+        form: str = "identity",
         recency: str | None = None,
         *,
         bias: bool = False,
         slopes: Sequence[float] | None = None,
+        initial_a: float | None = None,
     ) -> None:
         super().__init__()
         checks.positive_int("num_kv_heads", num_kv_heads)
@@ -70,6 +75,7 @@ class ValueGate(nn.Module):
         if slopes is not None and len(slopes) != num_kv_heads:
             raise ValueError(f"slopes: expected {num_kv_heads} numbers, one per KV head, got {len(slopes)}")
         self.num_kv_heads, self.head_dim, self.form, self.recency = num_kv_heads, head_dim, form, recency
+        self.initial_a = INITIAL_A[form] if initial_a is None else initial_a
         self.A = nn.Parameter(torch.empty(num_kv_heads))
         self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)
         if recency == "slope":
@@ -86,7 +92,7 @@ class ValueGate(nn.Module):
         For a gate made on the meta device: after `to_empty`, call it on each module that has a `reset_parameters`, in any
         order.
         """
-        nn.init.zeros_(self.A)
+        nn.init.constant_(self.A, self.initial_a)
         if self.recency == "slope":
             slopes = torch.tensor(self.initial_slopes)
             if hasattr(self.slope, "device_mesh"):  # a DTensor

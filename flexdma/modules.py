@@ -47,7 +47,7 @@ class DynamicMaskAttention(AttentionLayer):
         head_dim: int,
         window_size: int | Sequence[int] | None,
         *,
-        form: str = "exp",
+        form: str = "identity",
         recency: str | None = None,
         slopes: Sequence[float] | None = None,
         selection: str = "causal",

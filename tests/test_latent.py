@@ -107,7 +107,7 @@ def with_gradients(layer, call, hidden):
     return [output.detach(), hidden.grad, *gradients_of(layer.parameters())]
 
 
-def assert_close(got, want, tolerance=1e-6):
+def assert_close(got, want, tolerance=1e-5):
     """Gates are float32, and their rounding depends on how many tokens a call has."""
     for a, b in zip(got, want, strict=True):
         torch.testing.assert_close(a, b, atol=tolerance, rtol=tolerance)
@@ -199,7 +199,7 @@ def test_packed_sequences_are_each_alone(name):
 @torch.no_grad()
 @pytest.mark.parametrize(("interleave", "rank"), [(True, 7), (False, None)])
 def test_deepseek_v3_with_the_same_weights(interleave, rank):
-    """A window wider than the text and a new gate, which is constant, are DeepSeek's own full attention."""
+    """A window wider than the text and a new gate of the form "exp", which is constant, are DeepSeek's own full attention."""
     config = DeepseekV3Config(
         hidden_size=24, num_attention_heads=HEADS, num_key_value_heads=HEADS, kv_lora_rank=RANK, q_lora_rank=rank,
         qk_rope_head_dim=ROPE, qk_nope_head_dim=NOPE, v_head_dim=VALUE, rope_interleave=interleave,
@@ -208,7 +208,7 @@ def test_deepseek_v3_with_the_same_weights(interleave, rank):
     theirs, hidden = DeepseekV3Attention(config, 0), tokens().float()
     for parameter in theirs.parameters():
         nn.init.normal_(parameter, std=0.4)
-    layer = DynamicMaskLatentAttention(24, HEADS, 64, q_lora_rank=rank, rope_interleave=interleave, **SIZES)
+    layer = DynamicMaskLatentAttention(24, HEADS, 64, form="exp", q_lora_rank=rank, rope_interleave=interleave, **SIZES)
     missing, unexpected = layer.load_state_dict(theirs.state_dict(), strict=False)
     assert missing == ["gate.A", "gate.dt_proj.weight"]
     assert unexpected == []

@@ -16,9 +16,11 @@ def rotary(length, size):
     return angle.cos(), angle.sin()
 
 
-def test_a_new_gate_is_constant_so_that_attention_starts_as_a_sliding_window():
+def test_a_new_gate_ranks_keys_or_is_constant_so_that_attention_starts_as_a_sliding_window():
     value = torch.randn(1, 2, 5, 4)
-    assert torch.equal(ValueGate(2, 4)(value), torch.ones(1, 2, 5))
+    assert ValueGate(2, 4)(value).unique().numel() == 10
+    assert torch.equal(ValueGate(2, 4, initial_a=0.0)(value), torch.zeros(1, 2, 5))
+    assert torch.equal(ValueGate(2, 4, form="exp")(value), torch.ones(1, 2, 5))
     assert torch.equal(ValueGate(2, 4, form="linear")(value), torch.zeros(1, 2, 5))
 
 
@@ -34,11 +36,11 @@ def test_the_gate_is_its_formula(form):
 
 def test_recency_is_its_formula():
     value = torch.randn(1, 2, 4, 3)
-    slope = ValueGate(2, 3, recency="slope", slopes=[0.5, 0.25])
+    slope = ValueGate(2, 3, "exp", "slope", slopes=[0.5, 0.25])
     assert slope(value, first_position=7).tolist() == [[[4.5, 5.0, 5.5, 6.0], [2.75, 3.0, 3.25, 3.5]]]
     for position in (9, torch.tensor([9])):
         assert slope(value[:, :, 2:3], first_position=position).tolist() == [[[5.5], [3.25]]]
-    forget = ValueGate(2, 3, recency="forget")
+    forget = ValueGate(2, 3, "exp", "forget")
     torch.nn.init.zeros_(forget.forget_proj.weight)
     step = math.log1p(math.exp(-3))
     want = 1 + step * torch.arange(1, 5, dtype=torch.float64).expand(1, 2, 4)

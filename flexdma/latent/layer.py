@@ -55,7 +55,7 @@ class DynamicMaskLatentAttention(LatentAttention):
         rope_interleave: bool = False,
         scale: float | None = None,
         norm_eps: float = 1e-6,
-        form: str = "exp",
+        form: str = "identity",
         recency: str | None = None,
         slopes: Sequence[float] | None = None,
         selection: str = "causal",

@@ -24,7 +24,7 @@ class Gate(ValueGate, Module):
         self,
         num_kv_heads: int,
         head_dim: int,
-        form: str = "exp",
+        form: str = "identity",
         recency: str | None = None,
         *,
         slopes: Sequence[float] | None = None,

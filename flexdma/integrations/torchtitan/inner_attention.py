@@ -36,7 +36,7 @@ class DynamicMaskInnerAttention(Module):
         window_size: int | Sequence[int] | None
         n_kv_heads: int | None = None
         head_dim: int | None = None
-        form: str = "exp"
+        form: str = "identity"
         recency: str | None = None
         slopes: Sequence[float] | None = None
         selection: str = "causal"

@@ -97,7 +97,7 @@ def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[flo
     recency = choice["recency"]
     start = [0.0] * heads if recency == "slope" and slopes is None else slopes
     kind = KeyValueGate if choice.get("reads_keys") else ValueGate
-    gate = kind(heads, size, choice["form"], recency, slopes=start)
+    gate = kind(heads, size, choice["form"], recency, slopes=start, initial_a=0.0)
     if recency == "forget":
         nn.init.zeros_(gate.forget_proj.weight)  # the same decay for all tokens until training
     return gate

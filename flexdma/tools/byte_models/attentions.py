@@ -74,10 +74,10 @@ def make_attention(
     """
     sizes = (width, heads, kv_heads, width // heads, window)
     if kind == "dma":
-        return DynamicMaskAttention(*sizes, qk_norm=True)
+        return DynamicMaskAttention(*sizes, qk_norm=True, form="exp")
     if kind == "dma-recency":
         initial = slopes if recency == "slope" else None
-        return DynamicMaskAttention(*sizes, qk_norm=True, recency=recency, slopes=initial)
+        return DynamicMaskAttention(*sizes, qk_norm=True, form="exp", recency=recency, slopes=initial)
     return (FullAttention if kind == "full" else WindowAttention)(*sizes, qk_norm=True, slopes=slopes)
 
 

@@ -14,10 +14,11 @@ from flexdma.tools.experiments.training import Schedule
 
 # For the longer experiments.  A choice that reads the whole sequence predicts no next byte.
 CAUSAL = (
-    "full", "full + slope", "MLA", "NSA", "window", "sinks + window", "DMA", "DMA + slope", "DMA + forget",
+    "full", "full + slope", "FoX", "MLA", "NSA", "window", "sinks + window", "DMA", "DMA identity", "DMA + slope",
+    "DMA + forget",
 )  # fmt: skip
-# Without MLA, for time, and NSA, whose mask is dense: 16,384² numbers per head.
-NEEDLES = tuple(name for name in CAUSAL if name not in ("MLA", "NSA"))
+# Without NSA, whose mask is dense (16,384² numbers per head), and with fewer unbounded ones, for time.
+NEEDLES = tuple(name for name in CAUSAL if name not in ("FoX", "MLA", "NSA"))
 TEXTS = ("python", "networkx")
 
 

@@ -27,12 +27,9 @@ def dynamic(**options: Any) -> Make:
 def threshold(sizes: ModelSizes) -> nn.Module:
     """The keys with a gate above 0, and the query's own.
 
-    Gates of the form "exp" are all above 0, so these are A (v_j Delta), with A = 1 at first: half of the keys are kept
-    before training.
+    Half of the keys are kept before training.
     """
-    layer = _layer(sizes, None, selection="threshold", form="identity", recent=1)
-    nn.init.ones_(layer.gate.A)
-    return layer
+    return _layer(sizes, None, selection="threshold", recent=1)
 
 
 def window(**options: Any) -> Make:
@@ -66,7 +63,8 @@ def full_with(recency: str) -> Make:
     """All earlier keys, with a recency and no other gate."""
 
     def make(sizes: ModelSizes) -> nn.Module:
-        layer = _layer(sizes, EVERY_KEY, recency=recency, slopes=sizes.slopes if recency == "slope" else None)
+        slopes = sizes.slopes if recency == "slope" else None
+        layer = _layer(sizes, EVERY_KEY, form="exp", recency=recency, slopes=slopes)
         layer.gate.A.requires_grad_(False)  # it stays 0: the gate is the recency and a constant, which cancels
         return layer
 

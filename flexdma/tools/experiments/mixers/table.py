@@ -26,17 +26,18 @@ MIXERS: Mapping[str, Mixer] = {
     "MoA": Mixer(
         layers.moa, True, "the first w / 8 and the last keys, w / 2 to 3 w / 2 by head", "arXiv 2406.14909",
     ),
-    "DMA": Mixer(layers.dynamic(), True, "the w best-gated keys so far", PAPER),
+    "DMA": Mixer(layers.dynamic(form="exp"), True, "the w best-gated keys so far; exp(A softplus(v Δ))", PAPER),
     "DMA global": Mixer(
-        layers.dynamic(selection="global"), True,
+        layers.dynamic(form="exp", selection="global"), True,
         "the w best-gated keys of the whole sequence, later ones included in the choice", PAPER,
     ),
     "DMA threshold": Mixer(layers.threshold, False, "its own key and the earlier ones with a gate above 0", PAPER),
+    "DMA identity": Mixer(layers.dynamic(), True, "the w best-gated keys so far; A v Δ", "this project"),
     "DMA + slope": Mixer(
-        layers.dynamic(recency="slope"), True, "the w best-gated keys so far; slope · j", "this project"
+        layers.dynamic(recency="slope"), True, "the w best-gated keys so far; A v Δ + slope · j", "this project"
     ),
     "DMA + forget": Mixer(
-        layers.dynamic(recency="forget"), True, "the w best-gated keys so far; forget gates", "this project"
+        layers.dynamic(recency="forget"), True, "the w best-gated keys so far; A v Δ + forget gates", "this project"
     ),
     "MLA + DMA": Mixer(latent.dynamic_latent(), True, "the w best-gated tokens so far, as latents", "this project"),
     "MoBA": Mixer(MoBA, True, "its own chunk of w / 4 keys and the 3 best earlier ones", "arXiv 2502.13189"),

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from flexdma.tools.experiments.experiment import Experiment, Row
 
 UNMEASURED = "not measured"
-OWN = ("DMA", "DMA + slope", "DMA + forget")  # the paper's, and two with a recency
+OWN = ("DMA", "DMA identity", "DMA + slope", "DMA + forget")  # the paper's, another form of gate, and it with a recency
 RECALL = ("stacked", "unstacked", "overwritten", "copying")
 
 
