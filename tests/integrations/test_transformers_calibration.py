@@ -1,5 +1,7 @@
 """Calibrated gates: against dense attention of transformers, and the same regression by another method in float64."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -10,7 +12,10 @@ from tests.integrations.hf_models import assert_close, causal_lm
 from flexdma.integrations.transformers import calibrate, convert_to_dma, from_pretrained, recall_sequences  # isort: skip
 from flexdma.integrations.transformers.calibration import future, recall_texts  # isort: skip
 from flexdma.integrations.transformers.calibration.budget import divided  # isort: skip
+from flexdma.integrations.transformers.calibration.window_errors import Looks, window_errors  # isort: skip
 from flexdma.integrations.transformers.calibration.regression import explained_deviance, log_linear, standardized  # isort: skip
+from flexdma.integrations.transformers.full_attention import full_attention  # isort: skip
+from flexdma.reference import dense_visibility  # isort: skip
 from flexdma.tools.long_context.wordings import EVALUATION  # isort: skip
 from tests.tools.tiny_models import byte_tokenizer  # isort: skip
 
@@ -74,20 +79,20 @@ def logarithms_of_expectations(features, peaks, train):
 @pytest.mark.parametrize(
     ("family", "reads_keys"), [("Llama", False), ("Llama", True), ("Mistral", True), ("Gemma2", False)]
 )
-def test_gates_windows_and_r_squared_are_those_of_a_dense_regression(family, reads_keys, monkeypatch):
+def test_gates_and_r_squared_are_those_of_a_dense_regression(family, reads_keys, monkeypatch):
     monkeypatch.setattr(future, "PENALTY", PENALTY)  # few keys
     own = {} if family == "Llama" else {"sliding_window": 20}
     model, texts = causal_lm(family, **own), batches()
     rows = torch.cat(texts)
     layers = [dense_targets(model, rows, layer, reads_keys) for layer in range(2)]
     mean = 5
-    found = calibrate(model, texts, window_size=mean, sinks=1, recent=2, far=FAR, decay=0.05, reads_keys=reads_keys)
+    found = calibrate(model, texts, window_size=mean, sinks=1, recent=2, far=FAR, slopes=[0.05], reads_keys=reads_keys)
     held_out = torch.arange(len(rows)) % 5 == 1
     for layer, (values, peaks) in enumerate(layers):
         gate = model.model.layers[layer].self_attn.value_gate
         want = logarithms_of_expectations(values, peaks, torch.ones_like(held_out))(values)
         got = gate(values.unflatten(-1, (2, -1)).transpose(1, 2).float()).detach().double() * 2.0**20
-        got = got.mT - 0.05 / torch.tensor(found.windows[layer]) * torch.arange(values.shape[1])[:, None]
+        got = got.mT - 0.05 * torch.arange(values.shape[1])[:, None]
         shift = (got - want).mean(dim=(0, 1))
         assert_close(got - shift, want, 1e-4)
         part = logarithms_of_expectations(values, peaks, ~held_out)(values[held_out]).exp().flatten(0, 1)
@@ -101,8 +106,6 @@ def test_gates_windows_and_r_squared_are_those_of_a_dense_regression(family, rea
         )
     assert found.tokens == rows.numel()
     assert sum(sum(windows) for windows in found.windows) == mean * 4
-    order = torch.tensor(found.peaks).flatten().argsort()
-    assert torch.tensor(found.windows).flatten()[order].diff().min() >= 0
     assert model.config.flexdma["window_size"] == found.windows
     assert model.config.flexdma["calibrated"]
 
@@ -149,7 +152,9 @@ def test_batches_may_be_mappings_and_an_iterator():
         ("", {"window_size": 0}, "window_size"),
         ("Mistral", {"recent": 7}, "recent: expected at most the model's own sliding window of 6, got 7"),
         ("", {"far": 0}, "far"),
-        ("", {"decay": -1.0}, "decay: expected a number >= 0, got -1.0"),
+        ("", {"slopes": [0.1, -1.0]}, r"slopes: expected a sequence of numbers >= 0, got \[0.1, -1.0\]"),
+        ("", {"slopes": 0.1}, "slopes: expected a sequence of numbers >= 0, got 0.1"),
+        ("", {"slopes": []}, "slopes: expected a sequence of numbers >= 0, got"),
     ],
 )  # fmt: skip
 def test_refusals_leave_the_model_as_it_was(problem, options, message):
@@ -207,24 +212,120 @@ def test_targets_that_span_ten_orders_of_magnitude_have_a_fit():
     assert explained_deviance(x, targets, 0 * want.double()).item() == pytest.approx(0)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
-    shares=st.lists(st.floats(0, 1e6), min_size=1, max_size=12),
-    lowest=st.integers(1, 9),
-    room=st.lists(st.integers(0, 90), min_size=12, max_size=12),
+    falls=st.lists(st.lists(st.integers(0, 9), min_size=2, max_size=2), min_size=1, max_size=3),
+    own=st.lists(st.integers(1, 7), min_size=3, max_size=3),
     part=st.floats(0, 1),
 )
-def test_a_divided_budget_has_its_sum_and_keeps_bounds_and_order(shares, lowest, room, part):
-    highest = torch.tensor([lowest + more for more in room[: len(shares)]])
-    total = round(lowest * len(shares) + part * (int(highest.sum()) - lowest * len(shares)))
-    sizes = divided(total, torch.tensor(shares, dtype=torch.float64), lowest, highest)
-    assert int(sizes.sum()) == total
-    assert (sizes >= lowest).all()
-    assert (sizes <= highest).all()
-    for one, size in zip(shares, sizes.tolist(), strict=True):
-        for other, (larger, bound) in zip(shares, zip(sizes.tolist(), highest.tolist(), strict=True), strict=True):
-            # One key of difference is a rounding.
-            assert not (one < other and size > larger + 1 and larger < bound)
+def test_a_divided_budget_has_its_sum_within_bounds_and_the_least_error(falls, own, part):
+    sizes, highest = [1, 3, 6], torch.tensor(own[: len(falls)])
+    errors = torch.tensor([[sum(head[size:]) for size in range(3)] for head in falls]).double().T
+    total = round(len(falls) + part * (int(highest.sum()) - len(falls)))
+    windows = divided(total, sizes, errors, highest)
+    assert int(windows.sum()) == total
+    assert (windows >= 1).all()
+    assert (windows <= highest).all()
+
+    def error(of_heads):
+        """On the lower convex hull of errors at sizes within the bound."""
+        whole = 0.0
+        for head, window in enumerate(of_heads):
+            known = [(size, errors[n, head].item()) for n, size in enumerate(sizes) if size <= highest[head]]
+            lines = [
+                low + (high - low) * (window - one) / (two - one)
+                for one, low in known
+                for two, high in known
+                if one <= window <= two and one < two
+            ]
+            whole += min([*lines, *(low for size, low in known if size <= window)])
+        return whole
+
+    others = itertools.product(*(range(1, bound + 1) for bound in highest.tolist()))
+    best = min(error(other) for other in others if sum(other) == total)
+    assert error(windows.tolist()) == pytest.approx(best, abs=1e-9)
+
+
+def dense_outputs(query, key, value, scaling, softcap, visible):
+    """[Hq, N, Dv] float64: attention to the visible keys [Hkv, N, N]."""
+    group = len(query) // len(key)
+    key, value, visible = (given.repeat_interleave(group, 0) for given in (key, value, visible))
+    logits = query.double() @ key.double().mT * scaling
+    logits = logits if softcap is None else softcap * (logits / softcap).tanh()
+    return logits.masked_fill(~visible, -torch.inf).softmax(-1) @ value.double()
+
+
+def dense_errors(looks, gates, slopes, windows, sinks, recent):
+    """[slopes, windows, Hkv] squared changes of outputs and the squares of the full ones, from N x N matrices."""
+    length = gates.shape[-1]
+    age = torch.arange(length)[:, None] - torch.arange(length)
+    own = ((age >= 0) & (age < looks.window)).expand(len(gates), -1, -1)
+    whole = torch.zeros(len(looks.query), length, looks.query.shape[-1]).index_copy(1, looks.at, looks.query)
+    layer = (whole, looks.key, looks.value, looks.scaling, looks.softcap)
+    full = dense_outputs(*layer, own)[:, looks.at]
+    errors = []
+    for slope in slopes:
+        ranked = (gates.double() + slope * torch.arange(length))[None]
+        for window in windows:
+            visible = dense_visibility(ranked, window_size=window, sinks=sinks, recent=recent)[0]
+            change = dense_outputs(*layer, visible)[:, looks.at] - full
+            errors.append(change.square().sum((1, 2)).unflatten(0, (len(gates), -1)).sum(1))
+    return torch.stack(errors).unflatten(0, (len(slopes), len(windows))), full.square().sum()
+
+
+@pytest.mark.parametrize(("softcap", "own", "sinks", "recent"), [(None, 40, 2, 3), (2.0, 9, 0, 0)])
+def test_errors_of_windows_are_those_of_dense_attention(softcap, own, sinks, recent):
+    torch.manual_seed(0)
+    at = torch.tensor([0, 5, 6, 21, 39])
+    looks = Looks(
+        at, torch.randn(4, 5, 8), torch.randn(2, 40, 8), torch.randn(2, 40, 6), scaling=0.5, softcap=softcap, window=own
+    )
+    gates = torch.randint(0, 9, (2, 40)).float()  # with equal ones
+    sizes = {"sinks": sinks, "recent": recent}
+    got = window_errors(looks, gates, [0.0, 0.3, 9.0], [1, 4, 11, 60], **sizes)
+    want = dense_errors(looks, gates, [0.0, 0.3, 9.0], [1, 4, 11, 60], **sizes)
+    for mine, theirs in zip(got, want, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=1e-4, rtol=1e-4)
+
+
+def test_each_head_has_the_slope_that_changes_its_outputs_least():
+    model, texts, slopes = causal_lm("Gemma2", sliding_window=20), batches(), [0.0, 0.1, 3.0]
+    seen: dict = {layer.self_attn: [] for layer in model.model.layers}
+    with (
+        torch.no_grad(),
+        full_attention(model, lambda call: seen[call.layer].append(call), {model.model.layers[0].self_attn: 20}),
+    ):
+        for ids in texts:
+            model.base_model(input_ids=ids, use_cache=False)
+    found = calibrate(
+        model, texts, window_size=[(5, 9), 7], sinks=1, recent=2, far=FAR, slopes=slopes, reads_keys=False
+    )
+    at = future.measured_queries(LENGTH)
+    for layer, calls in enumerate(seen.values()):
+        gate = model.model.layers[layer].self_attn.value_gate
+        errors, squares = torch.zeros(3, 3, 2).double(), torch.zeros(()).double()
+        for call in calls:
+            for query, key, value in zip(call.query, call.key, call.value, strict=True):
+                looks = Looks(
+                    at,
+                    query[:, at],
+                    key,
+                    value,
+                    scaling=call.scaling,
+                    softcap=call.arguments["softcap"],
+                    window=call.window,
+                )
+                with torch.no_grad():
+                    gates = gate._project(gate.dt_proj, value[None])[0]
+                change, square = dense_errors(looks, gates, slopes, sorted({5, 7, 9}), 1, 2)
+                errors, squares = errors + change, squares + square
+        of_heads = torch.stack(
+            [errors[:, [5, 7, 9].index(window), head] for head, window in enumerate(found.windows[layer])]
+        )
+        torch.testing.assert_close(
+            torch.tensor(found.errors[layer]).double(), of_heads.amin(1) / squares, atol=1e-6, rtol=1e-3
+        )
+        assert found.slopes[layer] == [slopes[number] for number in of_heads.argmin(1)]
 
 
 def test_recall_sequences_ask_for_every_fact_and_are_made_by_their_seed():

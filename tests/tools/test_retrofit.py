@@ -66,7 +66,7 @@ def test_the_folder_is_the_model_that_calibrate_makes(out):
     tokenizer, model = byte_tokenizer(), tiny_model()
     first = LONG[: LONG.index("\n", len(LONG) * 3 // 4) + 1]
     batches = recall_sequences(tokenizer, first, length=1300, count=3, seed=0)
-    found = calibrate(model, batches, window_size=31, recent=30, sinks=3)
+    found = calibrate(model, batches, window_size=46, recent=15, sinks=3)
     loaded = from_pretrained(out)
     assert loaded.config.flexdma == model.config.flexdma
     assert all(torch.equal(weight, model.state_dict()[name]) for name, weight in loaded.state_dict().items())

@@ -176,7 +176,7 @@ def test_calibration_finds_the_gates_that_the_cpu_finds(tmp_path):
     generator = torch.Generator().manual_seed(2)
     texts = [torch.randint(3, 64, (2, 72), generator=generator) for _ in range(3)]
     models = causal_lm("Llama"), causal_lm("Llama").to(DEVICE)
-    options: dict[str, Any] = {"window_size": 5, "sinks": 1, "recent": 2, "far": 6, "decay": 0.05}
+    options: dict[str, Any] = {"window_size": 5, "sinks": 1, "recent": 2, "far": 6, "slopes": [0.0, 0.05]}
     want = calibrate(models[0], texts, **options)
     got = calibrate(models[1], [t.to(DEVICE) for t in texts], **options)
     torch.testing.assert_close(torch.tensor(got.r_squared), torch.tensor(want.r_squared), atol=1e-3, rtol=1e-3)

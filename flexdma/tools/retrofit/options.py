@@ -60,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         type=types.natural,
         default=None,
-        help="of these, the last tokens, which stay visible whatever their gates (default: half of --budget)",
+        help="of these, the last tokens, which stay visible whatever their gates (default: a quarter of --budget)",
     )
     parser.add_argument("--sinks", metavar="N", type=types.natural, default=4, help="first tokens that stay visible")
     sized_argument(parser, "--tokens", SIZES, "tokens of calibration", type=types.positive_int)
@@ -104,7 +104,7 @@ def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
     """
     options = measure.resolved(arguments, SIZES)
     if options.recent is None:
-        options.recent = options.budget // 2
+        options.recent = options.budget // 4
     if options.recent >= options.budget:
         raise RefusedError(f"--recent: expected less than --budget, which is {options.budget}, got {options.recent}")
     if options.lora and not options.distill:

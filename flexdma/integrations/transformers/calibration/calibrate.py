@@ -11,7 +11,7 @@ from transformers.utils import logging
 
 from flexdma import checks
 from flexdma.gates import ValueGate
-from flexdma.integrations.transformers.calibration.budget import divided
+from flexdma.integrations.transformers.calibration.allocation import HeadErrors, windows_of_least_error
 from flexdma.integrations.transformers.calibration.future import FutureOfKeys
 from flexdma.integrations.transformers.conversion import check_unconverted, convert_to_dma
 from flexdma.integrations.transformers.converted import windows_per_head
@@ -22,8 +22,6 @@ from flexdma.integrations.transformers.layer_selections import layer_selections
 
 # The scale of the gates.  It keeps their order and changes logits by less than float32 rounds them.
 SCALE = 2.0**-20
-# A window is at least mean / 8 and at most 6 means, because measured shares of rarely used heads are noise.
-NARROWEST, WIDEST = 8, 6
 
 
 @dataclass(frozen=True)
@@ -32,13 +30,17 @@ class Calibration:
 
     r_squared: share of the deviance of a key's largest future probability that its value and key predict, in sequences that
         the fit did not use.
-    peaks: mean over keys of their largest future probability.  windows: keys kept by gate.
+    peaks: mean over keys of their largest future probability.
+    windows: keys kept by gate.  slopes: what a key loses per token of age, in logarithms of probability.
+    errors: squared change of the head's outputs by the window, as a share of the squares of the layer's outputs.
     tokens: number of calibration tokens.
     """
 
     r_squared: list[list[float]]
     peaks: list[list[float]]
     windows: list[list[int]]
+    slopes: list[list[float]]
+    errors: list[list[float]]
     tokens: int
 
 
@@ -48,9 +50,9 @@ def calibrate(
     *,
     window_size: int | Sequence[int | Sequence[int]],
     sinks: int = 4,
-    recent: int | Sequence[int] = 128,
+    recent: int | Sequence[int] = 64,
     far: int = 128,
-    decay: float = 1 / 16,
+    slopes: Sequence[float] = (0.0, 0.0005, 0.001, 0.002, 0.004, 0.016),
     reads_keys: bool = True,
     lowering: str | None = None,
 ) -> Calibration:
@@ -63,18 +65,19 @@ def calibrate(
     batches: token ids [B, N] int64, or mappings with them in "input_ids"; without padding.  Texts like those that the model
         will read, at least three times as long as `far`; with passages that need earlier ones (`recall_sequences`) the gates
         learn what is asked for later.
-    window_size: the mean number of keys per KV head that are kept by gate; heads get more or fewer, in proportion to the
-        mean peak of their keys' future.  A sequence, as in `convert_to_dma`, gives each layer or head its own.
+    window_size: the mean number of keys per KV head that are kept by gate; heads get more or fewer, so that outputs change
+        least.  A sequence, as in `convert_to_dma`, gives each layer or head its own.
     sinks, recent, lowering: as in `convert_to_dma`.  A query sees at most window + sinks + recent keys of a head.
     far: queries this many tokens after a key or more are its future.
-    decay: preference for newer keys: the logarithm of probability that a key loses while it ages by its head's window.  Heads
-        with large windows retrieve from far away, so their gates decay slowly.
+    slopes: candidates of the preference for newer keys, in logarithms of probability that a key loses per token of age.  Each
+        head has the one that changes its outputs least.
     reads_keys: gates read the energies of keys beside values (`convert_to_dma`).
 
         one full pass   ->  p_j = max over queries i >= j + far and the heads of a group of P_ij
         x_j             =   v_j, and log(k_jd^2 + k_j(d + D/2)^2) for d < D/2, of all KV heads
         regression      ->  E[p_j] + 1e-4 = exp(x_j . Delta_h + constant)
-        gates           ->  2 ** -20 (x_j . Delta_h + j decay / window_h)
+        gates           ->  2 ** -20 (x_j . Delta_h + j slope_h)
+        windows, slopes ->  sum over layers of |change of outputs|^2 / |outputs|^2 at 28 queries per sequence, made small
 
     One pass of the full model over all tokens, layer by layer, O(N) memory per layer, then about 10 Newton steps of
     O(tokens F ** 2) operations per head, F = Hkv (Dv + D / 2).  Keys and values of all tokens stay in CPU memory until then.
@@ -83,8 +86,7 @@ def calibrate(
     """
     choice = {"window_size": window_size, "sinks": sinks, "recent": recent}
     checks.positive_int("far", far)
-    if not isinstance(decay, int | float) or not 0 <= decay < float("inf"):
-        raise ValueError(f"decay: expected a number >= 0, got {decay!r}")
+    slopes = _checked_slopes(slopes)
     check_unconverted(model)
     if model.training:
         raise ValueError("model: expected eval mode, got training mode, whose dropout would change what it attends to")
@@ -92,23 +94,34 @@ def calibrate(
         calls = attention_calls(model)
     sliding = own_windows(calls)
     heads = [call.value.shape[1] for call in calls]
-    refuse_wider_windows(calls, layer_selections(choice, heads), choice)
+    selections = layer_selections(choice, heads)
+    refuse_wider_windows(calls, selections, choice)
     layers = [call.layer for call in calls]
     futures = {layer: FutureOfKeys(far, reads_keys=reads_keys) for layer in layers}
     tokens = _observe(model, batches, futures, sliding, far)
     fits = [futures[layer].fit() for layer in logging.tqdm(layers, desc="Fitting gates", unit="layer")]
-    windows = _divided(window_size, [futures[layer].mean_peak for layer in layers], list(sliding.values()))
+    mean = window_size if isinstance(window_size, int) and not isinstance(window_size, bool) else None
+    each = list(zip(layers, fits, selections, strict=True))
+    measured = [
+        HeadErrors.of(futures[layer], weights, slopes, selection, mean)
+        for layer, (weights, _), selection in logging.tqdm(each, desc="Measuring windows", unit="layer")
+    ]
+    windows: Any = window_size if mean is None else windows_of_least_error(mean, measured, list(sliding.values()))
     convert_to_dma(
         model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering,
         reads_keys=reads_keys,
     )  # fmt: skip
-    for layer, (weights, _) in zip(layers, fits, strict=True):
-        _set_gate(layer.value_gate, weights, decay / torch.tensor(windows_per_head(layer)))
+    best = [found.best(windows_per_head(layer)) for layer, found in zip(layers, measured, strict=True)]
+    chosen = [[slopes[number] for number in numbers] for numbers, _ in best]
+    for layer, (weights, _), of_heads in zip(layers, fits, chosen, strict=True):
+        _set_gate(layer.value_gate, weights, torch.tensor(of_heads))
     model.config.flexdma = model.config.flexdma | {"calibrated": True}
     return Calibration(
         r_squared=[r_squared.tolist() for _, r_squared in fits],
         peaks=[futures[layer].mean_peak.tolist() for layer in layers],
         windows=[windows_per_head(layer) for layer in layers],
+        slopes=chosen,
+        errors=[errors for _, errors in best],
         tokens=tokens,
     )
 
@@ -132,18 +145,15 @@ def _observe(
     return tokens
 
 
-def _divided(window_size: Any, peaks: Sequence[Tensor], sliding: Sequence[int]) -> Any:
-    """Windows [layers][heads] of this mean in proportion to the peaks; a given sequence as it is."""
-    if not isinstance(window_size, int) or isinstance(window_size, bool):
-        return window_size
-    checks.positive_int("window_size", window_size)
-    heads = [len(peak) for peak in peaks]
-    widest = [min(own, WIDEST * window_size) for own in sliding]
-    whole = divided(
-        window_size * sum(heads), torch.cat(list(peaks)), max(1, window_size // NARROWEST),
-        torch.tensor(widest).repeat_interleave(torch.tensor(heads)),
-    )  # fmt: skip
-    return [part.tolist() for part in whole.split(heads)]
+def _checked_slopes(slopes: Sequence[float]) -> list[float]:
+    """The slopes as a list.  Raises ValueError naming the argument."""
+    if (
+        not isinstance(slopes, Sequence)
+        or not slopes
+        or not all(isinstance(slope, int | float) and 0 <= slope < float("inf") for slope in slopes)
+    ):
+        raise ValueError(f"slopes: expected a sequence of numbers >= 0, got {slopes!r}")
+    return list(slopes)
 
 
 @torch.no_grad()
