@@ -9,9 +9,11 @@ from flexdma.plots.colours import series_style
 from flexdma.tools.experiments.experiment import BITS, Experiment
 from flexdma.tools.experiments.training import Outcome
 
+MOST_BANDS = 8  # more hide each other
+
 
 def curves(experiment: Experiment) -> Figure:
-    """The mean over seeds at each mixer's best rate, and a band from the worst to the best seed."""
+    """The mean over seeds at each mixer's best rate, and of few mixers a band from the worst to the best seed."""
     result = Figure(figsize=(9, 4.8), layout="constrained")
     axes = result.subplots()
     is_language = experiment.kind == "lm"
@@ -19,12 +21,15 @@ def curves(experiment: Experiment) -> Figure:
     def scores(outcome: Outcome) -> list[float]:
         return [loss * BITS for loss in outcome.loss] if is_language else outcome.far
 
-    for index, row in enumerate(experiment.rows()):
+    rows = experiment.rows()
+    for index, row in enumerate(rows):
         steps = row.outcomes[0].steps
         values = list(zip(*map(scores, row.outcomes), strict=True))
         style: dict[str, Any] = series_style(index)
         axes.plot(steps, list(map(fmean, values)), label=row.mixer, marker=".", **style)
-        axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=style["color"], alpha=0.15, lw=0)
+        if len(rows) <= MOST_BANDS:
+            worst, best = list(map(min, values)), list(map(max, values))
+            axes.fill_between(steps, worst, best, color=style["color"], alpha=0.15, lw=0)
     if not is_language:
         axes.set_ylim(0, 1.02)
     axes.set_xlabel("training step")
