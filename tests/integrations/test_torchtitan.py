@@ -101,7 +101,7 @@ def test_the_gate_trains_and_initialises_itself(titan):
     for parameter in module.parameters():
         torch.nn.init.constant_(parameter, torch.nan)
     module.init_states()
-    assert module.gate.A.tolist() == [0, 0]
+    assert module.gate.A.tolist() == [1, 1]
     assert module.gate.forget_proj.bias.tolist() == [FORGET_BIAS] * 2
     bound = 16**-0.5  # that of nn.Linear
     assert all(
