@@ -8,7 +8,7 @@ from flexdma.tools.experiments.experiment import Experiment, Row, mean_and_sprea
 from flexdma.tools.experiments.training import SOLVED
 
 NONE = "-"
-BASELINE = "full + slope"  # all earlier keys with the positional bias of DMA + slope
+FULL = {"slope": "full + slope", "forget": "FoX"}  # all earlier keys with the same positional bias
 
 
 class Column(NamedTuple):
@@ -56,14 +56,14 @@ def _recall(experiment: Experiment) -> list[Column]:
 
 
 def _language(experiment: Experiment) -> list[Column]:
-    baseline = experiment.row(BASELINE)
-
     def relative(row: Row) -> str:
+        name = next((full for bias, full in FULL.items() if row.mixer.endswith(bias) or row.mixer == full), "full")
+        baseline = experiment.row(name)
         return NONE if baseline is None else f"{fmean(row.bits) / fmean(baseline.bits) - 1:+.1%}"
 
     return [
         Column("bits per byte", lambda row: mean_and_spread(row.bits)),
-        Column(f"against {BASELINE}", relative),
+        Column("against full", relative),
         Column("parameters", lambda row: f"{row.outcomes[0].parameters:,}"),
     ]
 

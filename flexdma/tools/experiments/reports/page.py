@@ -8,7 +8,7 @@ from flexdma.tools.experiments.experiment import Experiment, mean_and_spread
 from flexdma.tools.experiments.gate_variants import CANDIDATES
 from flexdma.tools.experiments.presets import PRESETS
 from flexdma.tools.experiments.reports.claims import UNMEASURED, claims_table
-from flexdma.tools.experiments.reports.columns import BASELINE, columns_of
+from flexdma.tools.experiments.reports.columns import columns_of
 from flexdma.tools.experiments.reports.tables import explained, markdown
 
 PREFIX = "experiments-"
@@ -83,7 +83,10 @@ def _language_section(experiments: Sequence[Experiment], preset: str) -> str:
         lines.append(f"| {mixer} | {CANDIDATES[mixer].sees} | {' | '.join(cells)} |")
     table = "\n".join(lines)
     picture = f"![bits per byte over parameters](results/{PREFIX}lm-{preset}.png)"
-    words = f"Bits per byte of held-out text, and the difference from {BASELINE}."
+    words = (
+        "Bits per byte of held-out text, and the difference from attention to all earlier keys with the same positional "
+        "bias: `full`, `full + slope`, or `FoX` for forget gates."
+    )
     return f"## lm-{preset}\n\n{_setup(experiments)}\n\n{words}\n\n{table}\n\n{picture}\n"
 
 

@@ -50,7 +50,9 @@ def explained(experiment: Experiment) -> str:
     """What the columns are."""
     sizes = experiment.setting["sizes"]
     if experiment.kind == "lm":
-        return "bits per byte of held-out text"
+        return (
+            "bits per byte of held-out text; against full: attention to all earlier keys with the same positional bias"
+        )
     if experiment.kind == "niah":
         return "accuracy of digits by length, and KiB of a layer's keys and values at the longest"
     windows = f"{sizes['layers']} layer(s) of windows of {sizes['window']}"
