@@ -123,7 +123,8 @@ def test_errors_are_those_of_one_process_in_the_same_dtype(four, dtype):
     exact = with_gradients(dense_dynamic_mask_attention, [tensor.double() for tensor in tensors], **options)
     got = errors(over_ranks(four, tensors, lengths, options), exact)
     plain = errors(with_gradients(dynamic_mask_attention, tensors, **options), exact)
-    assert all(got[name] <= 2 * plain[name] for name in NAMES), (got, plain)
+    once_more = torch.finfo(dtype).eps  # sums of ranks are rounded once more
+    assert all(got[name] <= 2 * plain[name] + once_more for name in NAMES), (got, plain)
 
 
 def test_a_nan_reaches_the_queries_that_it_reaches_in_one_process(four):

@@ -223,7 +223,7 @@ def started_without_memory():
 def test_a_gate_starts_without_memory(four):
     for slope, scale in four.run(started_without_memory):
         assert slope == pytest.approx([0.5, 0.25, 0.2, 0.1])
-        assert scale == [0.0] * 4
+        assert scale == [1.0] * 4
 
 
 def refusals():
