@@ -8,7 +8,7 @@ Dynamic Mask Attention (arXiv 2508.02124, and Hugging Face's Doge):
 
 "exp" is the paper's.  It starts with equal gates, so as a sliding window, and where w keys answer most of what is asked, it
 stays one: softplus moves the gates of all keys together, which changes no choice.  "identity", the default, ranks keys from
-the first step on, and its gates differ from key to key by construction (docs/results.md, gates).
+the first step on (docs/results.md, gates).
 
 A value carries no position, so such a gate cannot prefer recent keys.  A recency term can.  Terms that depend on the query
 alone cancel in the softmax, so these two need one number per key:
@@ -70,6 +70,8 @@ class ValueGate(nn.Module):
         checks.positive_int("head_dim", head_dim)
         checks.one_of("form", form, FORMS)
         checks.one_of("recency", recency, RECENCIES)
+        if initial_a is not None and not isinstance(initial_a, int | float):
+            raise TypeError(f"initial_a: expected a number or None, got {type(initial_a).__name__}")
         if slopes is not None and recency != "slope":
             raise ValueError(f"slopes: expected None unless recency='slope', got {slopes!r} with recency={recency!r}")
         if slopes is not None and len(slopes) != num_kv_heads:

@@ -20,6 +20,8 @@ def test_a_new_gate_ranks_keys_or_is_constant_so_that_attention_starts_as_a_slid
     value = torch.randn(1, 2, 5, 4)
     assert ValueGate(2, 4)(value).unique().numel() == 10
     assert torch.equal(ValueGate(2, 4, initial_a=0.0)(value), torch.zeros(1, 2, 5))
+    with pytest.raises(TypeError, match="initial_a: expected a number or None, got str"):
+        ValueGate(2, 4, **{"initial_a": "1"})  # type: ignore[arg-type]
     assert torch.equal(ValueGate(2, 4, form="exp")(value), torch.ones(1, 2, 5))
     assert torch.equal(ValueGate(2, 4, form="linear")(value), torch.zeros(1, 2, 5))
 
