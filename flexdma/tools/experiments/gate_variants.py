@@ -2,27 +2,22 @@
 
 from collections.abc import Mapping
 
-import torch
 from torch import nn
 
-from flexdma import DynamicMaskAttention
 from flexdma.tools.experiments.mixers import MIXERS, Mixer, ModelSizes, make_mixer
+from flexdma.tools.experiments.mixers.layers import dynamic
+from flexdma.tools.experiments.mixers.table import PAPER
 
-PAPER = "arXiv 2508.02124"
 FORMS = {"exp": "exp(A softplus(v Δ))", "linear": "A softplus(v Δ)", "identity": "A v Δ"}
 
 
 def _variant(form: str, initial: float, recency: str | None = None, selection: str = "causal") -> Mixer:
     """initial: of A in all heads."""
+    make_layer = dynamic(form=form, recency=recency, selection=selection)
 
     def make(sizes: ModelSizes) -> nn.Module:
-        slopes = sizes.slopes if recency == "slope" else None
-        layer = DynamicMaskAttention(
-            sizes.width, sizes.heads, sizes.kv_heads, sizes.head_dim, sizes.window, qk_norm=True, form=form,
-            recency=recency, slopes=slopes, selection=selection,
-        )  # fmt: skip
-        with torch.no_grad():
-            layer.gate.A.fill_(initial)
+        layer = make_layer(sizes)
+        nn.init.constant_(layer.gate.A, initial)
         return layer
 
     sees = f"the w best-gated keys {'of the whole sequence' if selection == 'global' else 'so far'}; {FORMS[form]}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import log2
 
 import torch
 from torch import Tensor
@@ -49,8 +50,8 @@ class HeadErrors:
 
 def measured_sizes(mean: int) -> list[int]:
     """The windows at which errors are measured: between the bounds in equal ratios."""
-    doublings = torch.arange(-5 * PER_DOUBLING, 2 * PER_DOUBLING + 1) / PER_DOUBLING
-    sizes = (mean * 2**doublings).round().long().clamp(max(1, mean // NARROWEST), WIDEST * mean)
+    fewest, most = (round(log2(bound) * PER_DOUBLING) for bound in (1 / NARROWEST, WIDEST))
+    sizes = (mean * 2 ** (torch.arange(fewest, most + 1) / PER_DOUBLING)).round().long().clamp(min=1)
     return sizes.unique().tolist()
 
 
@@ -59,7 +60,5 @@ def windows_of_least_error(mean: int, layers: Sequence[HeadErrors], own_windows:
     heads = [layer.errors.shape[2] for layer in layers]
     widest = torch.tensor([min(own, WIDEST * mean) for own in own_windows])
     errors = torch.cat([layer.errors.amin(0) for layer in layers], 1)
-    windows = divided(
-        mean * sum(heads), layers[0].sizes, errors, widest.repeat_interleave(torch.tensor(heads))
-    )  # fmt: skip
+    windows = divided(mean * sum(heads), layers[0].sizes, errors, widest.repeat_interleave(torch.tensor(heads)))
     return [part.tolist() for part in windows.split(heads)]

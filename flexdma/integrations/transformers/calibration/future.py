@@ -92,7 +92,7 @@ class FutureOfKeys:
         changes, squares = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
         for looks in self.looks:
             here = looks.to(self.device)
-            gates = (self._features(looks) @ weights.float()).mT
+            gates = (self._features(here) @ weights.float()).mT
             change, square = window_errors(here, gates, slopes, windows, sinks=sinks, recent=recent)
             changes, squares = changes + change.cpu(), squares + square.cpu()
         return changes / squares.clamp(min=torch.finfo(torch.float64).tiny)

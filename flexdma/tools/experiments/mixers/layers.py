@@ -14,10 +14,10 @@ EVERY_KEY = 2**30  # a window that no sequence fills
 Make = Callable[[ModelSizes], nn.Module]
 
 
-def dynamic(**options: Any) -> Make:
+def dynamic(**options: Any) -> Callable[[ModelSizes], DynamicMaskAttention]:
     """The w best-gated keys."""
 
-    def make(sizes: ModelSizes) -> nn.Module:
+    def make(sizes: ModelSizes) -> DynamicMaskAttention:
         slopes = sizes.slopes if options.get("recency") == "slope" else None
         return _layer(sizes, sizes.window, slopes=slopes, **options)
 

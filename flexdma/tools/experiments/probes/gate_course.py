@@ -1,5 +1,6 @@
 """How gates move over training: their parameters, and the keys that they keep."""
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -49,12 +50,8 @@ class GateCourse:
 
 def content_gate(gate: ValueGate, value: Tensor) -> Tensor:
     """[B, Hkv, K]: the gates without their recency."""
-    content = ValueGate(gate.num_kv_heads, gate.head_dim, gate.form, bias=gate.dt_proj.bias is not None).to(
-        value.device
-    )
-    content.load_state_dict(
-        {name: weight for name, weight in gate.state_dict().items() if name in content.state_dict()}
-    )
+    content = copy.copy(gate)  # with the same parameters
+    content.recency = None
     found = content(value)
     assert isinstance(found, Tensor)
     return found

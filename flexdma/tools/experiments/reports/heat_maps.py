@@ -4,6 +4,7 @@ from statistics import fmean
 
 from matplotlib.figure import Figure
 
+from flexdma.rounding import ceil_div
 from flexdma.tools.experiments.experiment import Experiment, Row
 from flexdma.tools.experiments.reports.columns import kilobytes
 
@@ -14,7 +15,7 @@ def heat_maps(experiment: Experiment) -> Figure:
     """Depth down, length across; the mean over seeds at each mixer's best rate."""
     rows = experiment.rows()
     across = min(ACROSS, len(rows))
-    down = -(-len(rows) // across)
+    down = ceil_div(len(rows), across)
     result = Figure(figsize=(2.6 * across + 1, 2.6 * down), layout="constrained")
     panels = result.subplots(down, across, squeeze=False).flatten().tolist()
     for panel in panels[len(rows) :]:

@@ -34,9 +34,10 @@ def corpus(name: str, context: int) -> Text:
     return CORPORA[name](context) if name in CORPORA else load_text(name, context)
 
 
-def digest(text: Text) -> str:
-    """The first 16 hexadecimal digits of the SHA-256 of all bytes, in which versions of a text differ."""
-    found = hashlib.sha256()
+@lru_cache(maxsize=4)
+def digest(name: str, context: int) -> str:
+    """The first 16 hexadecimal digits of the SHA-256 of a corpus's bytes, in which versions of a text differ."""
+    text, found = corpus(name, context), hashlib.sha256()
     for part in (text.training, text.validation):
         found.update(bytes(part.tolist()))
     return found.hexdigest()[:16]

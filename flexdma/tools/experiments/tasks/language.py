@@ -40,7 +40,7 @@ class Language:
 
     def with_digest(self) -> "Language":
         """The same, for this text alone.  Raises TextError where it cannot be read or is too short."""
-        return replace(self, digest=digest(corpus(self.text, self.length)))
+        return replace(self, digest=digest(self.text, self.length))
 
     def batch(self, size: int, generator: torch.Generator) -> Batch:
         """See `Task`."""
@@ -51,10 +51,9 @@ class Language:
         return _as_batch(validation_windows(self._read(), self.length, size))
 
     def _read(self) -> Text:
-        text = corpus(self.text, self.length)
-        if self.digest not in ("", found := digest(text)):
+        if self.digest not in ("", found := digest(self.text, self.length)):
             raise TextError(f"--text: expected bytes with the digest {self.digest} in {self.text}, got {found}")
-        return text
+        return corpus(self.text, self.length)
 
 
 def _as_batch(windows: Tensor) -> Batch:
