@@ -41,12 +41,14 @@ def _answers(task, symbols):
     [
         TINY,
         Recall(length=40, pairs=3, questions=4, keys=5, form="unstacked"),
-        Recall(length=24, pairs=4, questions=6, overwritten=3),
+        Recall(length=24, pairs=4, questions=6, overwritten=3, lead=0),
     ],
 )
 def test_the_last_pair_of_a_key_answers_each_question(task):
     batch = task.batch(20, torch.Generator().manual_seed(0))
     assert batch.symbols.max() < task.symbols
+    _, noise = task.pairs_and_noise(batch.symbols)
+    assert noise[:, : task.lead].all()
     for symbols, targets, distance in zip(*batch, strict=True):
         asked = {
             position: (targets[position].item(), distance[position].item())
@@ -68,8 +70,10 @@ def test_copying_asks_for_the_tokens_in_order():
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match="length: expected at least 28"):
+    with pytest.raises(ValueError, match="length: expected at least 32"):
         Recall(length=20, pairs=8, questions=20)
+    with pytest.raises(ValueError, match="lead: expected a multiple of the 2 positions"):
+        Recall(form="unstacked", lead=3)
     with pytest.raises(ValueError, match="pairs: expected at least overwritten"):
         Recall(pairs=2, overwritten=3)
     with pytest.raises(ValueError, match="tokens: expected at most"):

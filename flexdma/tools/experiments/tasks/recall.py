@@ -19,9 +19,10 @@ class Recall(DrawnTask):
     form: "stacked"       key and value are the two symbols of one position: one layer can solve it
           "unstacked"     the value follows its key, and is asked for as the next symbol after the key; needs `convolution`
     overwritten: pairs whose key comes again with another value; the last value is asked for.
+    lead: positions of noise before the first pair, so that no answer is among the sinks of a window.
 
-        stacked:  k3 v7 | n1 . | k5 v2 | n4 . | k3 ? | n2 . | k5 ?          ? = asked, . = no second symbol
-        target:                                 v7            v2
+        stacked, lead 1:  n5 . | k3 v7 | n1 . | k5 v2 | n4 . | k3 ? | n2 . | k5 ?      ? = asked, . = no second symbol
+        target:                                                v7            v2
     """
 
     length: int = 128
@@ -32,6 +33,7 @@ class Recall(DrawnTask):
     noise: int = 32
     form: str = "stacked"
     overwritten: int = 0
+    lead: int = 4
 
     def __post_init__(self) -> None:
         width = 1 if self.form == "stacked" else 2
@@ -42,9 +44,12 @@ class Recall(DrawnTask):
             raise ValueError(
                 f"pairs: expected at least overwritten = {self.overwritten} and at most keys = {self.keys}, got {self.pairs}"
             )
-        if written + self.questions * width > self.length:
+        if self.lead % width:
+            raise ValueError(f"lead: expected a multiple of the {width} positions of a pair, got {self.lead}")
+        needed = self.lead + written + self.questions * width
+        if needed > self.length:
             raise ValueError(
-                f"length: expected at least {written + self.questions * width}, the pairs and questions, got {self.length}"
+                f"length: expected at least {needed}, the lead, the pairs and the questions, got {self.length}"
             )
 
     @property
@@ -62,9 +67,9 @@ class Recall(DrawnTask):
         width = 1 if self.form == "stacked" else 2
         written = self.pairs + self.overwritten
         slots = self.length // width
-        # The first slot of each row has a pair, so that every question has an answer.
-        chosen = 1 + distinct(size, written + self.questions - 1, slots - 1, generator)
-        chosen = torch.cat([chosen.new_zeros(size, 1), chosen], -1).sort(-1).values
+        first = self.lead // width
+        # The first event of each row is a pair, so that every question has an answer.
+        chosen = first + distinct(size, written + self.questions, slots - first, generator).sort(-1).values
         is_pair = torch.ones(size, written + self.questions, dtype=torch.bool)
         asked = 1 + distinct(size, self.questions, written + self.questions - 1, generator)
         is_pair.scatter_(-1, asked, False)
