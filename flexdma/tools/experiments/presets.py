@@ -36,11 +36,11 @@ class Setting:
 
 
 def _recall(length: int, pairs: int, sizes: ModelSizes, schedule: Schedule, **more: Any) -> dict[str, Setting]:
-    stacked = Recall(length=length, pairs=pairs, questions=2 * pairs, **more)
+    stacked = Recall(length=length, pairs=pairs, questions=4 * pairs, **more)
     tasks: dict[str, Task] = {
         "stacked": stacked,
-        "unstacked": Recall(length=length, pairs=pairs, questions=2 * pairs, form="unstacked", **more),
-        "overwritten": Recall(length=length, pairs=pairs, questions=2 * pairs, overwritten=pairs // 2, **more),
+        "unstacked": Recall(length=length, pairs=pairs, questions=4 * pairs, form="unstacked", **more),
+        "overwritten": Recall(length=length, pairs=pairs, questions=4 * pairs, overwritten=pairs // 2, **more),
         "copying": Copying(length=length, tokens=pairs),
     }
     settings = {name: Setting(task, sizes, schedule) for name, task in tasks.items()}
