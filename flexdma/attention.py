@@ -102,7 +102,7 @@ def dynamic_mask_attention(
     window_size: w, or one int per gate head.  With selection="threshold" it may be None, with "full" it must be.
     selection: "causal": a top-w for each query, as in the paper.  "global": one top-w for all queries, still seen
         causally.  "threshold": all keys with gate > 0, or with a window_size the running top-w among them.  "sliding": the
-        last w positions.  "full": all keys at or before the query.
+        last w + recent positions.  "full": all keys at or before the query.
     scale: default D ** -0.5.
     score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
         is added.  It is called with broadcastable index tensors, so it must be elementwise.

@@ -34,22 +34,23 @@ def dense_visibility(
         document = (document_ids[:, 1:] != document_ids[:, :-1]).cumsum(-1)
         document = torch.nn.functional.pad(document, (1, 0))[:, None]
         together = document[..., :, None] == document[..., None, :]
-    allowed = (j <= i) & together & real[..., None, :]
-    eligible = real & ~(gate <= 0) if selection == "threshold" else real
+    same = together & real[..., None, :]
+    allowed = (j <= i) & same
+    is_sink = (allowed.sum(-1) <= sinks)[..., None, :]
+    is_recent = i - j < recent
+    # Those that the top-w of query i chooses from: all keys of a document for a choice that its queries share.
+    others = ~is_sink & (same if selection == "global" else allowed & ~is_recent)
+    if selection == "threshold":
+        others = others & ~(gate <= 0)[..., None, :]
 
     # better[k, j]: key k outranks key j.  NaN is the largest of all numbers; of equal gates the newer ranks higher.
     a, b = gate[..., :, None], gate[..., None, :]
     equal = (a == b) | (a.isnan() & b.isnan())
     better = (a > b) | (a.isnan() & ~b.isnan()) | (equal & (i > j))
-    better = better & eligible[..., :, None] & together
-    count = better.sum(-2, keepdim=True) if selection == "global" else better.cumsum(-2)
+    # [i, j]: how many of the others outrank key j.  Float32 counts to 2^24.
+    rank = i - j - recent if selection in ("sliding", "full") else others.float() @ better.float()
     window = torch.tensor(windows or [gate.shape[-1]], device=gate.device).view(-1, 1, 1)
-    if selection in ("sliding", "full"):
-        count = i - j
-    chosen = (count < window) & eligible[..., None, :]
-
-    is_sink = (together & (j <= i) & real[..., None, :]).sum(-1) <= sinks
-    return allowed & (chosen | is_sink[..., None, :] | (i - j < recent))
+    return allowed & (is_sink | is_recent | (others & (rank < window)))
 
 
 def dense_dynamic_mask_attention(

@@ -28,7 +28,7 @@ def visible(i, j, window, sinks, recent, mask, documents):
     if not first <= j <= i or not mask[j]:
         return False
     is_sink = sum(bool(mask[k]) for k in range(first, j)) < sinks
-    return is_sink or window is None or i - j < max(window, recent)
+    return is_sink or window is None or i - j < window + recent
 
 
 def allowed(batch, length, windows, sinks=0, recent=0, mask=None, documents=None):
@@ -114,7 +114,7 @@ def test_learned_sinks_beside_a_window():
     options: dict[str, Any] = {"window_size": 7, "selection": "sliding", "recent": 2}
     group = tensors[0].unflatten(1, (2, 2))
     scores = (group @ tensors[1][:, :, None].mT * 8**-0.5).flatten(1, 2)
-    scores = scores.masked_fill(~allowed(2, 40, [7]), -torch.inf)
+    scores = scores.masked_fill(~allowed(2, 40, [7], recent=2), -torch.inf)
     weights = torch.cat([scores, sink.view(-1, 1, 1).expand(2, 4, 40, 1)], -1).softmax(-1)[..., :40]
     want = weights @ tensors[2].repeat_interleave(2, 1)
     whole = gather(*tensors, None, sink_logits=sink, **options)

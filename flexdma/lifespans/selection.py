@@ -24,7 +24,7 @@ class Selection:
     kind: "causal", "global", "threshold" or "sliding", for `causal_top_w`, `global_top_w`, `above_threshold` and
         `sliding_window`; "full" = all keys at or before the query.
     window_size: w, one int per head, or None = no bound.
-    sinks, recent: number of first and last keys that are visible besides.
+    sinks, recent: number of first and last keys that are visible besides; see `causal_top_w`.
     threshold: for kind "threshold".
     """
 
@@ -86,8 +86,8 @@ class Selection:
 
     @property
     def last_positions(self) -> int:
-        """How many last positions are visible because they are the last: `recent`, or the widest sliding window."""
-        return max(self.recent, self.widest or 0) if self.kind == "sliding" else self.recent
+        """How many last positions are visible because they are the last: `recent`, and before them a sliding window."""
+        return self.recent + (self.widest or 0) if self.kind == "sliding" else self.recent
 
     def windows(self, device: torch.device) -> Tensor:
         """The window sizes as [1, 1] or [H, 1] int64; window_size must not be None."""
@@ -167,21 +167,24 @@ def _lifespans(
     if key_padding_mask is not None:
         real = real & key_padding_mask[:, None]
     chosen = real & is_above(gate, threshold) if kind == "threshold" else real
+    is_sink = None
+    if sinks:
+        count = real.cumsum(-1)  # 1 at the first real key of the row
+        count = count - (count - real.long()).gather(-1, start.expand_as(count))
+        is_sink = real & (count <= sinks)
+        chosen = chosen & ~is_sink
 
     if not windows:
         death = end
     elif kind == "sliding":
-        death = torch.minimum(positions + on_device(windows, gate.device), end)
+        death = positions + on_device(windows, gate.device)
     else:
         ranked = by_rank(gate.masked_fill(~chosen, float("-inf")), start if document_ids is not None else None)
         death = death_by_rank(ranked, start, end, on_device(windows, gate.device), shared=kind == "global")
-    death = torch.where(chosen, death, positions)
-    if recent:
-        death = torch.maximum(death, torch.minimum(positions + recent, end))
-    if sinks:
-        count = real.cumsum(-1)  # 1 at the first real key of the row
-        count = count - (count - real.long()).gather(-1, start.expand_as(count))
-        death = torch.where(count <= sinks, end, death)
+    # Keys compete `recent` positions after they arrive, so each loses its place that much later.
+    death = torch.minimum(torch.where(chosen, death, positions) + recent, end)
+    if is_sink is not None:
+        death = torch.where(is_sink, end, death)
     death = torch.where(real, death, positions)
     return [positions.to(torch.int32).expand(gate.shape), death.to(torch.int32).expand(gate.shape)]
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from flexdma.lifespans import Lifespans, by_rank
+from flexdma.lifespans import Lifespans, Selection, by_rank
 from flexdma.lifespans.ranking import NEVER
 from flexdma.lifespans.selection import document_bounds, is_above
 from flexdma.opaque import realize
@@ -96,7 +96,7 @@ def _places(state: "DynamicMaskState") -> Tensor:
 
 
 def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans | None) -> "DynamicMaskState":
-    """The state after these keys.  O(M log M) time.
+    """The state after these keys.  O(M) time, without lifespans O(M log M).
 
     state: the state before them, for its options, length and last positions.
     lifespans: of `keys`; None = not computed, and last_loss is the last position, so that `crop` refuses.
@@ -132,33 +132,33 @@ def state_after(state: "DynamicMaskState", keys: Keys, lifespans: Lifespans | No
             last_loss=last_loss,
         ),
         keys,
-        real,
-        is_sink,
+        seen_by_last(state.policy, keys, real, is_sink, length) if lifespans is None else lifespans.death == total,
     )
 
 
-def kept(state: "DynamicMaskState", keys: Keys, real: Tensor, is_sink: Tensor) -> "DynamicMaskState":
-    """`state` with those of the `real` keys that the last query saw.  `state.length` is already the new length."""
-    total = real.shape[-1]
-    policy = state.policy
-    windows = policy.windows(real.device)
-    eligible = real
-    if policy.kind == "threshold":
-        eligible = real & is_above(keys.gate, policy.threshold)
-    elif policy.kind == "sliding":
-        eligible = real & (keys.position >= state.length[:, None, None] - windows)
-    gate = keys.gate.detach().masked_fill(~eligible, float("-inf"))
-    places = torch.arange(total, device=real.device).expand(real.shape)
-    rank = torch.empty_like(places).scatter(-1, by_rank(gate), places)
-    in_top = eligible & (rank < windows)
-    # A cell beyond the slots collects the keys outside the top-w.
-    slots = torch.full((*real.shape[:2], state.widest + 1), -1, device=real.device)  # -1 for none
-    slots = slots.scatter(-1, torch.where(in_top, rank, state.widest), places)[..., : state.widest]
-    if state.sinks + state.recent:
-        recent = keys.position >= state.length[:, None, None] - state.recent
-        others = torch.where(real & ~in_top & (is_sink | recent), places, -1)
-        others = others.sort(dim=-1, descending=True).values
-        slots = torch.cat([slots, _first(others, state.sinks + state.recent)], -1)
+def seen_by_last(policy: Selection, keys: Keys, real: Tensor, is_sink: Tensor, length: Tensor) -> Tensor:
+    """[B, Hkv, M] bool: which of the `real` keys the query at position length - 1 sees.  length: [B]."""
+    age = length[:, None, None] - keys.position  # 1 = the last token
+    windows, is_recent = policy.windows(real.device), age <= policy.recent
+    others = real & ~is_sink & ~is_recent
+    if policy.kind == "sliding":
+        in_top = others & (age <= policy.recent + windows)
+    else:
+        if policy.kind == "threshold":
+            others = others & is_above(keys.gate, policy.threshold)
+        ranked = by_rank(keys.gate.detach().masked_fill(~others, float("-inf")))
+        places = torch.arange(real.shape[-1], device=real.device).expand(real.shape)
+        in_top = others & (torch.empty_like(places).scatter(-1, ranked, places) < windows)
+    return in_top | (real & (is_sink | is_recent))
+
+
+def kept(state: "DynamicMaskState", keys: Keys, seen: Tensor) -> "DynamicMaskState":
+    """`state` with the keys `seen` [B, Hkv, M] bool, at most C of each head, in order."""
+    total, capacity = seen.shape[-1], state.position.shape[-1]
+    places = torch.arange(total, device=seen.device).expand(seen.shape)
+    # A cell beyond the slots collects the other keys.
+    slots = torch.full((*seen.shape[:2], capacity + 1), -1, device=seen.device)  # -1 for none
+    slots = slots.scatter(-1, torch.where(seen, seen.cumsum(-1) - 1, capacity), places)[..., :capacity]
     held, slot = slots >= 0, slots.clamp(min=0)
     empty = ~held[..., None]
     return replace(
@@ -174,11 +174,6 @@ def _last_padding(state: "DynamicMaskState", key_padding_mask: Tensor) -> Tensor
     """[B]: the latest padded position among the tokens of the state and those of this mask [B, n]; -1 for none."""
     position = state.length[:, None] + torch.arange(key_padding_mask.shape[1], device=key_padding_mask.device)
     return torch.where(key_padding_mask, state.last_padding[:, None], position).amax(-1)
-
-
-def _first(numbers: Tensor, count: int) -> Tensor:
-    """The first `count` of [..., n], padded with -1 where n < count."""
-    return pad(numbers, (0, count), value=-1)[..., :count]
 
 
 def _last_loss(state: "DynamicMaskState", lifespans: Lifespans, total: int, new: int) -> Tensor:

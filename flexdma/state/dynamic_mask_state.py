@@ -1,7 +1,7 @@
 """DynamicMaskState: the keys that later queries can still see.
 
 After any prefix of a causal running top-w ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124) later queries can
-see only the w keys that are visible now; with sinks and recent tokens, only w + sinks + recent keys.  So
+see only the w keys that are visible now, the sinks and the recent keys.  So
 
     (state, new tokens) -> (output, new state)
 
@@ -34,8 +34,9 @@ if TYPE_CHECKING:
 class DynamicMaskState(State):
     """The state that `dynamic_mask_attention(..., state=..., return_state=True)` takes and returns; `empty` makes the first.
 
-    C = w + sinks + recent slots per KV head, w the widest window.  Slots 0 .. w - 1 hold the top-w in any order, the others
-    hold the sinks and recent keys outside the top-w.  The key and value of an empty slot are 0.
+    C = w + sinks + recent slots per KV head, w the widest window.  They hold keys in any order: sinks have positions up to
+    `last_sink`, recent keys those from length - recent on, and the others are the top-w.  The key and value of an empty slot
+    are 0.
 
     key, value, gate, position, length, real_length, last_padding, document, last_sink, last_loss, forgotten: see `State`.
     window_size, sinks, recent, selection: of the operator.
@@ -93,8 +94,8 @@ class DynamicMaskState(State):
         """The state before the last `tokens` tokens, one int or one per sequence [B] int64.
 
         Raises ValueError where a visible key has been evicted since, where one of these tokens is padded, and with forget
-        gates; take a `checkpoint()` first in these cases.  Nothing is evicted while recent=0 and there is one document with
-        fewer tokens than the narrowest window.  Synchronises with the device.
+        gates; take a `checkpoint()` first in these cases.  By a causal choice nothing is evicted while there is one document
+        of no more than w + sinks + recent tokens, w the narrowest window.  Synchronises with the device.
         """
         return cropped(self, tokens)
 

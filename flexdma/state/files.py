@@ -19,7 +19,9 @@ from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.growing import GrowingState
 from flexdma.state.value import State
 
-FORMAT = "flexdma.DynamicMaskState/2"
+FORMAT = "flexdma.DynamicMaskState/3"
+# Before, sinks and recent keys took places of the top-w.  Of states without them the formats are the same.
+FORMER = "flexdma.DynamicMaskState/2"
 # Beside the options of a GrowingState; a DynamicMaskState has no such entry.
 GROWS = "grows"
 
@@ -51,7 +53,8 @@ def save_states(path: str | Path, states: Mapping[str, State]) -> None:
 def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[str, State]:
     """The states of a file written by `save_states`, by name, on this device.
 
-    Raises ValueError naming the file where it is truncated, changed or not such a file; OSError where it does not exist.
+    Raises ValueError naming the file where it is truncated, changed or not such a file, and where its states have sinks or
+    recent keys by the rule of the former format; OSError where it does not exist.
     """
     _safetensors()
     from safetensors import SafetensorError, safe_open
@@ -64,7 +67,7 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
     except SafetensorError as error:
         raise ValueError(f"path: expected a whole safetensors file, got {path} ({error})") from None
-    if metadata.get("format") != FORMAT:
+    if metadata.get("format") not in (FORMAT, FORMER):
         raise ValueError(f"path: expected the format {FORMAT}, got {metadata.get('format')!r} in {path}")
     digest = _digest(metadata.get("states", ""), tensors)
     if metadata.get("sha256") != digest:
@@ -77,7 +80,22 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
             raise ValueError(f"undescribed tensors {sorted(set(tensors) - described)}")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"path: expected states that their options describe, got {path} ({error})") from None
+    if metadata["format"] == FORMER:
+        _refuse_lost_keys(path, states)
     return {name: state.to(device) for name, state in states.items()}
+
+
+def _refuse_lost_keys(path: str | Path, states: Mapping[str, State]) -> None:
+    """Raise ValueError where a state of the former format lacks keys that a query sees today."""
+    for name, state in states.items():
+        if not isinstance(state, DynamicMaskState) or (state.selection == "sliding" and not state.recent):
+            continue
+        if state.sinks or state.recent:
+            raise ValueError(
+                f"path: expected states without sinks and recent keys in the format {FORMER}, in which those took places of "
+                f"the top-w, so that keys are lost, got {name!r} with sinks={state.sinks}, recent={state.recent} in {path}; "
+                "make the state again from its tokens"
+            )
 
 
 def _described(state: State) -> dict[str, Any]:

@@ -1,9 +1,10 @@
 """Runs of tokens, each read alone, and the state after two of them that follow one another.
 
 Joining is associative, so the states before all parts of a sequence are a prefix scan over the parts, as for linear
-recurrences (Blelloch, "Prefix Sums and Their Applications", 1990).  It is exact: a key that w keys of its own run outrank is
-outranked in the joined run too ("Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124), and the first `sinks` and the
-last `recent` keys of the joined run are among those of its two parts.
+recurrences (Blelloch, "Prefix Sums and Their Applications", 1990).  It is exact: a key that has lost its place to w keys of
+its own run, none of them a sink or recent there, has lost it to them in the joined run too ("Trainable Dynamic Mask Sparse
+Attention", arXiv 2508.02124), and the first `sinks` and the last `recent` keys of the joined run are among those of its two
+parts.
 """
 
 from dataclasses import replace
@@ -14,7 +15,7 @@ from torch import Tensor
 
 from flexdma.lifespans import Selection
 from flexdma.packing import along_keys
-from flexdma.state.carry import Keys, first_keys, kept, state_after
+from flexdma.state.carry import Keys, first_keys, kept, seen_by_last, state_after
 from flexdma.state.dynamic_mask_state import DynamicMaskState, state_options
 
 
@@ -84,4 +85,5 @@ def joined(first: Run, second: Run) -> Run:
     keys = Keys(
         in_order("key"), in_order("value"), in_order("gate"), position, None, None, new=later.position.shape[-1]
     )
-    return Run(kept(state, keys, real, is_sink), first.one_document & goes_on)
+    seen = seen_by_last(state.policy, keys, real, is_sink, length)
+    return Run(kept(state, keys, seen), first.one_document & goes_on)

@@ -3,6 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from flexdma import checks
 
@@ -43,6 +44,16 @@ def empty_tensors(layout: StateLayout, device: torch.device | str | None) -> dic
     """The tensors of a state before the first token."""
     return {
         name: torch.full(shape, EMPTY.get(name, 0), dtype=of, device=device) for name, (shape, of) in layout.items()
+    }
+
+
+def emptied(state: "State", slots: Tensor) -> dict[str, Any]:
+    """The tensors with one entry per slot, with these slots [B, Hkv, C] bool made empty, by name."""
+    return {
+        "key": state.key.masked_fill(slots[..., None], 0.0),
+        "value": state.value.masked_fill(slots[..., None], 0.0),
+        "gate": state.gate.masked_fill(slots, float("-inf")),
+        "position": state.position.masked_fill(slots, -1),
     }
 
 

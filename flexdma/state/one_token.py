@@ -1,50 +1,33 @@
 """The state after one more token, in operations of static shapes, which compile once and export.
 
-The new key replaces the last of w keys in rank or is not kept ("Trainable Dynamic Mask Sparse Attention", arXiv
-2508.02124): it writes one slot, or two with sinks and recent tokens.  All operations are elementwise or reductions over
-slots.
+A token writes one slot: an empty one, or that of the key which leaves, the last of w + 1 keys in rank ("Trainable Dynamic
+Mask Sparse Attention", arXiv 2508.02124).  Slots are in any order, because positions show which keys are sinks or recent; so
+no key ever moves to another slot.  All operations are elementwise or reductions over slots.
 """
 
 from dataclasses import replace
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from flexdma.lifespans.ranking import NEVER, last_in_rank, outranks
+from flexdma.lifespans.ranking import last_in_rank, outranks
 from flexdma.lifespans.selection import is_above
-from flexdma.packing import along_keys
 from flexdma.state.dynamic_mask_state import DynamicMaskState
+from flexdma.state.layout import emptied
 
 
 def in_document(state: DynamicMaskState, document: Tensor) -> DynamicMaskState:
     """The state before a token of this document [B].  Where it is not the last token's document, the state loses its keys."""
     ended = (document != state.document)[:, None]
     lost = ended & (state.position >= 0).any(-1)
-    slots = ended[..., None]
     return replace(
         state,
-        key=state.key.masked_fill(slots[..., None], 0.0),
-        value=state.value.masked_fill(slots[..., None], 0.0),
-        gate=state.gate.masked_fill(slots, float("-inf")),
-        position=state.position.masked_fill(slots, -1),
+        **emptied(state, ended[..., None]),
         document=document,
         last_sink=state.last_sink.masked_fill(ended, -1),
         last_loss=torch.where(lost, state.length[:, None], state.last_loss),
     )
-
-
-class _Slots(NamedTuple):
-    """The contents of n slots: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate and position [B, Hkv, n]."""
-
-    key: Tensor
-    value: Tensor
-    gate: Tensor
-    position: Tensor
-
-
-# In the order of `_Slots`.
-EMPTY_SLOT = (0.0, 0.0, float("-inf"), -1)
 
 
 def inserted(
@@ -68,97 +51,74 @@ def inserted(
         seen = key_padding_mask[:, 0].long()
     gate = gate.masked_fill(~real, float("-inf"))
     position = torch.where(real, now, -1)
-
-    held, new = _Slots(state.key, state.value, state.gate, state.position), _Slots(key, value, gate, position)
-    weakest = _weakest(state, now)
-    old = _Slots(*(along_keys(tensor, weakest) for tensor in held))
-    if state.selection == "sliding":
-        enters = real | _has_left(old.position, now - state.policy.windows(now.device))
-        new = _Slots(*(_choose(real, a, a.new_full((), b)) for a, b in zip(new, EMPTY_SLOT, strict=True)))
-    else:
-        enters = real & ~outranks(old.gate, gate)
-    if state.selection == "threshold":
-        enters = enters & is_above(gate, state.policy.threshold)
-    slot, writes, arriving = weakest, enters, new
-    lost = enters & (old.position >= 0)
-    last_sink = state.last_sink
-
-    if state.sinks + state.recent:
+    is_candidate, last_sink = real, state.last_sink
+    if state.sinks:
         before = last_sink[..., None]
         sinks = ((state.position >= 0) & (state.position <= before)).sum(-1, keepdim=True)
-        latest = torch.where(real & (sinks < state.sinks), now, before)
-        last_sink = latest.squeeze(-1)
-        # Of the weakest and the new key, the one outside the top-w may stay as a sink or a recent key.
-        loser = _Slots(*(_choose(enters, a, b) for a, b in zip(old, new, strict=True)))
-        stays = _protected(loser.position, latest, now, state.recent)
-        loser = _Slots(*(_choose(stays, a, a.new_full((), b)) for a, b in zip(loser, EMPTY_SLOT, strict=True)))
-        others = state.position[..., state.widest :]
-        safe = _protected(others, latest, now, state.recent)
-        expired = (others >= 0) & ~safe  # at most one key, which is no longer recent
-        expires = expired.any(-1, keepdim=True)
-        lost = (lost & ~stays) | expires
-        free = state.widest + torch.where(expired, 0, torch.where(safe, 2, 1)).argmin(-1, keepdim=True)
-        slot, writes = torch.cat([weakest, free], -1), torch.cat([enters, stays | expires], -1)
-        arriving = _Slots(*(torch.cat(pair, 2) for pair in zip(new, loser, strict=True)))
-
-    after = _Slots(
-        *(written(tensor, slot, writes, fresh, in_place) for tensor, fresh in zip(held, arriving, strict=True))
-    )
+        is_sink = real & (sinks < state.sinks)
+        is_candidate, last_sink = real & ~is_sink, torch.where(is_sink, now, before).squeeze(-1)
+    enters, leaves, slot = _exchanged(state, now, gate, is_candidate)
+    if state.sinks:
+        enters = enters | is_sink
+    if state.recent or state.selection == "sliding":  # a key may leave at a masked token
+        key, value = (tensor.masked_fill(~real[..., None], 0.0) for tensor in (key, value))
+    fresh = {"key": key, "value": value, "gate": gate, "position": position}
+    writes = enters | leaves
+    after: dict[str, Any] = {
+        name: written(getattr(state, name), slot, writes, new, in_place) for name, new in fresh.items()
+    }
     return replace(
         state,
-        key=after.key,
-        value=after.value,
-        gate=after.gate,
-        position=after.position,
+        **after,
         length=state.length + 1,
         real_length=state.real_length + seen,
         last_padding=torch.where(seen > 0, state.last_padding, state.length),
         last_sink=last_sink,
-        last_loss=torch.where(lost.squeeze(-1), state.length[:, None], state.last_loss),
+        last_loss=torch.where(leaves.squeeze(-1), state.length[:, None], state.last_loss),
     )
 
 
+def _exchanged(
+    state: DynamicMaskState, now: Tensor, gate: Tensor, is_candidate: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Whether the key of the token at `now` enters, whether another leaves, and the slot of that one, or an empty slot.
+
+    now: [B, 1, 1].  gate: [B, Hkv, 1].  is_candidate: whether the new key is real and no sink.  All others [B, Hkv, 1] too.
+    """
+    position, recent, before = state.position, state.recent, state.last_sink[..., None]
+    windows = state.window_size if isinstance(state.window_size, int) else state.policy.windows(now.device)
+    if state.selection == "sliding":
+        left = (position > before) & (position <= now - recent - windows)
+        leaves = left.any(-1, keepdim=True)
+        return is_candidate, leaves, torch.where(leaves, left, position < 0).long().argmax(-1, keepdim=True)
+    level, excluded = state.gate, None
+    if recent or isinstance(windows, Tensor):
+        # The keys that compete now.  With recent tokens the newest of them is no longer one.
+        others = (position > before) & (position <= now - recent)
+        count = others.sum(-1, keepdim=True)
+        leaves = count > windows if recent else count >= windows
+        if recent and state.selection == "threshold":
+            level = level.masked_fill(~is_above(level, state.policy.threshold), float("-inf"))
+            leaves = leaves | (others & (level == float("-inf"))).any(-1, keepdim=True)
+        excluded = ~torch.where(leaves, others, position < 0)
+    elif state.sinks:
+        excluded = (position >= 0) & (position <= before)
+    slot = last_in_rank(level, position, excluded)
+    if recent:
+        return is_candidate, leaves, slot
+    enters = is_candidate & ~outranks(state.gate.gather(-1, slot), gate)
+    if state.selection == "threshold":
+        enters = enters & is_above(gate, state.policy.threshold)
+    return enters, enters & (position.gather(-1, slot) >= 0), slot
+
+
 def written(tensor: Tensor, slot: Tensor, writes: Tensor, fresh: Tensor, in_place: bool) -> Tensor:
-    """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, n, ...] in the slots `slot` [B, Hkv, n] where `writes` [B, Hkv, n]."""
+    """Slots [B, Hkv, C, ...] with `fresh` [B, Hkv, 1, ...] in the slot `slot` [B, Hkv, 1] where `writes` [B, Hkv, 1]."""
     index = slot if tensor.dim() == 3 else slot[..., None].expand_as(fresh)
-    values = _choose(writes, fresh, tensor.gather(2, index)).to(tensor.dtype)
+    writes = writes if tensor.dim() == 3 else writes[..., None]
+    values = torch.where(writes, fresh, tensor.gather(2, index)).to(tensor.dtype)
     if not in_place:
         return tensor.scatter(2, index, values)
     # Inductor computes index_put_ in place, but scatter_ on a copy of all slots.
     batch, head = (torch.arange(size, device=slot.device) for size in slot.shape[:2])
     return tensor.index_put_((batch[:, None, None], head[:, None], slot), values)
-
-
-def _weakest(state: DynamicMaskState, now: Tensor) -> Tensor:
-    """[B, Hkv, 1]: the slot of the top-w to overwrite: an empty one, else that of the last key in rank.
-
-    Of a sliding window: that of the key that leaves it at `now` [B, 1, 1], else an empty one.
-    """
-    gate, position = (tensor[..., : state.widest] for tensor in (state.gate, state.position))
-    beyond = beyond_window(state) if isinstance(state.window_size, tuple) else None
-    if state.selection != "sliding":
-        return last_in_rank(gate, position, beyond)
-    left = _has_left(position, now - state.policy.windows(now.device))
-    age = torch.where(left, -2, position)
-    return (age if beyond is None else age.masked_fill(beyond, NEVER)).argmin(-1, keepdim=True)
-
-
-def _has_left(position: Tensor, last: Tensor) -> Tensor:
-    """Whether keys at these positions are not after `last`."""
-    return (position >= 0) & (position <= last)
-
-
-def beyond_window(state: DynamicMaskState) -> Tensor:
-    """[Hkv, w]: whether a slot of the top-w is beyond its head's own window."""
-    device = state.gate.device
-    return torch.arange(state.widest, device=device) >= state.policy.windows(device)
-
-
-def _protected(position: Tensor, last_sink: Tensor, now: Tensor, recent: int) -> Tensor:
-    """Whether the keys at these positions are sinks or recent."""
-    return (position >= 0) & ((position <= last_sink) | (position > now - recent))
-
-
-def _choose(condition: Tensor, first: Tensor, second: Tensor) -> Tensor:
-    """torch.where(condition, first, second) for condition [B, Hkv, n] and tensors [B, Hkv, n, ...]."""
-    return torch.where(condition if first.dim() == 3 else condition[..., None], first, second)

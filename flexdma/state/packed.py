@@ -13,14 +13,13 @@ from torch import Tensor
 from flexdma.lifespans import Lifespans, Selection
 from flexdma.packing import along_keys
 from flexdma.sequences import Sequences
-from flexdma.state.carry import Keys, kept
 from flexdma.state.dynamic_mask_state import DynamicMaskState, state_options
 
 
 def states_after(
     key: Tensor, value: Tensor, gate: Tensor, lifespans: Lifespans, sequences: Sequences, policy: Selection
 ) -> DynamicMaskState:
-    """The state of batch size S after each sequence's last token.  O(T + S C log C) time.
+    """The state of batch size S after each sequence's last token.  O(T + S C) time.
 
     key [1, Hkv, T, D], value [1, Hkv, T, Dv], gate [1, Hkv, T] float32 or float64; lifespans [1, Hkv, T] of `policy`, whose
     documents are the sequences.
@@ -31,29 +30,27 @@ def states_after(
     index = token.clamp(min=0)
 
     def of_sequences(tensor: Tensor) -> Tensor:
-        """[1, Hkv, S C, ...] -> [S, Hkv, C, ...]."""
-        return tensor[0].unflatten(1, (count, capacity)).transpose(0, 1)
+        """[1, Hkv, S C, ...] -> [S, Hkv, C, ...], contiguous, because only such slots can be donated."""
+        return tensor[0].unflatten(1, (count, capacity)).transpose(0, 1).contiguous()
 
     held = of_sequences(token >= 0)
     position = torch.where(held, of_sequences(token) - first, -1)
-    gates = of_sequences(along_keys(gate, index)).masked_fill(~held, float("-inf"))
-    keys = Keys(
-        of_sequences(along_keys(key, index)), of_sequences(along_keys(value, index)), gates, position,
-        key_padding_mask=None, document_ids=None, new=capacity,
-    )  # fmt: skip
     is_sink = held & (held.cumsum(-1) <= policy.sinks)
     empty = DynamicMaskState.empty(
         count, heads, key.shape[3], value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype, device=key.device,
         **state_options(policy),
     )  # fmt: skip
-    state = replace(
+    return replace(
         empty,
+        key=of_sequences(along_keys(key, index)).masked_fill(~held[..., None], 0.0),
+        value=of_sequences(along_keys(value, index)).masked_fill(~held[..., None], 0.0),
+        gate=of_sequences(along_keys(gate, index)).masked_fill(~held, float("-inf")),
+        position=position,
         length=sequences.cu_seqlens.diff(),
         real_length=sequences.cu_seqlens.diff(),
         last_sink=torch.where(is_sink, position, -1).amax(-1),
         last_loss=_last_losses(lifespans, sequences, count),
     )
-    return kept(state, keys, held, is_sink)
 
 
 def _last_keys(lifespans: Lifespans, sequences: Sequences, count: int, capacity: int) -> Tensor:

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks
-from flexdma.state.carry import kept, with_state_keys
+from flexdma.state.layout import emptied
 from flexdma.state.value import State
 
 if TYPE_CHECKING:
@@ -66,10 +66,8 @@ def counts_at(state: State, length: Tensor) -> dict[str, Any]:
 
 
 def _without_last(state: "DynamicMaskState", length: Tensor) -> "DynamicMaskState":
-    """The state at this length [B].  None of its keys has been evicted since."""
-    no_keys = (state.key[:, :, :0], state.value[:, :, :0], state.gate[:, :, :0])
-    keys = with_state_keys(state, *no_keys, None, None)
-    real = (keys.position >= 0) & (keys.position < length[:, None, None])
-    is_sink = real & (keys.position <= state.last_sink[..., None])
-    last_sink = torch.where(is_sink, keys.position, -1).amax(-1)
-    return kept(replace(state, **counts_at(state, length), last_sink=last_sink), keys, real, is_sink)
+    """The state at this length [B].  None of its keys has been evicted since, so it has all of those that are older."""
+    later = state.position >= length[:, None, None]
+    is_sink = ~later & (state.position <= state.last_sink[..., None])
+    last_sink = torch.where(is_sink, state.position, -1).amax(-1)
+    return replace(state, **emptied(state, later), **counts_at(state, length), last_sink=last_sink)

@@ -1,7 +1,7 @@
 """A run of tokens that are decoded one by one on a CPU, without derivatives: each writes the slots that it changes, in place.
 
 A token costs more in calls than in arithmetic, so numbers per head are Python's (`head_keys.py`).  What attention does not
-read (gates, positions, lengths, and which slots are those of the top-w) is written when `state` is called.
+read (gates, positions and lengths) is written when `state` is called.
 
 A run ends, and `one_token.py` continues, where a token is not plain: its gates are not finite, or it may become a sink.
 A sliding window is a run where it is the top-w of equal gates: where the gates are 0, and no token in it is masked.
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.dynamic_mask_state import DynamicMaskState
-from flexdma.state.head_keys import HeadKeys, Later, find_last, heads_at, is_top_of_equal_gates
+from flexdma.state.head_keys import HeadKeys, Written, find_keys, heads_at, is_top_of_equal_gates
 from flexdma.state.layout import SLOTS
 
 # How far gates may rise above the number that is subtracted from them.  Float32 rounds a difference of 4 by 2e-7.
@@ -42,8 +42,8 @@ class TokenRun:
         self.forgotten = state.forgotten
         self._has_threshold = state.selection == "threshold"
         self._is_sliding = state.selection == "sliding"
-        self._later = Later({}, {})
-        self._heads = heads_at(state, self._later)
+        self._written: Written = {}
+        self._heads = heads_at(state, self._written)
         self._begin_at(state)
 
     def _begin_at(self, state: DynamicMaskState) -> None:
@@ -79,7 +79,7 @@ class TokenRun:
         # A sum that overflows only ends the run.
         if not math.isfinite(sum(gates)) or (self._is_sliding and any(gates)) or not (self._is_sorted or self._sort()):
             return False
-        rows, places, biases, emptied, is_stale, lost = [], [], [], [], False, False
+        rows, places, biases, is_stale, lost = [], [], [], False, False
         for row, (head, number) in enumerate(zip(self._heads, gates, strict=True)):
             place, difference = head.insert(number), number - self._references[row]
             if place >= 0:
@@ -87,8 +87,6 @@ class TokenRun:
                 places.append(place)
                 biases.append(difference)
                 is_stale = is_stale or difference > RISE
-            if head.emptied >= 0:
-                emptied.append(head.emptied)
             lost = lost or head.last_loss == head.now - 1
             self._is_sorted = self._is_sorted and bool(head.lowest)
         self._tokens += 1
@@ -102,12 +100,6 @@ class TokenRun:
             self._key.index_copy_(0, slots, key)
             self._value.index_copy_(0, slots, value)
             self._bias_of_slots.index_copy_(0, slots, torch.tensor(biases, dtype=self._bias.dtype, device=gate.device))
-        if emptied:
-            slots = torch.tensor(emptied, device=gate.device)
-            # A key or value that is not finite would reach the output of a later token.
-            self._key.index_fill_(0, slots, 0.0)
-            self._value.index_fill_(0, slots, 0.0)
-            self._bias_of_slots.index_fill_(0, slots, -math.inf)
         # The best key of a head does not leave before a better one comes, unless it is below a threshold.
         if is_stale or (lost and self._has_threshold):
             self._find_references()
@@ -159,15 +151,15 @@ class TokenRun:
     def copied(self, after: DynamicMaskState) -> "TokenRun":
         """The same for a state whose slots are copies of this one's `state`."""
         copy = object.__new__(TokenRun)
-        later = Later({}, {})  # all is written
-        copy.__dict__.update(self.__dict__, _later=later, _heads=[head.copy(later) for head in self._heads])
+        written: Written = {}  # nothing is left to write
+        copy.__dict__.update(self.__dict__, _written=written, _heads=[head.copy(written) for head in self._heads])
         copy._set_bias(self._bias.clone())
         copy._begin_at(after)
         return copy
 
     def _write(self) -> None:
         """Write what the tensors of the state do not have yet."""
-        written, moved = self._later
+        written = self._written
         if not written:
             return
         device, overwritten = self._position.device, self.is_overwritten()
@@ -175,19 +167,15 @@ class TokenRun:
         gates, positions = zip(*written.values(), strict=True)
         self._gate.index_copy_(0, slots, torch.tensor(gates, dtype=self._gate.dtype, device=device))
         self._position.index_copy_(0, slots, torch.tensor(positions, device=device))
-        if moved:
-            to, places = (torch.tensor(list(numbers), device=device) for numbers in (moved.keys(), moved.values()))
-            for tensor in (self._key, self._value, self._bias_of_slots):
-                tensor.index_copy_(0, to, tensor.index_select(0, places))
         written.clear()
-        moved.clear()
         if not overwritten:
             self._count_writes()
 
     def _sort(self) -> bool:
-        """Find the last keys in rank and the references; False where one of these is not a number."""
-        self._write()
-        self._is_sorted = find_last(self._heads, self.before) and self._find_references()
+        """Find the keys of the heads and the references; False where a gate is not finite."""
+        self._is_sorted = self._find_references()
+        if self._is_sorted:
+            find_keys(self._heads, self.before)
         return self._is_sorted
 
     def _find_references(self) -> bool:

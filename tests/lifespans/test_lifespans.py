@@ -2,6 +2,7 @@
 
 import heapq
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -22,23 +23,27 @@ def matrix(lifespans: Lifespans) -> torch.Tensor:
 
 
 def streamed(gate, window, sinks=0, recent=0, key_padding_mask=None, document_ids=None):
-    """Rows of visible keys, one query at a time: a heap of the best `window` (gate, position) of the document so far."""
+    """Rows of visible keys, one query at a time: a heap of the best `window` (gate, position) of the document so far.
+
+    The first keys never enter the heap, the others when they are no longer recent.
+    """
     length = len(gate)
-    real = [key_padding_mask is None or bool(key_padding_mask[j]) for j in range(length)]
+    masked = [key_padding_mask is not None and not key_padding_mask[j] for j in range(length)]
     heap: list[tuple[bool, float, int]] = []
     first: list[int] = []
-    rows, start = [], 0
+    last: list[int] = []
+    rows = []
     for i in range(length):
         if i and document_ids is not None and document_ids[i] != document_ids[i - 1]:
-            heap, first, start = [], [], i
-        if real[i] and gate[i] != -math.inf:
-            rank = math.inf if math.isnan(gate[i]) else gate[i]
-            heapq.heappush(heap, (math.isnan(gate[i]), rank, i))
-            first.append(i)
+            heap, first, last = [], [], []
+        if not masked[i] and gate[i] != -math.inf:
+            (first if len(first) < sinks else last).append(i)
+        while last and last[0] <= i - recent:
+            j = last.pop(0)
+            heapq.heappush(heap, (math.isnan(gate[j]), math.inf if math.isnan(gate[j]) else gate[j], j))
             if len(heap) > window:
                 heapq.heappop(heap)
-        kept = {j for *_, j in heap} | set(first[:sinks])
-        kept |= {j for j in range(max(start, i - recent + 1), i + 1) if real[j] and gate[j] != -math.inf}
+        kept = {*(j for *_, j in heap), *first, *last}
         rows.append([j in kept for j in range(length)])
     return rows
 
@@ -54,11 +59,17 @@ def test_the_matrix_of_the_docstring():
         [1, 0, 0, 1],
     ]
 
+    birth, death = causal_top_w(torch.tensor([[[3.0, 1.0, 2.0, 5.0]]]), 1, recent=2)
+    assert (birth.tolist(), death.tolist()) == ([[[0, 1, 2, 3]]], [[[4, 3, 4, 4]]])
 
-def test_constant_gates_are_a_sliding_window():
-    gate = torch.zeros(1, 1, 50)
-    assert torch.equal(causal_top_w(gate, 7).death, sliding_window(gate, 7).death)
-    assert causal_top_w(gate, 7).death[0, 0].tolist() == [min(j + 7, 50) for j in range(50)]
+
+@pytest.mark.parametrize(("sinks", "recent"), [(0, 0), (2, 0), (0, 5), (3, 5)])
+def test_constant_gates_are_a_sliding_window(sinks, recent):
+    gate, sizes = torch.zeros(1, 1, 50), {"sinks": sinks, "recent": recent}
+    assert torch.equal(causal_top_w(gate, 7, **sizes).death, sliding_window(gate, 7, **sizes).death)
+    assert causal_top_w(gate, 7, **sizes).death[0, 0].tolist() == [
+        50 if j < sinks else min(j + 7 + recent, 50) for j in range(50)
+    ]
 
 
 def test_of_equal_gates_the_newer_wins():
@@ -106,14 +117,39 @@ def test_equals_a_heap_that_streams_one_key_at_a_time(case):
         assert got[0, head].tolist() == streamed(gate[0, head].tolist(), window, **per_row)
 
 
-@given(cases, st.sampled_from(["causal", "global", "threshold"]))
+POLICIES = {"causal": causal_top_w, "global": global_top_w, "sliding": sliding_window}
+
+
+@given(cases, st.sampled_from([*POLICIES, "threshold"]))
 def test_equals_the_specification(case, selection):
     gate, window, options = case
     if selection == "threshold":
         got = above_threshold(gate, window_size=window, **options)
     else:
-        got = (causal_top_w if selection == "causal" else global_top_w)(gate, window, **options)
+        got = POLICIES[selection](gate, window, **options)
     assert torch.equal(matrix(got), dense_visibility(gate, window_size=window, selection=selection, **options))
+
+
+@given(cases, st.sampled_from([*POLICIES, "threshold"]))
+def test_sinks_recent_keys_and_the_top_w_are_disjoint(case, selection):
+    """Each query's keys, grouped in Python: as many sinks and recent keys as there are, and of the others the w best."""
+    gate, window, options = case
+    masks = {name: options[name] for name in ("key_padding_mask", "document_ids") if name in options}
+    sinks, recent = options["sinks"], options["recent"]
+    policy: Any = above_threshold if selection == "threshold" else POLICIES[selection]
+    seen = matrix(policy(gate, window_size=window, **options))
+    everything = matrix(causal_top_w(gate, gate.shape[-1], **masks))
+    for head in range(gate.shape[1]):
+        for i, (row, could) in enumerate(zip(seen[0, head].tolist(), everything[0, head].tolist(), strict=True)):
+            real = [j for j, is_real in enumerate(could) if is_real]
+            first, last = real[:sinks], [j for j in real[sinks:] if i - j < recent]
+            others = [j for j in real[sinks:] if i - j >= recent]
+            kept = [j for j in others if row[j]]
+            assert all(row[j] for j in first + last)
+            assert sum(row) == len(first) + len(last) + len(kept)
+            assert len(kept) <= window
+            if selection == "causal":  # the capacity is reached as soon as there are so many keys
+                assert len(kept) == min(window, len(others))
 
 
 @given(gates())

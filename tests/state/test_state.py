@@ -17,6 +17,7 @@ from flexdma import (
     packed_layout,
     save_states,
 )
+from flexdma.state import files
 from tests.comparison import inputs
 
 
@@ -38,13 +39,13 @@ def test_literal():
     key = torch.arange(5.0).view(1, 1, 5, 1)
     _, state = dynamic_mask_attention(key, key, key, gate, window_size=2, sinks=1, recent=1, return_state=True)
     assert isinstance(state, DynamicMaskState)
-    # The top-2 are positions 3 and 0.  The sink is 0, so the slot for a sink is empty; 4 is recent.
-    assert state.position.tolist() == [[[3, 0, 4, -1]]]
-    assert state.key.flatten().tolist() == [3.0, 0.0, 4.0, 0.0]
-    assert state.gate.tolist() == [[[5.0, 3.0, 0.0, -torch.inf]]]
+    # The sink is 0, and 4 is recent.  Of the others, 1 to 3, the top-2 are 2 and 3.
+    assert state.position.tolist() == [[[0, 2, 3, 4]]]
+    assert state.key.flatten().tolist() == [0.0, 2.0, 3.0, 4.0]
+    assert state.gate.tolist() == [[[3.0, 2.0, 5.0, 0.0]]]
     assert (state.length.tolist(), state.last_sink.tolist(), state.widest) == ([5], [[0]], 2)
-    # As recent keys, key 1 was evicted at 2 and key 2 at 3; no key visible at 3 was evicted at 4.
-    assert state.last_loss.tolist() == [[3]]
+    # At 4 key 3 is no longer recent and takes the place of key 1.
+    assert state.last_loss.tolist() == [[4]]
 
 
 def test_memory_does_not_grow():
@@ -88,12 +89,17 @@ def test_checkpoint_and_restore():
         state.restore(after(3, window_size=4)[0])
 
 
-@pytest.mark.parametrize(("options", "kept"), [({}, 7), ({"sinks": 2, "recent": 3}, 4)])
-def test_crop_is_exact_while_nothing_was_lost(options, kept):
-    """No key is evicted before the window is full or, with `recent`, before the first key is no longer recent."""
+@pytest.mark.parametrize(
+    ("options", "capacity", "kept"),
+    [({}, 10, 7), ({"sinks": 2, "recent": 3}, 15, 4), ({"sinks": 2, "recent": 3}, 15, 1)],
+)
+def test_crop_is_exact_while_nothing_was_lost(options, capacity, kept):
+    """No key is evicted before there are more than w + sinks + recent."""
     window = 10
-    state, _ = after(9, window_size=window, **options)
-    cropped, expected = state.crop(9 - kept), after(kept, window_size=window, **options)[0]
+    state, _ = after(capacity, window_size=window, **options)
+    cropped, expected = state.crop(capacity - kept), after(kept, window_size=window, **options)[0]
+    with pytest.raises(ValueError, match=f"the last was at position {capacity}, and evicted keys are gone"):
+        after(capacity + 1, window_size=window, **options)[0].crop(1)
     for a, b in ((cropped, expected), *_continued(cropped, expected, kept, window, options)):
         assert [sorted(row) for row in a.position.flatten(0, 1).tolist()] == [
             sorted(row) for row in b.position.flatten(0, 1).tolist()
@@ -222,6 +228,31 @@ def test_a_file_that_is_whole_but_no_state_is_refused(tmp_path, change):
         load_states(tmp_path / "state")
 
 
+@pytest.mark.parametrize(
+    ("options", "lacks_keys"),
+    [
+        ({}, False),
+        ({"sinks": 1}, True),
+        ({"recent": 2, "window_size": [3, 5]}, True),
+        ({"sinks": 2, "selection": "sliding"}, False),
+        ({"recent": 2, "selection": "sliding"}, True),
+        ({"sinks": 1, "recent": 2, "selection": "threshold", "window_size": None}, False),
+    ],
+)
+def test_files_in_which_sinks_and_recent_keys_took_places_of_the_top_w(tmp_path, monkeypatch, options, lacks_keys):
+    state, _ = after(20, **options)
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "FORMAT", files.FORMER)
+        save_states(tmp_path / "former", {"layer": state})
+    if not lacks_keys:
+        assert_equal_states(load_states(tmp_path / "former")["layer"], state)
+        return
+    with pytest.raises(
+        ValueError, match=r"path: expected states without sinks and recent keys in the format .*/2.*'layer'"
+    ):
+        load_states(tmp_path / "former")
+
+
 def test_damaged_files_are_refused(tmp_path):
     path = tmp_path / "state.safetensors"
     save_states(path, {"layer": after(12)[0]})
@@ -237,7 +268,7 @@ def test_damaged_files_are_refused(tmp_path):
     from safetensors.torch import save_file
 
     save_file({"weight": torch.zeros(2)}, path)
-    with pytest.raises(ValueError, match=r"path: expected the format flexdma.DynamicMaskState/2, got None"):
+    with pytest.raises(ValueError, match=r"path: expected the format flexdma.DynamicMaskState/3, got None"):
         load_states(path)
     with pytest.raises(FileNotFoundError):
         load_states(tmp_path / "absent.safetensors")

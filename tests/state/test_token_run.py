@@ -103,6 +103,35 @@ def test_a_sliding_window_is_a_run_where_no_token_of_it_is_masked(options, with_
         torch.testing.assert_close(tensor, contents(expected)[name], rtol=0, atol=0, msg=name)
 
 
+@pytest.mark.parametrize("found", [1, 32])
+@pytest.mark.parametrize("window", [5, (2, 7)])
+@torch.no_grad()
+def test_a_run_begins_where_some_of_the_recent_tokens_are_masked(window, found, monkeypatch):
+    """Positions without a key among the recent ones have empty slots, which no other key takes."""
+    monkeypatch.setattr(head_keys, "COUNT", found)
+    query, key, value, gate = inputs(2, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
+    mask = torch.ones(2, LENGTH, dtype=torch.bool)
+    mask[0, [0, 1, 9, 11, 30]] = mask[1, [5, 6, 7, 30, 32]] = False
+    gate[0, 1, [12, 40]] = gate[1, 0, 33] = -torch.inf
+    options: dict[str, Any] = {"window_size": window, "sinks": 2, "recent": 6}
+    tensors: Any = (query, key, value, gate)
+    want = dense_dynamic_mask_attention(*tensors, key_padding_mask=mask, **options)
+    state, outputs = None, []
+    insert = token_run.TokenRun.insert
+    with mock.patch.object(token_run.TokenRun, "insert", autospec=True, side_effect=insert) as inserted:
+        for at in range(LENGTH):
+            output, state = dynamic_mask_attention(
+                *token(tensors, at), state=state, return_state=True, donate=at > 0,
+                key_padding_mask=mask[:, at : at + 1], **options,
+            )  # fmt: skip
+            outputs.append(output)
+    assert inserted.call_count > 40
+    torch.testing.assert_close(torch.cat(outputs, 2), want, rtol=1e-5, atol=1e-5)
+    _, expected = dynamic_mask_attention(*tensors, return_state=True, key_padding_mask=mask, **options)
+    for name, tensor in contents(expected).items():
+        torch.testing.assert_close(contents(state)[name], tensor, rtol=0, atol=0, msg=name)
+
+
 @given(gates(max_length=30), st.data())
 @torch.no_grad()
 def test_a_run_whose_state_is_seldom_read_is_one_pass(gate, data):
