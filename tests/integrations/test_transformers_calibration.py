@@ -150,7 +150,7 @@ def test_batches_may_be_mappings_and_an_iterator():
         ("few", {}, "batches: expected at least two sequences and 100 keys followed by 22 tokens, got 2 sequences and 42"),
         ("", {"window_size": [5, (3, 4, 5)]}, r"window_size\[1\]"),
         ("", {"window_size": 0}, "window_size"),
-        ("Mistral", {"recent": 7}, "recent: expected at most the model's own sliding window of 6, got 7"),
+        ("Mistral", {"recent": 7}, "recent: expected less than the model's own sliding window of 6, got 7"),
         ("", {"far": 0}, "far"),
         ("", {"slopes": [0.1, -1.0]}, r"slopes: expected a sequence of numbers >= 0, got \[0.1, -1.0\]"),
         ("", {"slopes": 0.1}, "slopes: expected a sequence of numbers >= 0, got 0.1"),

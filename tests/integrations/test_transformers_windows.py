@@ -139,13 +139,16 @@ def test_the_sliding_window_of_each_layer_bounds_its_own():
     def gemma():  # a layer with a window of 6, then one without
         return causal_lm("Gemma2")
 
-    convert_to_dma(gemma(), [[2, 6], [7, 50]], recent=[6, 9])
+    convert_to_dma(gemma(), [[2, 6], [7, 50]], recent=[0, 9])
+    convert_to_dma(gemma(), [[2, 4], 7], recent=2)
     with pytest.raises(
         ValueError, match=re.escape("window_size[0]: expected at most the model's own sliding window of 6")
     ):
         convert_to_dma(gemma(), [[2, 7], 4])
-    with pytest.raises(ValueError, match=r"^recent: expected at most the model's own sliding window of 6, got 7"):
-        convert_to_dma(gemma(), 4, recent=7)
+    with pytest.raises(ValueError, match="the model's own sliding window of 6, less recent=2, got 5"):
+        convert_to_dma(gemma(), [[2, 5], 4], recent=2)
+    with pytest.raises(ValueError, match=r"^recent: expected less than the model's own sliding window of 6, got 6"):
+        convert_to_dma(gemma(), 4, recent=6)
 
 
 @pytest.mark.parametrize(

@@ -248,7 +248,7 @@ def test_refusals(given, tmp_path, capsys):
         ([tmp_path / "other.gguf", *text, *out], "nonesuch"),
         ([tmp_path / "bloom", *text, *out], "bloom cannot be converted (docs/transformers.md has the families): model: exp"),
         ([tmp_path / "converted", *text, *out], "converted cannot be converted (docs/transformers.md has"),
-        ([tmp_path / "mistral", *text, *out], "--budget: expected at most the model's own sliding window of 20, got"),
+        ([tmp_path / "mistral", *text, *out], "own sliding window of 20, less recent=15, got 46"),
         ([plain, "--text", tmp_path / "short.txt", *out], "--text: expected at least 600 tokens, as many as the longest"),
         ([plain, "--text", tmp_path / "short.txt", *out, "--no-evaluate"], "in the first three quarters of short.txt"),
         ([plain, *text, "--evaluation-text", tmp_path / "short.txt", *out], "--evaluation-text: expected at least 600"),

@@ -48,15 +48,15 @@ def convert_to_dma(
     model: a decoder of transformers (docs/transformers.md lists families).  Its weights and their names do not change.
         Two forward passes of three tokens find the attention layers.  The model may be on meta, but not sharded.
     window_size: w, or one item per attention layer, in order of `layer_idx`: an int or one int per KV head.  It replaces the
-        model's own sliding windows, and must not be larger than they are.
+        model's own sliding windows, and w + recent must not be larger than they are.
     selection: of the operator, "causal" or "threshold"; with "threshold" window_size may be None, and the cache of `generate`
         grows with the number of keys whose gates are above 0.
-    recent: of the operator, an int or one per attention layer; not larger than the model's own sliding windows either.
+    recent: of the operator, an int or one per attention layer.
     form, recency: of the gate.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
     sinks, lowering: of the operator.
     reads_keys: whether gates read the energies of keys beside values, see `key_energies.py`.
 
-    With recency None and "slope" the converted model starts exactly as a sliding window of max(w, recent), plus `sinks` keys.
+    With recency None and "slope" the converted model starts exactly as a sliding window of w + recent, plus `sinks` keys.
     A gate starts as exp(0) = 1 with form="exp", so that a threshold alone starts as full attention, and as 0 with the other
     forms, so that it starts as sinks and recent tokens alone.
     With "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.

@@ -71,22 +71,26 @@ def attention_calls(model: PreTrainedModel) -> list[AttentionCall]:
 def refuse_wider_windows(
     calls: Sequence[AttentionCall], selections: Sequence[Selection], choice: dict[str, Any]
 ) -> None:
-    """Raise ValueError where a layer's own sliding window is smaller than its widest window or its number of recent tokens.
+    """Raise ValueError where a layer's own sliding window is smaller than its widest window with its recent tokens.
 
     choice: the arguments as given, for the message.
     """
     for number, (call, selection) in enumerate(zip(calls, selections, strict=True)):
-        if selection.widest is None and (own := _own_window(call, UNBOUNDED)) < UNBOUNDED:
+        window, recent = selection.widest, selection.recent
+        if window is not None and _sees(call, window + recent - 1, 0):
+            continue
+        if (own := _own_window(call, UNBOUNDED)) == UNBOUNDED:
+            continue
+        if recent and recent >= own:
             raise ValueError(
-                f"{argument_at('window_size', choice, number)}: expected at most the model's own sliding window of {own}, "
-                "got None"
+                f"{argument_at('recent', choice, number)}: expected less than the model's own sliding window of {own}, "
+                f"got {recent}"
             )
-        for name, size in (("window_size", selection.widest), ("recent", selection.recent)):
-            if size and not _sees(call, size - 1, 0):
-                raise ValueError(
-                    f"{argument_at(name, choice, number)}: expected at most the model's own sliding window of "
-                    f"{_own_window(call, size)}, got {size}"
-                )
+        rest = f", less recent={recent}" if recent else ""
+        raise ValueError(
+            f"{argument_at('window_size', choice, number)}: expected at most the model's own sliding window of {own}{rest}, "
+            f"got {window}"
+        )
 
 
 def own_windows(calls: Sequence[AttentionCall]) -> dict[Any, int]:

@@ -55,10 +55,10 @@ def measured_sizes(mean: int) -> list[int]:
     return sizes.unique().tolist()
 
 
-def windows_of_least_error(mean: int, layers: Sequence[HeadErrors], own_windows: Sequence[int]) -> list[list[int]]:
-    """Windows [layers][heads] of this mean, each at most the layer's own sliding window."""
+def windows_of_least_error(mean: int, layers: Sequence[HeadErrors], bounds: Sequence[int]) -> list[list[int]]:
+    """Windows [layers][heads] of this mean, each at most the layer's bound."""
     heads = [layer.errors.shape[2] for layer in layers]
-    widest = torch.tensor([min(own, WIDEST * mean) for own in own_windows])
+    widest = torch.tensor([min(bound, WIDEST * mean) for bound in bounds])
     errors = torch.cat([layer.errors.amin(0) for layer in layers], 1)
     windows = divided(mean * sum(heads), layers[0].sizes, errors, widest.repeat_interleave(torch.tensor(heads)))
     return [part.tolist() for part in windows.split(heads)]

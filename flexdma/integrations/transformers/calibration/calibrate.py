@@ -106,7 +106,9 @@ def calibrate(
         HeadErrors.of(futures[layer], weights, slopes, selection, mean)
         for layer, (weights, _), selection in logging.tqdm(each, desc="Measuring windows", unit="layer")
     ]
-    windows: Any = window_size if mean is None else windows_of_least_error(mean, measured, list(sliding.values()))
+    # The model's own sliding window is for the recent tokens and the window.
+    bounds = [sliding[layer] - selection.recent for layer, selection in zip(layers, selections, strict=True)]
+    windows: Any = window_size if mean is None else windows_of_least_error(mean, measured, bounds)
     convert_to_dma(
         model, windows, form="identity", recency="slope", slopes=None, sinks=sinks, recent=recent, lowering=lowering,
         reads_keys=reads_keys,

@@ -47,7 +47,7 @@ def window_errors(
 
     Also the squares of the full outputs [] float64, summed over all heads beside.
     gates: [Hkv, N].  slopes: added to gates per position.  windows: ascending.
-    The kept keys are those of `dynamic_mask_attention`: the best by gate at or before the query, sinks and recent ones.
+    The kept keys are those of `dynamic_mask_attention`: sinks, recent ones, and of all others the best by gate.
 
     O(N log N + R N + R G widest window Dv) per KV head and slope.
     """
@@ -57,13 +57,12 @@ def window_errors(
     full = _mean(weights.masked_fill((ages >= looks.window)[:, None], 0) @ values[:, None])
     forced = (ages < recent) | (torch.arange(ages.shape[1], device=ages.device) < sinks)
     certain = weights.masked_fill(~forced[:, None], 0) @ values[:, None]
-    weights = weights.masked_fill(forced[:, None], 0)
     heads = torch.arange(len(values), device=ages.device)[:, None, None]
     bounds = [0, *windows]
     found = []
     for slope in slopes:
         ranked = gates.double() + slope * torch.arange(ages.shape[1], device=ages.device)
-        best, exists = _best(ranked, looks.at, max(windows))
+        best, exists = _best(ranked, looks.at - recent, sinks, max(windows))
         chosen = weights.gather(-1, best[:, :, None].expand(-1, -1, weights.shape[2], -1)) * exists[:, :, None]
         theirs = values[heads, best]
         kept = certain
@@ -73,15 +72,17 @@ def window_errors(
     return torch.stack(found).unflatten(0, (len(slopes), len(windows))), full.double().square().sum()
 
 
-def _best(ranked: Tensor, at: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """The `count` best keys at or before each query, in order, [Hkv, R, count] int64, and whether there are so many.
+def _best(ranked: Tensor, last: Tensor, sinks: int, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` best keys after the sinks up to position `last` [R], in order, [Hkv, R, count] int64, and whether there
+    are so many.
 
-    One order of all keys, of which each query takes the first that it can see.
+    One order of all keys, of which each query takes the first that compete.
     """
     keys = ranked.shape[-1]
     # Of equal gates the newest is first.
     order = keys - 1 - ranked.flip(-1).sort(dim=-1, descending=True, stable=True).indices
-    seen = (order[:, None] <= at[:, None]).cumsum(-1, dtype=torch.int32)
+    competes = (order[:, None] <= last[:, None]) & (order[:, None] >= sinks)
+    seen = competes.cumsum(-1, dtype=torch.int32)
     numbers = torch.arange(1, count + 1, dtype=torch.int32, device=ranked.device)
     places = torch.searchsorted(seen, numbers.expand(*seen.shape[:2], count).contiguous())
     return order[:, None].expand_as(seen).gather(-1, places.clamp(max=keys - 1)), places < keys

@@ -37,7 +37,7 @@ class Annealing:
     def set_windows(self, tokens: int) -> None:
         """Set the windows of this level for a text of so many tokens."""
         for layer, final in zip(self.layers, self.final, strict=True):
-            most = min(tokens, self.own_windows[layer])
+            most = min(tokens, self.own_windows[layer] - layer.dynamic_mask_options["recent"])
             heads = [annealed(window, most, self.level) for window in (final if isinstance(final, tuple) else [final])]
             layer.dynamic_mask_options["window_size"] = tuple(heads) if isinstance(final, tuple) else heads[0]
 
