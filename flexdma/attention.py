@@ -2,7 +2,9 @@
 
 "Trainable Dynamic Mask Sparse Attention", arXiv 2508.02124:
 
-    o_i = sum over j in the top-w of {gate_j : j <= i} of  softmax_j(q_i . k_j * scale + gate_j) v_j
+    o_i = sum over j in the top-w of {gate_j : j <= i} of  softmax_j(q_i . k_j * scale + gate_j + bias_j) v_j
+
+The paper has no bias.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -80,6 +82,7 @@ def dynamic_mask_attention(
     selection: str = "causal",
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
+    bias: Tensor | None = None,
     sinks: int = 0,
     recent: int = 0,
     key_padding_mask: Tensor | None = None,
@@ -106,6 +109,10 @@ def dynamic_mask_attention(
     scale: default D ** -0.5.
     score_mod: FlexAttention's signature, on original positions and query heads; applied to q . k * scale, before the gate
         is added.  It is called with broadcastable index tensors, so it must be elementwise.
+    bias: [B, Hkv, K] or [B, 1, K], any float dtype: added to the logits beside the gate, and not ranked.  A recency here
+        weighs keys and does not choose them.  The sum is computed in float64 where one of the two is float64, which keeps
+        numbers that grow with position exact, else in float32.  -inf = weight 0 for a key that keeps its place among the w.
+        NaN makes the output NaN where the key is visible.  Raises with state and return_state.
     sinks, recent, key_padding_mask, document_ids: as in `causal_top_w`.
     state: that of earlier tokens, as returned.  key, value, gate, key_padding_mask and document_ids then belong to the
         new tokens alone, and the result equals that of one call over all tokens.  document_ids=None continues the last
@@ -121,19 +128,21 @@ def dynamic_mask_attention(
     block_size: of the mask, one int or (rows, keys); None = the lowering's default.  "gather" has query blocks only.
     kernel_options: FlexAttention's, for lowering="flex".
     sink_logits: [Hq], any float dtype: learned sinks, as in GPT-OSS.  The softmax gets one more term exp(sink_logits[h]) with
-        value 0; the other scores add gates minus the best gate that the query sees.  -inf = no sink.  Raises with recent
-        tokens for selection="global" and "threshold", and with "flex" on a CPU.
+        value 0; the other scores add gates minus the best gate that the query sees, with a bias sums of gate and bias minus
+        the largest of them.  -inf = no sink.  Raises with recent tokens for selection="global" and "threshold", and with
+        "flex" on a CPU.
 
     Returns [B, Hq, Q, Dv], in query's dtype, or (that, state).  A query that sees no key gives 0, and gradient 0.
-    Differentiable in query, key, value, gate, sink_logits, and tensors that score_mod captures.
-    Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates are not.
+    Differentiable in query, key, value, gate, bias, sink_logits, and tensors that score_mod captures.
+    Under `torch.autocast` query, key and value are cast to its dtype, as by `scaled_dot_product_attention`; gates and biases
+    are not.
     Inside transformations of `torch.func` and forward-mode AD lowering=None is "gather", and "flex" raises.  For meta and
     fake tensors every lowering returns the right shapes and dtypes.  `torch.jit.trace` raises NotImplementedError.
     Raises ValueError or TypeError naming the argument.  O(K log K + Q w) time; docs/design.md lists the memory.
     """
     refuse_jit_trace()
     if (
-        score_mod is key_padding_mask is document_ids is sink_logits is None
+        score_mod is key_padding_mask is document_ids is sink_logits is bias is None
         and gate is not None
         and lowering is block_size is kernel_options is None
         and (scale is None or type(scale) is float)
@@ -146,6 +155,9 @@ def dynamic_mask_attention(
     checks.one_of("selection", selection, checks.SELECTIONS)
     checks.attention_arguments(query, key, value)
     checks.gate(gate, key, selection)
+    if bias is not None:
+        checks.bias("bias", bias, key)
+        checks.bias_without_state(state, return_state)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
     policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
@@ -160,7 +172,7 @@ def dynamic_mask_attention(
     is_biased, gate = gate is not None, policy.gates(gate, key)
     if state is None and not return_state:
         return attend_selected(
-            query, key, value, gate if is_biased else None, policy.lifespans(gate, **masks), **scores
+            query, key, value, gate if is_biased else None, policy.lifespans(gate, **masks), bias=bias, **scores
         )
 
     policy.refuse_without_state()

@@ -165,6 +165,12 @@ def bias(name: str, bias: object, key: Tensor) -> None:
     per_key(name, bias, key)
 
 
+def bias_without_state(state: object, return_state: bool) -> None:
+    """Refuse a bias beside a state, which holds none."""
+    if state is not None or return_state:
+        raise ValueError("bias: expected None with state and return_state, as a state holds no biases, got a tensor")
+
+
 def per_key(name: str, numbers: object, key: Tensor) -> None:
     """Check one number for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
     batch, heads, keys = key.shape[:3]

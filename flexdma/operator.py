@@ -89,8 +89,8 @@ def lifespan_attention(
         if in_order is None or (in_order and on_cpu):
             in_order = _checked_order(in_order, terms)
     return attend(
-        query, key, value, bias_of_terms(biases), terms, in_order=in_order, ranked=False, capacity=capacity, scale=scale,
-        score_mod=score_mod, lowering=lowering, block_size=block_size, kernel_options=kernel_options,
+        query, key, value, None, terms, bias=bias_of_terms(biases), in_order=in_order, ranked=False, capacity=capacity,
+        scale=scale, score_mod=score_mod, lowering=lowering, block_size=block_size, kernel_options=kernel_options,
         sink_logits=sink_logits, packed=packed,
     )  # fmt: skip
 

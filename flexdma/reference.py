@@ -56,18 +56,24 @@ def dense_visibility(
 def dense_dynamic_mask_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, *, window_size: int | Sequence[int] | None,
     selection: str = "causal", scale: float | None = None, score_mod: ScoreMod | None = None, sinks: int = 0, recent: int = 0,
-    key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None, sink_logits: Tensor | None = None,
+    bias: Tensor | None = None, key_padding_mask: Tensor | None = None, document_ids: Tensor | None = None,
+    sink_logits: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """`flexdma.dynamic_mask_attention` by its formula.  Same arguments, shapes and result; any floating dtype."""
     checks.attention_arguments(query, key, value)
     checks.one_of("selection", selection, checks.SELECTIONS)
     checks.gate(gate, key, selection)
     gate = key.new_zeros(key.shape[:3]) if gate is None else gate
+    added = gate
+    if bias is not None:
+        checks.bias("bias", bias, key)
+        computed = torch.float64 if torch.float64 in (gate.dtype, bias.dtype) else torch.float32
+        added = gate.to(computed) + bias.to(computed)
     checks.sink_logits(sink_logits, query)
     checks.sinks_without_recent(sink_logits, selection, recent)
     visible = dense_visibility(gate, window_size=window_size, selection=selection, sinks=sinks, recent=recent,
                                key_padding_mask=key_padding_mask, document_ids=document_ids)  # fmt: skip
-    return _dense_attention(query, key, value, visible, gate, scale, score_mod, sink_logits)
+    return _dense_attention(query, key, value, visible, added, scale, score_mod, sink_logits)
 
 
 def dense_lifespan_attention(

@@ -25,6 +25,7 @@ class VarlenOptions(TypedDict, total=False):
     selection: str
     scale: float | None
     score_mod: ScoreMod | None
+    bias: Tensor | None
     sinks: int
     recent: int
     lowering: str | None

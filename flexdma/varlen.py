@@ -75,6 +75,7 @@ def dynamic_mask_attention_varlen(
     selection: str = "causal",
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
+    bias: Tensor | None = None,
     sinks: int = 0,
     recent: int = 0,
     return_state: bool = False,
@@ -87,6 +88,7 @@ def dynamic_mask_attention_varlen(
 
     query: [T, Hq, D]; key: [T, Hkv, D], value: [T, Hkv, Dv], of query's dtype; Hkv divides Hq.
     gate: [T, Hkv] or [T, 1], any float dtype, as in `dynamic_mask_attention`; None = no gates.
+    bias: [T, Hkv] or [T, 1], as in `dynamic_mask_attention`; raises with return_state.
     cu_seqlens: [S + 1] int32 or int64: 0, then the end of each sequence, the last one T.  Sequences may be empty.
         flash-attention's cu_seqlens_q and cu_seqlens_k are equal here, and its max_seqlen is not needed.
     score_mod: called as for a batch of S sequences: b is the number of the sequence, and positions begin at 0 in each.
@@ -108,24 +110,29 @@ def dynamic_mask_attention_varlen(
     """
     refuse_jit_trace()
     query, key, value = autocast(query, key, value)
-    query, key, value, bias = _as_one_row(query, key, value, gate)
+    query, key, value, given, bias = _as_one_row(query, key, value, gate, bias)
     checks.one_of("selection", selection, checks.SELECTIONS)
     checks.attention_arguments(query, key, value)
-    checks.gate(bias, key, selection)
+    checks.gate(given, key, selection)
+    if bias is not None:
+        checks.bias("bias", bias, key)
+        checks.bias_without_state(None, return_state)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
-    policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if bias is None else bias.shape[1])
+    policy = Selection.of(
+        selection, window_size, sinks, recent, heads=key.shape[1] if given is None else given.shape[1]
+    )
     checks.sinks_without_recent(sink_logits, selection, recent)
     sequences = packed_sequences(cu_seqlens, key.shape[2], query)
-    gate = policy.gates(bias, key)
-    bias = None if bias is None else gate
+    gate = policy.gates(given, key)
+    added = None if given is None else gate
     if return_state:
         policy.refuse_without_state()
         policy.refuse_without_bound("with return_state of packed sequences")
         gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
     lifespans = policy.lifespans(gate, document_ids=sequences.number[None])
     output = attend(
-        query, key, value, bias, lifespans, in_order=True, ranked=policy.is_ranked,
+        query, key, value, added, lifespans, bias=bias, in_order=True, ranked=policy.is_ranked,
         capacity=capacity_of_sequences(policy, sequences, lowering), scale=scale,
         score_mod=None if score_mod is None else score_mod_in_sequences(score_mod, sequences), lowering=lowering,
         block_size=block_size, kernel_options=kernel_options, sink_logits=sink_logits,
@@ -135,18 +142,21 @@ def dynamic_mask_attention_varlen(
 
 
 def _as_one_row(
-    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    query: Tensor, key: Tensor, value: Tensor, gate: Tensor | None, bias: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """[T, H, ...] -> views [1, H, T, ...].  Checks shapes, so that errors name those of the caller."""
     tokens, _heads, size = checks.tensor("query", query, ("T", "Hq", "D")).shape
     heads = checks.tensor("key", key, (tokens, "Hkv", size), query).shape[1]
     checks.tensor("value", value, (tokens, heads, "Dv"), query)
     query, key, value = (tensor.transpose(0, 1)[None] for tensor in (query, key, value))
-    if gate is None:
-        return query, key, value, None
-    shared = isinstance(gate, Tensor) and gate.dim() == 2 and gate.shape[1] == 1
-    checks.tensor("gate", gate, (tokens, 1 if shared else heads), query)
-    return query, key, value, gate.transpose(0, 1)[None]
+
+    def row(name: str, numbers: Tensor | None) -> Tensor | None:
+        if numbers is None:
+            return None
+        shared = isinstance(numbers, Tensor) and numbers.dim() == 2 and numbers.shape[1] == 1
+        return checks.tensor(name, numbers, (tokens, 1 if shared else heads), query).transpose(0, 1)[None]
+
+    return query, key, value, row("gate", gate), row("bias", bias)
 
 
 def capacity_of_sequences(policy: Selection, sequences: Sequences, lowering: str | None) -> int | None:

@@ -85,6 +85,7 @@ def context_parallel_dynamic_mask_attention(
     selection: str = "causal",
     scale: float | None = None,
     score_mod: ScoreMod | None = None,
+    bias: Tensor | None = None,
     sinks: int = 0,
     recent: int = 0,
     key_padding_mask: Tensor | None = None,
@@ -103,7 +104,7 @@ def context_parallel_dynamic_mask_attention(
     query: [B, Hq, n, D], key: [B, Hkv, n, D], value: [B, Hkv, n, Dv], gate: [B, Hkv, n] or [B, 1, n].
     mesh: of one dimension, the ranks in order of the sequence; mesh["cp"] of a larger one.
     key_padding_mask, document_ids: [B, n].  A document may span ranks: equal ids on both sides of a border are one document.
-    score_mod: gets positions in the whole sequence.
+    score_mod: gets positions in the whole sequence.  bias: None.
     return_state: return (output, state after this rank's tokens); that of the last rank belongs to the whole sequence.
         `crop` goes back to this rank's first token at most.
     Others as in `dynamic_mask_attention`; selection is "causal", "threshold" or "sliding", and window_size an int or one per
@@ -127,6 +128,8 @@ def context_parallel_dynamic_mask_attention(
     checks.attention_arguments(query, key, value)
     checks.one_of("selection", selection, checks.SELECTIONS)
     checks.gate(gate, key, selection)
+    if bias is not None:
+        raise ValueError("bias: expected None over several ranks, as a state holds no biases, got a tensor")
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query: expected {key.shape[2]} positions as key has, got {query.shape[2]}")
     policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])

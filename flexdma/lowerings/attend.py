@@ -1,11 +1,13 @@
 """Attention over given lifespans: choose a lowering, check its options, call it.
 
-All lowerings compute the same function of query [B, Hq, Q, D], key, value, a bias [B, Hkv, K] or [B, 1, K] per key (None = no
-bias) and lifespans.  Keys with P intervals have P K biases and lifespans, as `flexdma.lifespans.terms` orders them.
-Two properties of the lifespans save work where they hold:
+All lowerings compute the same function of query [B, Hq, Q, D], key, value, gates and biases [B, Hkv, K] or [B, 1, K] per key
+(None = none) and lifespans.  Keys with P intervals have P K of each, as `flexdma.lifespans.terms` orders them.
+Three properties save work where they hold:
 
     in_order    each key that is ever visible is born at its own position
-    ranked      the best-biased key that a query sees stays visible to the end of its document, as in a selection by this bias
+    ranked      the lifespans are a selection by the gate
+    best_stays  the key that adds most to the logits of a query stays visible to the end of its document: where they are a
+                selection by the gate, and nothing else is added
 
 packed is of flex: whether keys are packed by lifespan or stay in their own order; None = where fewer blocks are visited.
 """
@@ -23,6 +25,7 @@ from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
 from flexdma.lowerings.flash import is_flash, refusal
 from flexdma.lowerings.flex import compiled_flex_attend, default_blocks, flex_attend
 from flexdma.lowerings.gather import gather_attend
+from flexdma.lowerings.reference_gate import added_to_logits
 from flexdma.packing.choice import packing_saves
 from flexdma.reference import dense_lifespan_attention
 from flexdma.signatures import ScoreMod
@@ -33,9 +36,10 @@ def attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    bias: Tensor | None,
+    gate: Tensor | None,
     lifespans: Lifespans,
     *,
+    bias: Tensor | None = None,
     in_order: bool | None,
     ranked: bool,
     capacity: int | None,
@@ -49,8 +53,10 @@ def attend(
 ) -> Tensor:
     """Attention [B, Hq, Q, Dv] by the chosen lowering.  The caller has checked shapes, dtypes and devices.
 
+    gate, bias: both are added to the logits; the gate is what ranked the keys, where they are `ranked`.
     in_order: None = not known.  capacity: upper bound on the terms that one query sees; None = all.
     """
+    best_stays, bias = ranked and bias is None, added_to_logits(gate, bias)
     chosen = chosen_lowering(lowering, query)
     check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if packed is False and chosen != "flex":
@@ -68,8 +74,8 @@ def attend(
     if chosen == "gather" or query.shape[0] == 0 or is_recorded(query):
         block = None if block_size is None else checks.block_sizes(block_size)[0]
         return gather_attend(
-            query, key, value, bias, lifespans, in_order=in_order, ranked=ranked, capacity=capacity, scale=scale,
-            score_mod=score_mod, block_size=block, sink_logits=sink_logits,
+            query, key, value, bias, lifespans, in_order=in_order, best_stays=best_stays, capacity=capacity,
+            scale=scale, score_mod=score_mod, block_size=block, sink_logits=sink_logits,
         )  # fmt: skip
     trains = needs_gradient(query, key, value, bias, sink_logits)
     # Tensors that score_mod captures may need gradients too, and while tracing this is not known.
@@ -91,9 +97,9 @@ def attend(
             any_births=not in_order, ranked=ranked,
         )  # fmt: skip
     return compiled(
-        query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, capacity=capacity, scale=scale,
-        score_mod=score_mod, block_size=blocks, kernel_options=kernel_options, needs_gradient=may_need_gradient,
-        sink_logits=sink_logits, packed=packed,
+        query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, best_stays=best_stays,
+        capacity=capacity, scale=scale, score_mod=score_mod, block_size=blocks, kernel_options=kernel_options,
+        needs_gradient=may_need_gradient, sink_logits=sink_logits, packed=packed,
     )  # fmt: skip
 
 

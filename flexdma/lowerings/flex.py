@@ -38,6 +38,7 @@ def flex_attend(
     *,
     in_order: bool,
     ranked: bool,
+    best_stays: bool,
     capacity: int,
     scale: float,
     score_mod: ScoreMod | None,
@@ -49,7 +50,8 @@ def flex_attend(
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    in_order, ranked, packed: see `flexdma.lowerings.attend`.  block_size: None = tuned on this device, or the default.
+    in_order, ranked, best_stays, packed: see `flexdma.lowerings.attend`.
+    block_size: None = tuned on this device, or the default.
     Call it compiled: uncompiled FlexAttention materialises Q x K scores.
     """
     on_cpu = query.device.type == "cpu"
@@ -87,7 +89,7 @@ def flex_attend(
     rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
 
     has_bias = bias is not None
-    bias, reference = biases(key, bias, lifespans, queries, ranked=ranked, exact=sink_logits is not None)
+    bias, reference = biases(key, bias, lifespans, queries, best_stays=best_stays, exact=sink_logits is not None)
     reference_high, reference_low = split(reference.detach())
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(bias)

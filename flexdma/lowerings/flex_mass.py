@@ -75,7 +75,7 @@ def flex_mass(
     rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
     has_bias = bias is not None
     each = terms_per_key(lifespans.birth, key)
-    bias, reference = biases(key, bias, lifespans, queries, ranked=False, exact=False)
+    bias, reference = biases(key, bias, lifespans, queries, best_stays=False, exact=False)
     high, low = split(bias)
     subtracted = [None if part is None else realize(part) for part in split(reference)]
 

@@ -29,7 +29,7 @@ def gather_attend(
     lifespans: Lifespans,
     *,
     in_order: bool | None,
-    ranked: bool,
+    best_stays: bool,
     capacity: int,
     scale: float,
     score_mod: ScoreMod | None,
@@ -38,7 +38,7 @@ def gather_attend(
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    in_order, ranked: see `flexdma.lowerings.attend`.
+    in_order, best_stays: see `flexdma.lowerings.attend`.
     block_size: of queries; None = `plain.BLOCK_SIZE`, or `fused_cut.block_size_for` where fused.
     """
     fusible = score_mod is None and is_fusible(query, value, scale)
@@ -53,12 +53,12 @@ def gather_attend(
         )
     if fusible and not trains and not exporting and (torch.compiler.is_compiling() or is_recorded(query)):
         return _operator(
-            query, key, value, bias, *lifespans, in_order, ranked, capacity, scale, block_size, sink_logits
+            query, key, value, bias, *lifespans, in_order, best_stays, capacity, scale, block_size, sink_logits
         )
     attend: Callable[..., tuple[Tensor, Tensor | None]] = fused_attend
     if exporting or not fusible:
         attend = partial(attend_any_births, log_sum=sink_logits is not None, masked=fusible and not trains)
-    bias, reference = biases(key, bias, lifespans, query.shape[2], ranked=ranked, exact=sink_logits is not None)
+    bias, reference = biases(key, bias, lifespans, query.shape[2], best_stays=best_stays, exact=sink_logits is not None)
     output, log_sum = attend(
         query, key, value, bias, reference.detach(), lifespans, score_mod, in_order=in_order, capacity=capacity,
         scale=scale, block_size=block_size,
@@ -77,7 +77,7 @@ def _operator_body(
     birth: Tensor,
     death: Tensor,
     in_order: bool | None,
-    ranked: bool,
+    best_stays: bool,
     capacity: int,
     scale: float,
     block_size: int | None,
@@ -85,7 +85,7 @@ def _operator_body(
 ) -> Tensor:
     """`gather_attend` where it is fusible and needs no gradient."""
     return gather_attend(
-        query, key, value, bias, Lifespans(birth, death), in_order=in_order, ranked=ranked, capacity=capacity,
+        query, key, value, bias, Lifespans(birth, death), in_order=in_order, best_stays=best_stays, capacity=capacity,
         scale=scale, score_mod=None, block_size=block_size, sink_logits=sink_logits,
     )  # fmt: skip
 

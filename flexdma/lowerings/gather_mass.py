@@ -118,7 +118,7 @@ def _by_blocks(
     reference = None
     if bias is not None:
         lifespans = Lifespans(birth, death) if birth is not None and death is not None else causal_lifespans(key)
-        bias, reference = biases(key, bias, lifespans, queries, ranked=False, exact=False)
+        bias, reference = biases(key, bias, lifespans, queries, best_stays=False, exact=False)
         # A bias of -inf hides a key; with a reference it would be -inf - x, or NaN.
         birth = lifespans.birth.expand(bias.shape)
         death = torch.where(bias == -math.inf, birth, lifespans.death)

@@ -12,12 +12,20 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.visible import best_visible
-from flexdma.opaque import opaque_on_cpu
+from flexdma.opaque import apart, opaque_on_cpu
 from flexdma.stages import staged
 
 
+def added_to_logits(gate: Tensor | None, bias: Tensor | None) -> Tensor | None:
+    """The sum of gate and bias, each [B, 1 or Hkv, K] or None, in float64 where one of them is, else in float32."""
+    if gate is None or bias is None:
+        return bias if gate is None else gate
+    dtype = torch.float64 if torch.float64 in (gate.dtype, bias.dtype) else torch.float32
+    return apart(gate.to(dtype) + bias.to(dtype))
+
+
 def biases(
-    key: Tensor, bias: Tensor | None, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool
+    key: Tensor, bias: Tensor | None, lifespans: Lifespans, queries: int, *, best_stays: bool, exact: bool
 ) -> tuple[Tensor, Tensor]:
     """The bias that each term adds, [B, Hkv, P K] in float32 or float64, and the reference, [B, Hkv, Q].
 
@@ -28,19 +36,20 @@ def biases(
         zeros = torch.zeros((1, 1, 1), dtype=torch.float32, device=key.device)
         return zeros.expand(shape), zeros.expand(*shape[:2], queries)
     bias = (bias if bias.dtype == torch.float64 else bias.float()).expand(shape)
-    return bias, visible_reference(bias, lifespans, queries, ranked=ranked, exact=exact)
+    return bias, visible_reference(bias, lifespans, queries, best_stays=best_stays, exact=exact)
 
 
 @staged("reference gates")
-def visible_reference(bias: Tensor, lifespans: Lifespans, queries: int, *, ranked: bool, exact: bool) -> Tensor:
+def visible_reference(bias: Tensor, lifespans: Lifespans, queries: int, *, best_stays: bool, exact: bool) -> Tensor:
     """[B, H, Q]: the largest finite bias that each of the last Q positions sees; 0 if it sees none.
 
     bias: [B, H, K].
-    ranked: the best key that a query sees stays visible to the end of its document, as in a selection by this bias.
+    best_stays: the best key that a query sees stays visible to the end of its document, as in a selection by this bias.
         Three cumulative passes then find it.
-    exact: False allows, of ranked biases that float32 rounds to the same number, any one.  The gradient flows to the bias.
+    exact: False allows, with best_stays, any one of the biases that float32 rounds to the same number.
+    The gradient flows to the bias.
     """
-    if ranked:
+    if best_stays:
         return reference_gate(bias, lifespans, exact=exact)[..., bias.shape[-1] - queries :]
     birth, death = (bound.expand(bias.shape) for bound in lifespans)
     best = best_visible(bias.detach(), birth, death, queries)[0]

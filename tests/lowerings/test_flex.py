@@ -52,8 +52,9 @@ def test_new_gates_do_not_recompile_and_new_sizes_equal_the_specification():
         query, key, value, gate = inputs(*shape, dtype=torch.float32, seed=n)
         with torch.no_grad():
             got = compiled(
-                query, key, value, gate, flexdma.causal_top_w(gate, window), in_order=True, ranked=True, capacity=window,
-                scale=0.25, score_mod=None, block_size=(128, 32), kernel_options=None, needs_gradient=False, sink_logits=None,
+                query, key, value, gate, flexdma.causal_top_w(gate, window), in_order=True, ranked=True, best_stays=True,
+                capacity=window, scale=0.25, score_mod=None, block_size=(128, 32), kernel_options=None,
+                needs_gradient=False, sink_logits=None,
             )  # fmt: skip
             exact = [t.double() for t in (query, key, value, gate)]
             want = dense_dynamic_mask_attention(*exact, window_size=window, scale=0.25)

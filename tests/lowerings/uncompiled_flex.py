@@ -12,6 +12,7 @@ from flexdma.lifespans import Selection
 from flexdma.lifespans.terms import as_terms, bias_of_terms
 from flexdma.lifespans.visible import most_visible
 from flexdma.lowerings import flex
+from flexdma.lowerings.reference_gate import added_to_logits
 
 
 def flex_with_gradients(query, key, value, gate, *, window_size, selection="causal", sinks=0, recent=0, **options):
@@ -28,15 +29,18 @@ def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **optio
     intervals, biases = checks.intervals(lifespans, bias, key)
     terms = as_terms(intervals, key.shape[2])
     facts = {"in_order": False, "ranked": False, "capacity": max(1, most_visible(terms, query.shape[2]))}
-    return attend_uncompiled(query, key, value, bias_of_terms(biases), terms, **facts, **options)
+    return attend_uncompiled(query, key, value, None, terms, bias=bias_of_terms(biases), **facts, **options)
 
 
-def attend_uncompiled(query, *others, scale=None, score_mod=None, sink_logits=None, **facts):
-    """Arguments as of `flexdma.lowerings.flex.flex_attend`."""
+def attend_uncompiled(
+    query, key, value, gate, lifespans, *, ranked, bias=None, scale=None, score_mod=None, sink_logits=None, **facts
+):
+    """Arguments as of `flexdma.lowerings.attend.attend`."""
     with gradients_on_a_cpu():
         return flex.flex_attend(
-            query, *others, scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod,
-            block_size=(32, 16), kernel_options=None, needs_gradient=True, sink_logits=sink_logits, **facts,
+            query, key, value, added_to_logits(gate, bias), lifespans, ranked=ranked, best_stays=ranked and bias is None,
+            scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod, block_size=(32, 16),
+            kernel_options=None, needs_gradient=True, sink_logits=sink_logits, **facts,
         )  # fmt: skip
 
 
