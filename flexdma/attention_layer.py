@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -14,10 +14,23 @@ from flexdma.mixed_precision import autocast
 from flexdma.state import State, empty_state, state_options
 
 
+class KeyGates(NamedTuple):
+    """What a layer's gate gives.
+
+    gate: [B, Hkv, K], None = the layer has none.  bias: the recency, where it does not rank, else None.
+    forgotten: the sum of forget gates for the next state, where it is asked for, else None.
+    """
+
+    gate: Tensor | None = None
+    bias: Tensor | None = None
+    forgotten: Tensor | None = None
+
+
 class AttentionLayer(nn.Module):
     """The base of `DynamicMaskAttention` and `DynamicMaskLatentAttention`.
 
     gate: from values to gates; None where the selection does not choose by gates, which then has no parameters.
+    recency_ranks: whether a recency of the gate ranks keys too, or is added to their logits alone.
     o_proj: the output projection.  g_proj: from the layer's input to the gate of the output; None = no such gate.
     """
 
@@ -34,8 +47,12 @@ class AttentionLayer(nn.Module):
         self.policy = policy
         self.lowering, self.block_size, self.kernel_options = lowering, block_size, kernel_options
 
-    def _make_gate(self, heads: int, size: int, form: str, recency: str | None, slopes: Any) -> None:
-        """Set `gate`.  Raises ValueError where there is none, and an argument of it is given."""
+    def _make_gate(
+        self, heads: int, size: int, form: str, recency: str | None, slopes: Any, recency_ranks: bool
+    ) -> None:
+        """Set `gate` and `recency_ranks`.  Raises ValueError where there is none, and an argument of it is given."""
+        checks.recency_ranks(recency_ranks, recency)
+        self.recency_ranks = recency_ranks
         if self.policy.by_gate:
             self.gate = ValueGate(heads, size, form, recency, slopes=slopes)
             return
@@ -54,24 +71,42 @@ class AttentionLayer(nn.Module):
 
     def extra_repr(self) -> str:
         how = {"lowering": self.lowering, "block_size": self.block_size, "kernel_options": self.kernel_options}
-        options = state_options(self.policy) | how
-        return ", ".join(f"{name}={value!r}" for name, value in options.items() if value not in (None, 0))
+        options = state_options(self.policy) | how | ({} if self.recency_ranks else {"recency_ranks": False})
+        return ", ".join(
+            f"{name}={value!r}" for name, value in options.items() if value not in (None, 0) or value is False
+        )
 
     def _gates(
         self, value: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, state: State | None,
         return_state: bool,
-    ) -> tuple[Tensor | None, Tensor | None]:  # fmt: skip
-        """The gates, None for none; and with a forgetting gate and return_state the sums for the next state."""
+    ) -> KeyGates:  # fmt: skip
+        """The gates of keys with these values; `forgotten` with a forgetting gate and return_state."""
         if self.gate is None:
-            return None, None
+            return KeyGates()
+        if state is not None or return_state:
+            self._refuse_state()
         before: dict[str, Any] = {}
         if cu_seqlens is not None:
             before = {"cu_seqlens": cu_seqlens}
         elif state is not None:
             before = {"first_position": state.real_length, "forgotten": state.forgotten}
         returns_forgotten = return_state and self.gate.recency == "forget"
-        gates = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
-        return gates if returns_forgotten else (gates, None)
+        return self._called_gate(value, key_padding_mask, returns_forgotten, **before)
+
+    def _called_gate(
+        self, value: Tensor, key_padding_mask: Tensor | None, returns_forgotten: bool, **before: Any
+    ) -> KeyGates:
+        """The results of `gate`, by name.  before: its arguments about earlier tokens."""
+        if not self.recency_ranks:
+            before["return_recency"] = True
+        given = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
+        results = list(given) if isinstance(given, tuple) else [given]
+        forgotten = results.pop() if returns_forgotten else None
+        return KeyGates(results[0], None if self.recency_ranks else results[1], forgotten)
+
+    def _refuse_state(self) -> None:
+        if not self.recency_ranks:
+            raise ValueError("recency_ranks: expected True with a state, which holds no biases, got False")
 
     def _joined(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         """Heads [B, H, N, Dv] of the attention's output -> [B, N, hidden_size]."""
@@ -82,13 +117,15 @@ class AttentionLayer(nn.Module):
 
     @property
     def _gate_dtype(self) -> torch.dtype:
-        return torch.float32 if self.gate is None or self.gate.recency is None else torch.float64
+        ranks_by_recency = self.gate is not None and self.gate.recency is not None and self.recency_ranks
+        return torch.float64 if ranks_by_recency else torch.float32
 
     def _empty_state(
         self, batch_size: int, heads: int, size: int, value_size: int, projection: nn.Module, dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> State:  # fmt: skip
         """The state before the first token.  projection: the module whose dtype keys and values have by default."""
+        self._refuse_state()
         own = next(chain(self.parameters(), self.buffers())) if self.gate is None else self.gate.A
         if device is None and own.is_meta:
             raise ValueError(

@@ -171,6 +171,14 @@ def bias_without_state(state: object, return_state: bool) -> None:
         raise ValueError("bias: expected None with state and return_state, as a state holds no biases, got a tensor")
 
 
+def recency_ranks(recency_ranks: object, recency: str | None) -> None:
+    """Check whether a recency ranks keys; only one that there is may be added to logits alone."""
+    if not isinstance(recency_ranks, bool):
+        raise TypeError(f"recency_ranks: expected a bool, got {recency_ranks!r}")
+    if recency is None and not recency_ranks:
+        raise ValueError("recency_ranks: expected True with recency=None, which adds nothing to logits, got False")
+
+
 def per_key(name: str, numbers: object, key: Tensor) -> None:
     """Check one number for each key of [B, Hkv, K, D]: [B, Hkv, K], or [B, 1, K] for all heads."""
     batch, heads, keys = key.shape[:3]

@@ -15,6 +15,9 @@ alone cancel in the softmax, so these two need one number per key:
 
     gate_j + slope_h * j                      recency="slope": DMA with ALiBi (arXiv 2108.12409), slopes learned
     gate_j - sum_{t <= j} logsigmoid(f_t)     recency="forget": DMA with the Forgetting Transformer's gates (2503.02130)
+
+In a gate such a term ranks keys too, and makes the choice a window where it outgrows A.  `return_recency=True` returns it
+apart, so that it can be added to logits alone.
 """
 
 from collections.abc import Sequence
@@ -115,8 +118,9 @@ class ValueGate(nn.Module):
         first_position: int | Tensor = 0,
         forgotten: Tensor | None = None,
         return_forgotten: bool = False,
+        return_recency: bool = False,
         cu_seqlens: Tensor | None = None,
-    ) -> Tensor | tuple[Tensor, Tensor]:
+    ) -> Tensor | tuple[Tensor, ...]:
         """The gates of these values.
 
         key_padding_mask: [B, K] bool, True = real token.  A masked token adds no distance to a slope and nothing to the sum
@@ -124,11 +128,15 @@ class ValueGate(nn.Module):
         first_position: number of real tokens before the first value, one int or [B] int64 (recency="slope").
         forgotten: [B, Hkv] float64, the sum of -logsigmoid over all earlier positions (recency="forget").
         return_forgotten: return (gates, `forgotten` for the values that follow); raises unless recency="forget".
+        return_recency: return (gates without the recency [B, Hkv, K] float32, the recency [B, Hkv, K] float64) in place of
+            the gates, which are their sum; raises without a recency.
         cu_seqlens: [S + 1] int32 or int64, 0 and the ends of S sequences packed into one row (B = 1).  Distances and sums
             begin anew in each, and the returned `forgotten` is [S, Hkv].  Raises with first_position and forgotten.
         """
         if return_forgotten and self.recency != "forget":
             raise ValueError(f"return_forgotten: expected False unless recency='forget', got recency={self.recency!r}")
+        if return_recency and self.recency is None:
+            raise ValueError("return_recency: expected False with recency=None, which adds nothing, got True")
         value = self._unmasked(value, key_padding_mask)
         sequences = None if cu_seqlens is None else _sequences(cu_seqlens, value, first_position, forgotten)
         if isinstance(first_position, Tensor):
@@ -139,22 +147,24 @@ class ValueGate(nn.Module):
             checks.positive_int("first_position", first_position, 0)
         if is_autocast(value.device.type):
             with torch.autocast(value.device.type, enabled=False):
-                gate, total = self._gate(value, key_padding_mask, first_position, forgotten, sequences)
+                gate, recency = self._terms(value, key_padding_mask, first_position, forgotten, sequences)
         else:
-            gate, total = self._gate(value, key_padding_mask, first_position, forgotten, sequences)
-        if not return_forgotten:
+            gate, recency = self._terms(value, key_padding_mask, first_position, forgotten, sequences)
+        if recency is None:
             return gate
-        assert total is not None
+        gates = (gate, recency.expand_as(gate)) if return_recency else (gate + recency,)
+        if not return_forgotten:
+            return gates if return_recency else gates[0]
         if sequences is not None:
-            return gate, _at_ends(total, sequences)
-        # A copy: a view would keep all of `total` in memory, and torch.compile would guard its strides.
-        return gate, total[..., -1].clone(memory_format=torch.contiguous_format)
+            return *gates, _at_ends(recency, sequences)
+        # A copy: a view would keep all sums in memory, and torch.compile would guard its strides.
+        return *gates, recency[..., -1].clone(memory_format=torch.contiguous_format)
 
-    def _gate(
+    def _terms(
         self, value: Tensor, mask: Tensor | None, first_position: int | Tensor, forgotten: Tensor | None,
         sequences: Sequences | None,
     ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-        """The gates, and with recency="forget" the sums of -logsigmoid."""
+        """What depends on values alone, [B, Hkv, K] float32, and the recency, [1 or B, Hkv, K] float64 or None."""
         scale = self._of_heads("A")
         scale = scale if scale.dtype == torch.float32 else scale.float()
         projected = self._project(self.dt_proj, value)
@@ -164,8 +174,7 @@ class ValueGate(nn.Module):
         if self.recency is None:
             return gate, None
         if self.recency == "forget":
-            total = self._forgotten(value, mask, forgotten, sequences)
-            return gate.double() + total, total
+            return gate, self._forgotten(value, mask, forgotten, sequences)
         slope = self._of_heads("slope").double()
         # Decoding.  A length is compared only after another position than 0, because torch.export would guard it.
         if (
@@ -175,12 +184,12 @@ class ValueGate(nn.Module):
             and mask is None
             and sequences is None
         ):
-            return gate + (slope * first_position).unsqueeze(-1), None
+            return gate, (slope * first_position)[None, :, None]
         before = first_position.unsqueeze(-1) if isinstance(first_position, Tensor) else first_position
         position = before + _real_tokens_before(value, mask)
         if sequences is not None:
             position = position - position[:, sequences.start]
-        return gate.double() + slope.unsqueeze(-1) * position.unsqueeze(1), None
+        return gate, slope.unsqueeze(-1) * position.unsqueeze(1)
 
     def _of_heads(self, name: str) -> Tensor:
         """Parameter `name` [Hkv]; under tensor parallelism the numbers of this rank's heads."""

@@ -26,6 +26,9 @@ class DynamicMaskAttention(AttentionLayer):
     hidden_size, num_heads (Hq), num_kv_heads (Hkv, divides Hq), head_dim (D), window_size (w): the sizes.  Hq * D need not
         be hidden_size: fewer query heads are Sparse Query Attention (arXiv 2510.01817).
     form, recency, slopes: of the gate, see `ValueGate`.
+    recency_ranks: False = a recency is added to the logits and keys are ranked without it.  A recency in the gate (True)
+        makes the choice a window where slopes or forget gates outgrow A, and far keys are lost; with False give `recent`, as
+        w / 4, so that the newest keys are visible whatever their gates.
     selection, sinks, recent, lowering, block_size, kernel_options: of the operator, see `dynamic_mask_attention`.  With
         selection="sliding" or "full" (then window_size is None) the layer has no gate: `gate` is None.
     qk_norm: root-mean-square normalisation of each query and key head before the rotary embedding (arXiv 2010.04245).
@@ -50,6 +53,7 @@ class DynamicMaskAttention(AttentionLayer):
         form: str = "identity",
         recency: str | None = None,
         slopes: Sequence[float] | None = None,
+        recency_ranks: bool = True,
         selection: str = "causal",
         sinks: int = 0,
         recent: int = 0,
@@ -75,7 +79,7 @@ class DynamicMaskAttention(AttentionLayer):
         self.o_proj = nn.Linear(num_heads * head_dim, hidden_size, bias=bias)
         self.q_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(head_dim) if qk_norm else nn.Identity()
-        self._make_gate(num_kv_heads, head_dim, form, recency, slopes)
+        self._make_gate(num_kv_heads, head_dim, form, recency, slopes, recency_ranks)
         self._make_output_gate(output_gate, hidden_size, num_heads * head_dim, bias)
 
     @overload
@@ -143,10 +147,10 @@ class DynamicMaskAttention(AttentionLayer):
             attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
         if state is not None:
             check_state_matches(state, key, value, self._gate_dtype, self.policy)
-        gate, forgotten = self._gates(value, key_padding_mask, cu_seqlens, state, return_state)
+        gate, bias, forgotten = self._gates(value, key_padding_mask, cu_seqlens, state, return_state)
         policy = self.policy
         result = attend(
-            query, key, value, gate, window_size=policy.window_size, selection=policy.kind, sinks=policy.sinks,
+            query, key, value, gate, bias=bias, window_size=policy.window_size, selection=policy.kind, sinks=policy.sinks,
             recent=policy.recent, key_padding_mask=key_padding_mask, document_ids=document_ids, score_mod=score_mod,
             state=state, return_state=return_state, donate=donate, lowering=self.lowering, block_size=self.block_size,
             kernel_options=self.kernel_options,
@@ -190,6 +194,7 @@ def _attend_sequences(
     value: Tensor,
     gate: Tensor | None,
     *,
+    bias: Tensor | None,
     cu_seqlens: Tensor,
     window_size: int | tuple[int, ...] | None,
     return_state: bool,
@@ -201,9 +206,9 @@ def _attend_sequences(
 ) -> Tensor | tuple[Tensor, State]:
     """`dynamic_mask_attention` of query [1, Hq, T, D], key, value and gate [1, Hkv, T], each sequence alone."""
     query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))  # [T, H, D]
-    gate = None if gate is None else gate[0].transpose(0, 1)
+    gate, bias = (None if numbers is None else numbers[0].transpose(0, 1) for numbers in (gate, bias))
     result = dynamic_mask_attention_varlen(
-        query, key, value, gate, cu_seqlens, window_size=window_size, return_state=return_state, **options
+        query, key, value, gate, cu_seqlens, bias=bias, window_size=window_size, return_state=return_state, **options
     )
     if isinstance(result, tuple):
         return result[0].transpose(0, 1)[None], result[1]

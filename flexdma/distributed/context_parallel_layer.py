@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
+from flexdma.attention_layer import KeyGates
 from flexdma.distributed.agreement import refuse_other_mesh, same_on_all_ranks
 from flexdma.distributed.context_parallel_attention import context_parallel_dynamic_mask_attention
 from flexdma.distributed.prefix_scan import sum_of_earlier_ranks
@@ -55,10 +56,10 @@ class ContextParallelDynamicMaskAttention(DynamicMaskAttention):
                     f"{name}: expected None over several ranks (use {instead}), got {type(given).__name__}"
                 )
         query, key, value = autocast(*self.project(hidden_states, position_embeddings))
-        gate, forgotten = self._gates_over_ranks(value, key_padding_mask)
+        gate, bias, forgotten = self._gates_over_ranks(value, key_padding_mask)
         policy = self.policy
         result = context_parallel_dynamic_mask_attention(
-            query, key, value, gate, window_size=policy.window_size, mesh=self.mesh, selection=policy.kind,
+            query, key, value, gate, bias=bias, window_size=policy.window_size, mesh=self.mesh, selection=policy.kind,
             sinks=policy.sinks, recent=policy.recent, key_padding_mask=key_padding_mask, document_ids=document_ids,
             score_mod=score_mod, return_state=return_state, lowering=self.lowering, block_size=self.block_size,
             kernel_options=self.kernel_options,
@@ -68,13 +69,13 @@ class ContextParallelDynamicMaskAttention(DynamicMaskAttention):
         output, state = result
         return self._joined(output, hidden_states), state if forgotten is None else replace(state, forgotten=forgotten)
 
-    def _gates_over_ranks(self, value: Tensor, key_padding_mask: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """The gates [B, Hkv, n] or None, and with recency="forget" the sum of -logsigmoid to the last token [B, Hkv]."""
+    def _gates_over_ranks(self, value: Tensor, key_padding_mask: Tensor | None) -> KeyGates:
+        """The gates [B, Hkv, n] of this rank's tokens; with recency="forget" the sum of -logsigmoid to the last token."""
         if self.gate is None:
-            return None, None
+            return KeyGates()
         recency, mesh = self.gate.recency, self.mesh
         if recency is None:
-            return self.gate(value, key_padding_mask=key_padding_mask), None
+            return self._called_gate(value, key_padding_mask, False)
         refuse_other_mesh(mesh, hidden_states=value)
         options = {"recency": recency, "gate requires a gradient": needs_gradient(value, *self.gate.parameters())}
         sizes = {"hidden_states.shape[0]": value.shape[0], "num_kv_heads": value.shape[1]}
@@ -85,10 +86,14 @@ class ContextParallelDynamicMaskAttention(DynamicMaskAttention):
             if key_padding_mask is not None:
                 real = key_padding_mask.sum(-1)
             before = sum_of_earlier_ranks(real, mesh)
-            return self.gate(value, key_padding_mask=key_padding_mask, first_position=before), None
-        gate, total = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=True)
+            return self._called_gate(value, key_padding_mask, False, first_position=before)
+        gate, bias, total = self._called_gate(value, key_padding_mask, True)
+        assert gate is not None
+        assert total is not None
         before = sum_of_earlier_ranks(total, mesh)
-        return gate + before[..., None], before + total
+        if bias is None:
+            return KeyGates(gate + before[..., None], None, before + total)
+        return KeyGates(gate, bias + before[..., None], before + total)
 
 
 def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
@@ -100,8 +105,8 @@ def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
     The layers then take the tokens of one rank, see `ContextParallelDynamicMaskAttention.forward`.  The gradients of
     parameters are those of this rank's outputs: sum them over the mesh.  DDP and fully_shard average them instead, so
     multiply the loss by the number of ranks.  Call it before DDP, fully_shard and torch.compile.
-    Raises ValueError where no layer is found or a layer's selection has no bound, TypeError for a subclass, whose own
-    forward would not reach other ranks.
+    Raises ValueError where no layer is found, a layer's selection has no bound, or its recency does not rank; TypeError for a
+    subclass, whose own forward would not reach other ranks.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, DynamicMaskAttention)]
     if not layers:
@@ -110,6 +115,8 @@ def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
         if type(layer) not in (DynamicMaskAttention, ContextParallelDynamicMaskAttention):
             raise TypeError(f"module: expected layers of type DynamicMaskAttention, got {type(layer).__name__}")
         layer.policy.refuse_without_bound("over several ranks")
+        if not layer.recency_ranks:
+            raise ValueError("recency_ranks: expected True over several ranks, as a state holds no biases, got False")
     refuse_other_mesh(mesh)
     for layer in layers:
         layer.__class__ = ContextParallelDynamicMaskAttention

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch import Tensor
 
+from flexdma.attention_layer import KeyGates
 from flexdma.latent.absorbed import absorbed_attention
 from flexdma.latent.projections import LatentProjections
 from flexdma.lifespans import Lifespans
@@ -40,12 +41,12 @@ class LatentAttention(LatentProjections):
     """The base of `DynamicMaskLatentAttention` between its projections."""
 
     def _attend(
-        self, tokens: LatentTokens, gates: Tensor | None, masks: dict[str, Tensor | None], score_mod: ScoreMod | None,
+        self, tokens: LatentTokens, gates: KeyGates, masks: dict[str, Tensor | None], score_mod: ScoreMod | None,
         sequences: Sequences | None, state: State | None, return_state: bool, donate: bool,
     ) -> tuple[Tensor, State | None]:  # fmt: skip
         """Attention [B, H, N, dv], and with return_state the DynamicMaskState after the tokens."""
         _query_nope, _query_rope, key, latent = tokens
-        gate, is_biased, policy = self.policy.gates(gates, key), gates is not None, self.policy
+        gate, has_gate, policy = self.policy.gates(gates.gate, key), gates.gate is not None, self.policy
         before = cast("DynamicMaskState | None", state)
         if before is not None and self._takes_token(latent):
             after = state_after_token(key, latent, gate, before, **masks, donate=donate)
@@ -60,7 +61,7 @@ class LatentAttention(LatentProjections):
         capacity = policy.capacity
         if sequences is not None:
             capacity = capacity_of_sequences(policy, sequences, self.lowering)
-        output = self._expanded(tokens, keys, is_biased, lifespans, capacity, score_mod)
+        output = self._expanded(tokens, keys, has_gate, lifespans, capacity, score_mod, gates.bias)
         if not return_state:
             return output, None
         if sequences is not None:
@@ -70,17 +71,17 @@ class LatentAttention(LatentProjections):
         return output, state_after(before, keys, lifespans)
 
     def _attend_growing(
-        self, tokens: LatentTokens, gates: Tensor | None, masks: dict[str, Any], score_mod: ScoreMod | None,
+        self, tokens: LatentTokens, gates: KeyGates, masks: dict[str, Any], score_mod: ScoreMod | None,
         state: State | None, donate: bool,
     ) -> tuple[Tensor, State]:  # fmt: skip
         """Attention [B, H, N, dv], and the GrowingState after the tokens."""
-        gate = self.policy.gates(gates, tokens.key)
+        gate, has_gate = self.policy.gates(gates.gate, tokens.key), gates.gate is not None
 
         def of_chunk(put: Placed, before: GrowingState) -> Tensor:
             at_positions = None
             if score_mod is not None:
                 at_positions = score_mod_at_positions(score_mod, put.keys, before.length, self.num_heads)
-            return self._expanded(tokens, put.keys, gates is not None, put.lifespans, seen_at_most(put), at_positions)
+            return self._expanded(tokens, put.keys, has_gate, put.lifespans, seen_at_most(put), at_positions)
 
         def of_token(after: GrowingState, now: Tensor, reads: bool) -> Tensor:
             return self._absorbed(tokens, without_dead_values(after), now, score_mod)
@@ -99,8 +100,8 @@ class LatentAttention(LatentProjections):
         return absorbed_attention(tokens.query_nope, tokens.query_rope, now, after, up, self.scale, score_mod)
 
     def _expanded(
-        self, tokens: LatentTokens, keys: Keys, is_biased: bool, lifespans: Lifespans, capacity: int | None,
-        score_mod: ScoreMod | None,
+        self, tokens: LatentTokens, keys: Keys, has_gate: bool, lifespans: Lifespans, capacity: int | None,
+        score_mod: ScoreMod | None, bias: Tensor | None = None,
     ) -> Tensor:  # fmt: skip
         """Attention [B, H, N, dv] to keys and values of each head."""
         query = torch.cat([tokens.query_nope, tokens.query_rope], -1)
@@ -108,7 +109,7 @@ class LatentAttention(LatentProjections):
         nope, value = heads.split([self.qk_nope_head_dim, self.v_head_dim], -1)
         key = torch.cat([nope, keys.key.to(nope.dtype).expand(-1, self.num_heads, -1, -1)], -1)
         return attend(
-            query, key, value, keys.gate if is_biased else None, lifespans, in_order=True, ranked=self.policy.is_ranked,
-            capacity=capacity, scale=self.scale, score_mod=score_mod, lowering=self.lowering, block_size=self.block_size,
-            kernel_options=self.kernel_options, sink_logits=None,
+            query, key, value, keys.gate if has_gate else None, lifespans, bias=bias, in_order=True,
+            ranked=self.policy.is_ranked, capacity=capacity, scale=self.scale, score_mod=score_mod,
+            lowering=self.lowering, block_size=self.block_size, kernel_options=self.kernel_options, sink_logits=None,
         )  # fmt: skip

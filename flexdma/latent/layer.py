@@ -31,6 +31,7 @@ class DynamicMaskLatentAttention(LatentAttention):
     scale: default (dn + dr) ** -0.5.  norm_eps: of both normalisations of latents.
     form, recency, slopes: of the gate, see `ValueGate`.  It reads the latent.  One gate per token serves all heads, so that
         all heads see the same w latents, and the state holds each once.
+    recency_ranks: as in `DynamicMaskAttention`.
     selection, sinks, recent, lowering, block_size, kernel_options: as in `DynamicMaskAttention`.  w is one int.
     output_gate: as in `DynamicMaskAttention`.
     bias: whether q_a_proj, kv_a_proj_with_mqa, o_proj and g_proj have a bias.
@@ -58,6 +59,7 @@ class DynamicMaskLatentAttention(LatentAttention):
         form: str = "identity",
         recency: str | None = None,
         slopes: Sequence[float] | None = None,
+        recency_ranks: bool = True,
         selection: str = "causal",
         sinks: int = 0,
         recent: int = 0,
@@ -84,7 +86,7 @@ class DynamicMaskLatentAttention(LatentAttention):
         size = qk_nope_head_dim + qk_rope_head_dim
         self.scale = size**-0.5 if scale is None else scale
         self._make_projections(q_lora_rank, bias, norm_eps)
-        self._make_gate(1, kv_lora_rank, form, recency, slopes)
+        self._make_gate(1, kv_lora_rank, form, recency, slopes, recency_ranks)
         self._make_output_gate(output_gate, hidden_size, num_heads * v_head_dim, bias)
 
     @overload
@@ -157,9 +159,9 @@ class DynamicMaskLatentAttention(LatentAttention):
             self.policy.refuse_without_bound("with cu_seqlens and return_state")
         if state is not None:
             check_state_matches(state, tokens.key, tokens.latent, self._gate_dtype, self.policy)
-        gates, forgotten = self._gates(tokens.latent, key_padding_mask, cu_seqlens, state, return_state)
+        gates = self._gates(tokens.latent, key_padding_mask, cu_seqlens, state, return_state)
         masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
-        checks.selected_keys(self.policy.gates(gates, tokens.key), **masks)
+        checks.selected_keys(self.policy.gates(gates.gate, tokens.key), **masks)
         if self.policy.is_bounded or not (return_state or state is not None):
             output, after = self._attend(tokens, gates, masks, score_mod, sequences, state, return_state, donate)
         else:
@@ -167,4 +169,4 @@ class DynamicMaskLatentAttention(LatentAttention):
         joined = self._joined(output, hidden_states)
         if not return_state or after is None:
             return joined
-        return joined, after if forgotten is None else after._with(forgotten=forgotten)
+        return joined, after if gates.forgotten is None else after._with(forgotten=gates.forgotten)

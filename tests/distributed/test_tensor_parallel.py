@@ -132,6 +132,9 @@ def other_calls():
         "by keyword": [layer(hidden_states=hidden) for layer in (many, one)],
         "tokens that do not divide": [uneven(distribute_tensor(hidden[:, 1:], mesh, [Shard(1)])), one(hidden[:, 1:])],
     }
+    added = DynamicMaskAttention(WIDTH, HEADS, KV_HEADS, SIZE, WINDOWS, recency="forget", recency_ranks=False).double()
+    parallel = parallelize_module(copy.deepcopy(added), mesh, whole_tokens)
+    results["a recency that does not rank"] = [parallel(hidden), added(hidden)]
     sliding = DynamicMaskAttention(
         WIDTH, HEADS, KV_HEADS, SIZE, WINDOWS, selection="sliding", output_gate=True
     ).double()

@@ -53,7 +53,8 @@ def specification(module, query, key, value, **options):
     gate.load_state_dict(module.gate.state_dict())
     query, key, value = (each.transpose(1, 2) for each in (query, key, value))
     options = {"window_size": 4, "recent": 1} | options
-    return dense_dynamic_mask_attention(query, key, value, gate(value), **options).transpose(1, 2)
+    gates, bias = (gate(value), None) if module.recency_ranks else gate(value, return_recency=True)
+    return dense_dynamic_mask_attention(query, key, value, gates, bias=bias, **options).transpose(1, 2)
 
 
 def assert_equal_with_gradients(got, want, leaves):
@@ -82,6 +83,15 @@ def test_each_document_is_computed_alone(titan, flat):
         for first, last in itertools.pairwise(ENDS)
     ]
     assert_equal_with_gradients(got.reshape(24, 4, 8), torch.cat(alone), tensors)
+
+
+def test_a_recency_may_be_added_without_ranking(titan):
+    module, tensors = inner(titan, recency_ranks=False), heads()
+    assert_equal_with_gradients(module(*tensors), specification(module, *tensors), tensors)
+    got = module(*tensors, attention_masks=metadata(titan, [0, 12, 24]))
+    assert_equal_with_gradients(got, specification(module, *tensors), tensors)
+    with pytest.raises(ValueError, match="recency_ranks: expected True with recency=None"):
+        inner(titan, recency=None, recency_ranks=False)
 
 
 def test_tokens_without_documents_are_one(titan):

@@ -39,6 +39,7 @@ class DynamicMaskInnerAttention(Module):
         form: str = "identity"
         recency: str | None = None
         slopes: Sequence[float] | None = None
+        recency_ranks: bool = True
         selection: str = "causal"
         sinks: int = 0
         recent: int = 0
@@ -60,6 +61,8 @@ class DynamicMaskInnerAttention(Module):
         kinds = checks.SELECTIONS_BY_GATE
         Selection.of(config.selection, config.window_size, config.sinks, config.recent, heads=heads, kinds=kinds)
         self.gate = Gate(heads, size, config.form, config.recency, slopes=config.slopes)
+        checks.recency_ranks(config.recency_ranks, config.recency)
+        self.recency_ranks = config.recency_ranks
         self.options: dict[str, Any] = {
             name: getattr(config, name)
             for name in ("window_size", "selection", "sinks", "recent", "lowering", "block_size", "kernel_options")
@@ -106,7 +109,8 @@ class DynamicMaskInnerAttention(Module):
         if query.dim() == 3:
             query, key, value = query[None], key[None], value[None]
         query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-        output: Tensor = dynamic_mask_attention(query, key, value, self.gate(value), scale=scale, **self.options)
+        gate, bias = self._gates(value)
+        output: Tensor = dynamic_mask_attention(query, key, value, gate, bias=bias, scale=scale, **self.options)
         return output.transpose(1, 2).contiguous()
 
     def _documents(
@@ -120,9 +124,21 @@ class DynamicMaskInnerAttention(Module):
                 f"{len(documents.cu_seq_k) - 1}"
             )
         query, key, value = (each.reshape(-1, *each.shape[-2:]) for each in (query, key, value))
-        gate = self.gate(value.transpose(0, 1)[None], cu_seqlens=ends)[0].transpose(0, 1)
-        output: Tensor = dynamic_mask_attention_varlen(query, key, value, gate, ends, scale=scale, **self.options)
+        gate, bias = (
+            None if numbers is None else numbers[0].transpose(0, 1)
+            for numbers in self._gates(value.transpose(0, 1)[None], cu_seqlens=ends)
+        )  # fmt: skip
+        output: Tensor = dynamic_mask_attention_varlen(
+            query, key, value, gate, ends, bias=bias, scale=scale, **self.options
+        )
         return output
+
+    def _gates(self, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
+        """The gates of values [B, N, K, H], and the recency where it does not rank."""
+        if self.recency_ranks:
+            return self.gate(value, **options), None
+        gate, recency = self.gate(value, return_recency=True, **options)
+        return gate, recency
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         """Shard as torchtitan does.
