@@ -11,7 +11,6 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Literal, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -21,7 +20,7 @@ from flexdma.lowerings.attend import attend
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import AttentionOptions, ScoreMod
 from flexdma.state import DynamicMaskState, State, check_state_matches, state_options
-from flexdma.state.carry import first_keys, score_mod_at_positions, state_after, with_state_keys
+from flexdma.state.carry import first_keys, of_heads, score_mod_at_positions, state_after, with_state_keys
 from flexdma.state.decoding import decode, is_next_token
 from flexdma.state.donation import check_donation
 from flexdma.state.growing import growing_options
@@ -112,7 +111,7 @@ def dynamic_mask_attention(
     bias: [B, Hkv, K] or [B, 1, K], any float dtype: added to the logits beside the gate, and not ranked.  A recency here
         weighs keys and does not choose them.  The sum is computed in float64 where one of the two is float64, which keeps
         numbers that grow with position exact, else in float32.  -inf = weight 0 for a key that keeps its place among the w.
-        NaN makes the output NaN where the key is visible.  Raises with state and return_state.
+        NaN makes the output NaN where the key is visible.  A state holds biases where its tokens had some.
     sinks, recent, key_padding_mask, document_ids: as in `causal_top_w`.
     state: that of earlier tokens, as returned.  key, value, gate, key_padding_mask and document_ids then belong to the
         new tokens alone, and the result equals that of one call over all tokens.  document_ids=None continues the last
@@ -122,7 +121,7 @@ def dynamic_mask_attention(
         whose size follows the number of living keys.  Raises with selection="global", which chooses among later keys too, and
         with window_size=None inside `torch.func` and torch.export.  Without gates those of the state are 0.
     donate: the caller does not use `state` again, nor states that share its tensors.  A call with one token then overwrites
-        its slots (key, value, gate, position) instead of copying them.  Raises without state and return_state, where a
+        its slots (key, value, gate, position, bias) instead of copying them.  Raises without state and return_state, where a
         gradient is needed, inside `torch.func`, and in torch.export.
     lowering: "flex", "gather", "dense", or None for that of `choose_lowering`.  All compute the same function.
     block_size: of the mask, one int or (rows, keys); None = the lowering's default.  "gather" has query blocks only.
@@ -142,14 +141,14 @@ def dynamic_mask_attention(
     """
     refuse_jit_trace()
     if (
-        score_mod is key_padding_mask is document_ids is sink_logits is bias is None
+        score_mod is key_padding_mask is document_ids is sink_logits is None
         and gate is not None
         and lowering is block_size is kernel_options is None
         and (scale is None or type(scale) is float)
-        and is_next_token(state, query, key, value, gate, (window_size, selection, sinks, recent))
+        and is_next_token(state, query, key, value, gate, bias, (window_size, selection, sinks, recent))
     ):
-        check_donation(donate, state, return_state, query, key, value, gate)
-        output, after = decode(query, key, value, gate, state, scale=scale, donate=donate)
+        check_donation(donate, state, return_state, query, key, value, gate, bias)
+        output, after = decode(query, key, value, gate, state, bias=bias, scale=scale, donate=donate)
         return (output, after) if return_state else output
     query, key, value = autocast(query, key, value)
     checks.one_of("selection", selection, checks.SELECTIONS)
@@ -157,11 +156,10 @@ def dynamic_mask_attention(
     checks.gate(gate, key, selection)
     if bias is not None:
         checks.bias("bias", bias, key)
-        checks.bias_without_state(state, return_state)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
     policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
-    check_donation(donate, state, return_state, query, key, value, gate, sink_logits)
+    check_donation(donate, state, return_state, query, key, value, gate, bias, sink_logits)
     checks.sinks_without_recent(sink_logits, selection, recent)
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
@@ -176,38 +174,44 @@ def dynamic_mask_attention(
         )
 
     policy.refuse_without_state()
-    gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
+    gate = of_heads(gate, key)
+    bias = None if bias is None else of_heads(bias, key)
     checks.selected_keys(gate, **masks)
     if policy.capacity is None:
-        new = NewKeys(key, value, gate, partial(policy.lifetimes, gate), None, None, **masks)
+        new = NewKeys(key, value, gate, partial(policy.lifetimes, gate), None, None, bias=bias, **masks)
         output, grown = attend_growing(
             query, new, state, growing_options(policy), ranked=True, donate=donate, is_biased=is_biased, **scores, **how
         )
         return (output, grown) if return_state else output
-    before = _state_before(state, key, value, gate, policy)
+    before = _state_before(state, key, value, gate, bias, policy)
     if state is not None and key.shape[2] == 1 and not any(option is not None for option in how.values()):
-        output, after = decode(query, key, value, gate, before, **scores, **masks, donate=donate)
+        output, after = decode(query, key, value, gate, before, bias=bias, **scores, **masks, donate=donate)
         return (output, after) if return_state else output
     if state is None:
-        keys = first_keys(key, value, gate, **masks)
+        keys = first_keys(key, value, gate, bias=bias, **masks)
     else:
-        keys = with_state_keys(before, key, value, gate, **masks)
+        keys = with_state_keys(before, key, value, gate, bias=bias, **masks)
         if score_mod is not None:
             group = query.shape[1] // key.shape[1]
             scores["score_mod"] = score_mod_at_positions(score_mod, keys, state.length, group)
     lifespans = policy.lifespans(keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids)
-    output = attend_selected(query, keys.key, keys.value, keys.gate if is_biased else None, lifespans, **scores)
+    output = attend_selected(
+        query, keys.key, keys.value, keys.gate if is_biased else None, lifespans, bias=keys.bias, **scores
+    )
     return (output, state_after(before, keys, lifespans)) if return_state else output
 
 
-def _state_before(state: State | None, key: Tensor, value: Tensor, gate: Tensor, policy: Selection) -> DynamicMaskState:
+def _state_before(
+    state: State | None, key: Tensor, value: Tensor, gate: Tensor, bias: Tensor | None, policy: Selection
+) -> DynamicMaskState:
     """The given state, checked against these arguments; an empty one for None."""
+    bias_dtype = None if bias is None else bias.dtype
     if state is None:
         batch, heads, _keys, size = key.shape
         return DynamicMaskState.empty(
-            batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype, device=key.device,
-            **state_options(policy),
+            batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype,
+            bias_dtype=bias_dtype, device=key.device, **state_options(policy),
         )  # fmt: skip
-    check_state_matches(state, key, value, gate.dtype, policy)
+    check_state_matches(state, key, value, gate.dtype, policy, bias_dtype)
     assert isinstance(state, DynamicMaskState)
     return state

@@ -83,8 +83,6 @@ class AttentionLayer(nn.Module):
         """The gates of keys with these values; `forgotten` with a forgetting gate and return_state."""
         if self.gate is None:
             return KeyGates()
-        if state is not None or return_state:
-            self._refuse_state()
         before: dict[str, Any] = {}
         if cu_seqlens is not None:
             before = {"cu_seqlens": cu_seqlens}
@@ -104,10 +102,6 @@ class AttentionLayer(nn.Module):
         forgotten = results.pop() if returns_forgotten else None
         return KeyGates(results[0], None if self.recency_ranks else results[1], forgotten)
 
-    def _refuse_state(self) -> None:
-        if not self.recency_ranks:
-            raise ValueError("recency_ranks: expected True with a state, which holds no biases, got False")
-
     def _joined(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         """Heads [B, H, N, Dv] of the attention's output -> [B, N, hidden_size]."""
         joined = output.transpose(1, 2).flatten(2)
@@ -120,12 +114,15 @@ class AttentionLayer(nn.Module):
         ranks_by_recency = self.gate is not None and self.gate.recency is not None and self.recency_ranks
         return torch.float64 if ranks_by_recency else torch.float32
 
+    @property
+    def _bias_dtype(self) -> torch.dtype | None:
+        return None if self.recency_ranks else torch.float64
+
     def _empty_state(
         self, batch_size: int, heads: int, size: int, value_size: int, projection: nn.Module, dtype: torch.dtype | None,
         device: torch.device | str | None,
     ) -> State:  # fmt: skip
         """The state before the first token.  projection: the module whose dtype keys and values have by default."""
-        self._refuse_state()
         own = next(chain(self.parameters(), self.buffers())) if self.gate is None else self.gate.A
         if device is None and own.is_meta:
             raise ValueError(
@@ -138,7 +135,7 @@ class AttentionLayer(nn.Module):
             dtype = autocast(torch.empty(0, dtype=next(dtypes, own.dtype), device=device))[0].dtype
         return empty_state(
             self.policy, batch_size, heads, size, value_dim=value_size, dtype=dtype, gate_dtype=self._gate_dtype,
-            device=device,
+            bias_dtype=self._bias_dtype, device=device,
         )  # fmt: skip
 
 

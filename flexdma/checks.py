@@ -165,12 +165,6 @@ def bias(name: str, bias: object, key: Tensor) -> None:
     per_key(name, bias, key)
 
 
-def bias_without_state(state: object, return_state: bool) -> None:
-    """Refuse a bias beside a state, which holds none."""
-    if state is not None or return_state:
-        raise ValueError("bias: expected None with state and return_state, as a state holds no biases, got a tensor")
-
-
 def recency_ranks(recency_ranks: object, recency: str | None) -> None:
     """Check whether a recency ranks keys; only one that there is may be added to logits alone."""
     if not isinstance(recency_ranks, bool):

@@ -146,7 +146,7 @@ class DynamicMaskAttention(AttentionLayer):
             check_donation(donate, state, return_state)
             attend = partial(_attend_sequences, cu_seqlens=cu_seqlens)
         if state is not None:
-            check_state_matches(state, key, value, self._gate_dtype, self.policy)
+            check_state_matches(state, key, value, self._gate_dtype, self.policy, self._bias_dtype)
         gate, bias, forgotten = self._gates(value, key_padding_mask, cu_seqlens, state, return_state)
         policy = self.policy
         result = attend(

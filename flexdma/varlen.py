@@ -6,7 +6,6 @@ The row is attended to as one row of documents, so blocks of queries span sequen
 from collections.abc import Mapping, Sequence
 from typing import Literal, overload
 
-import torch
 from torch import Tensor
 from typing_extensions import Unpack
 
@@ -18,6 +17,7 @@ from flexdma.opaque import realize
 from flexdma.sequences import Sequences, packed_sequences
 from flexdma.signatures import ScoreMod, VarlenOptions
 from flexdma.state import DynamicMaskState
+from flexdma.state.carry import of_heads
 from flexdma.state.packed import states_after
 from flexdma.transforms import can_read, refuse_jit_trace
 
@@ -88,7 +88,7 @@ def dynamic_mask_attention_varlen(
 
     query: [T, Hq, D]; key: [T, Hkv, D], value: [T, Hkv, Dv], of query's dtype; Hkv divides Hq.
     gate: [T, Hkv] or [T, 1], any float dtype, as in `dynamic_mask_attention`; None = no gates.
-    bias: [T, Hkv] or [T, 1], as in `dynamic_mask_attention`; raises with return_state.
+    bias: [T, Hkv] or [T, 1], as in `dynamic_mask_attention`.
     cu_seqlens: [S + 1] int32 or int64: 0, then the end of each sequence, the last one T.  Sequences may be empty.
         flash-attention's cu_seqlens_q and cu_seqlens_k are equal here, and its max_seqlen is not needed.
     score_mod: called as for a batch of S sequences: b is the number of the sequence, and positions begin at 0 in each.
@@ -116,7 +116,6 @@ def dynamic_mask_attention_varlen(
     checks.gate(given, key, selection)
     if bias is not None:
         checks.bias("bias", bias, key)
-        checks.bias_without_state(None, return_state)
     checks.scores(scale, score_mod)
     checks.sink_logits(sink_logits, query)
     policy = Selection.of(
@@ -129,7 +128,8 @@ def dynamic_mask_attention_varlen(
     if return_state:
         policy.refuse_without_state()
         policy.refuse_without_bound("with return_state of packed sequences")
-        gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
+        gate = of_heads(gate, key)
+        bias = None if bias is None else of_heads(bias, key)
     lifespans = policy.lifespans(gate, document_ids=sequences.number[None])
     output = attend(
         query, key, value, added, lifespans, bias=bias, in_order=True, ranked=policy.is_ranked,
@@ -138,7 +138,7 @@ def dynamic_mask_attention_varlen(
         block_size=block_size, kernel_options=kernel_options, sink_logits=sink_logits,
     )  # fmt: skip
     output = output[0].transpose(0, 1).contiguous()
-    return (output, states_after(key, value, gate, lifespans, sequences, policy)) if return_state else output
+    return (output, states_after(key, value, gate, lifespans, sequences, policy, bias)) if return_state else output
 
 
 def _as_one_row(

@@ -256,14 +256,7 @@ def test_wrong_biases_are_named():
         for attend in (dynamic_mask_attention, dense_dynamic_mask_attention):
             with pytest.raises(error, match=message):
                 with_bias(attend)(*tensors, bias, window_size=3)
-    state = dynamic_mask_attention(*tensors, window_size=3, return_state=True)[1]
-    refused = "bias: expected None with state and return_state, as a state holds no biases, got a tensor"
-    for options in ({"return_state": True}, {"state": state}):
-        with pytest.raises(ValueError, match=refused):
-            with_bias(dynamic_mask_attention)(*tensors, torch.zeros(2, 2, 8), window_size=3, **options)
     rows = [t[0].transpose(0, 1) for t in tensors]
     packed: Any = partial(dynamic_mask_attention_varlen, *rows, torch.tensor([0, 8]), window_size=3)
     with pytest.raises(ValueError, match=r"bias: expected \[8, 2\], got \[2, 8\]"):
         packed(bias=torch.zeros(2, 8))
-    with pytest.raises(ValueError, match=refused):
-        packed(bias=torch.zeros(8, 2), return_state=True)

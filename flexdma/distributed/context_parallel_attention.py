@@ -22,6 +22,7 @@ from flexdma.lifespans import Selection
 from flexdma.mixed_precision import autocast
 from flexdma.signatures import ScoreMod, VarlenOptions
 from flexdma.state import DynamicMaskState, State
+from flexdma.state.carry import of_heads
 from flexdma.state.joined import Run, empty_run, joined, run_of
 from flexdma.transforms import is_transformed, needs_gradient
 
@@ -104,7 +105,7 @@ def context_parallel_dynamic_mask_attention(
     query: [B, Hq, n, D], key: [B, Hkv, n, D], value: [B, Hkv, n, Dv], gate: [B, Hkv, n] or [B, 1, n].
     mesh: of one dimension, the ranks in order of the sequence; mesh["cp"] of a larger one.
     key_padding_mask, document_ids: [B, n].  A document may span ranks: equal ids on both sides of a border are one document.
-    score_mod: gets positions in the whole sequence.  bias: None.
+    bias: [B, Hkv, n] or [B, 1, n].  score_mod: gets positions in the whole sequence.
     return_state: return (output, state after this rank's tokens); that of the last rank belongs to the whole sequence.
         `crop` goes back to this rank's first token at most.
     Others as in `dynamic_mask_attention`; selection is "causal", "threshold" or "sliding", and window_size an int or one per
@@ -129,46 +130,49 @@ def context_parallel_dynamic_mask_attention(
     checks.one_of("selection", selection, checks.SELECTIONS)
     checks.gate(gate, key, selection)
     if bias is not None:
-        raise ValueError("bias: expected None over several ranks, as a state holds no biases, got a tensor")
+        checks.bias("bias", bias, key)
     if query.shape[2] != key.shape[2]:
         raise ValueError(f"query: expected {key.shape[2]} positions as key has, got {query.shape[2]}")
     policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
     policy.refuse_without_bound("over several ranks")
     gate = policy.gates(gate, key)
     refuse_other_mesh(mesh, query=query, key=key, value=value, gate=gate)
-    gate = gate.to(torch.float64 if gate.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
+    gate = of_heads(gate, key)
+    bias = None if bias is None else of_heads(bias, key)
     checks.selected_keys(gate, key_padding_mask, document_ids)
     before = None
     if mesh.size() > 1:
         options = {
             "selection": selection, "window_size": policy.window_size, "sinks": sinks, "recent": recent, "scale": scale,
-            "key.dtype": key.dtype, "gate.dtype": gate.dtype, "document_ids is None": document_ids is None,
-            "key, value or gate requires a gradient": needs_gradient(key, value, gate),
+            "key.dtype": key.dtype, "gate.dtype": gate.dtype, "bias.dtype": None if bias is None else bias.dtype,
+            "document_ids is None": document_ids is None,
+            "key, value, gate or bias requires a gradient": needs_gradient(key, value, gate, bias),
         }  # fmt: skip
         sizes = {
             "key.shape[0]": key.shape[0], "query.shape[1]": query.shape[1], "key.shape[1]": key.shape[1],
             "key.shape[3]": key.shape[3], "value.shape[3]": value.shape[3],
         }  # fmt: skip
         gate = same_on_all_ranks(gate, options, sizes, mesh)
-        before = _state_before(key, value, gate, policy, key_padding_mask, document_ids, mesh)
+        before = _state_before(key, value, gate, bias, policy, key_padding_mask, document_ids, mesh)
     return dynamic_mask_attention(
         query, key, value, gate, window_size=policy.window_size, selection=selection, scale=scale, score_mod=score_mod,
-        sinks=sinks, recent=recent, key_padding_mask=key_padding_mask, document_ids=document_ids, state=before,
+        bias=bias, sinks=sinks, recent=recent, key_padding_mask=key_padding_mask, document_ids=document_ids, state=before,
         return_state=return_state, lowering=lowering, block_size=block_size, kernel_options=kernel_options,
         sink_logits=sink_logits,
     )  # fmt: skip
 
 
 def _state_before(
-    key: Tensor, value: Tensor, gate: Tensor, policy: Selection, key_padding_mask: Tensor | None,
+    key: Tensor, value: Tensor, gate: Tensor, bias: Tensor | None, policy: Selection, key_padding_mask: Tensor | None,
     document_ids: Tensor | None, mesh: DeviceMesh,
 ) -> DynamicMaskState:  # fmt: skip
     """The state after the tokens of all earlier ranks."""
-    own, none = run_of(key, value, gate, policy, key_padding_mask, document_ids), empty_run(key, value, gate, policy)
+    own = run_of(key, value, gate, policy, key_padding_mask, document_ids, bias)
+    none = empty_run(key, value, gate, policy, bias)
 
     def as_run(tensors: Tensors) -> Run:
         *of_state, one_document = tensors
-        named: dict[str, Any] = dict(zip(DynamicMaskState.TENSORS, of_state, strict=True))
+        named: dict[str, Any] = dict(zip(own.state.tensors(), of_state, strict=True))
         return Run(replace(own.state, **named), one_document.bool())
 
     def join(first: Tensors, second: Tensors) -> Tensors:

@@ -105,8 +105,8 @@ def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
     The layers then take the tokens of one rank, see `ContextParallelDynamicMaskAttention.forward`.  The gradients of
     parameters are those of this rank's outputs: sum them over the mesh.  DDP and fully_shard average them instead, so
     multiply the loss by the number of ranks.  Call it before DDP, fully_shard and torch.compile.
-    Raises ValueError where no layer is found, a layer's selection has no bound, or its recency does not rank; TypeError for a
-    subclass, whose own forward would not reach other ranks.
+    Raises ValueError where no layer is found or a layer's selection has no bound, TypeError for a subclass, whose own
+    forward would not reach other ranks.
     """
     layers = [layer for layer in module.modules() if isinstance(layer, DynamicMaskAttention)]
     if not layers:
@@ -115,8 +115,6 @@ def context_parallel(module: Module, mesh: DeviceMesh) -> Module:
         if type(layer) not in (DynamicMaskAttention, ContextParallelDynamicMaskAttention):
             raise TypeError(f"module: expected layers of type DynamicMaskAttention, got {type(layer).__name__}")
         layer.policy.refuse_without_bound("over several ranks")
-        if not layer.recency_ranks:
-            raise ValueError("recency_ranks: expected True over several ranks, as a state holds no biases, got False")
     refuse_other_mesh(mesh)
     for layer in layers:
         layer.__class__ = ContextParallelDynamicMaskAttention

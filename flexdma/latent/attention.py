@@ -46,26 +46,27 @@ class LatentAttention(LatentProjections):
     ) -> tuple[Tensor, State | None]:  # fmt: skip
         """Attention [B, H, N, dv], and with return_state the DynamicMaskState after the tokens."""
         _query_nope, _query_rope, key, latent = tokens
-        gate, has_gate, policy = self.policy.gates(gates.gate, key), gates.gate is not None, self.policy
+        gate, bias, policy = self.policy.gates(gates.gate, key), gates.bias, self.policy
+        has_gate = gates.gate is not None
         before = cast("DynamicMaskState | None", state)
         if before is not None and self._takes_token(latent):
-            after = state_after_token(key, latent, gate, before, **masks, donate=donate)
+            after = state_after_token(key, latent, gate, before, **masks, bias=bias, donate=donate)
             return self._absorbed(tokens, after, before.length, score_mod), after
         if before is None:
-            keys = first_keys(key, latent, gate, **masks)
+            keys = first_keys(key, latent, gate, bias=bias, **masks)
         else:
-            keys = with_state_keys(before, key, latent, gate, **masks)
+            keys = with_state_keys(before, key, latent, gate, bias=bias, **masks)
             if score_mod is not None:
                 score_mod = score_mod_at_positions(score_mod, keys, before.length, self.num_heads)
         lifespans = policy.lifespans(keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids)
         capacity = policy.capacity
         if sequences is not None:
             capacity = capacity_of_sequences(policy, sequences, self.lowering)
-        output = self._expanded(tokens, keys, has_gate, lifespans, capacity, score_mod, gates.bias)
+        output = self._expanded(tokens, keys, has_gate, lifespans, capacity, score_mod)
         if not return_state:
             return output, None
         if sequences is not None:
-            return output, states_after(key, latent, gate, lifespans, sequences, policy)
+            return output, states_after(key, latent, gate, lifespans, sequences, policy, bias)
         if before is None:
             before = cast(DynamicMaskState, self.empty_state(latent.shape[0], latent.dtype, latent.device))
         return output, state_after(before, keys, lifespans)
@@ -86,7 +87,9 @@ class LatentAttention(LatentProjections):
         def of_token(after: GrowingState, now: Tensor, reads: bool) -> Tensor:
             return self._absorbed(tokens, without_dead_values(after), now, score_mod)
 
-        new = NewKeys(tokens.key, tokens.latent, gate, partial(self.policy.lifetimes, gate), None, None, **masks)
+        new = NewKeys(
+            tokens.key, tokens.latent, gate, partial(self.policy.lifetimes, gate), None, None, bias=gates.bias, **masks
+        )
         by_token = of_token if self._takes_token(tokens.latent) else None
         return attend_by(of_chunk, by_token, new, state, growing_options(self.policy), tokens, donate)
 
@@ -101,7 +104,7 @@ class LatentAttention(LatentProjections):
 
     def _expanded(
         self, tokens: LatentTokens, keys: Keys, has_gate: bool, lifespans: Lifespans, capacity: int | None,
-        score_mod: ScoreMod | None, bias: Tensor | None = None,
+        score_mod: ScoreMod | None,
     ) -> Tensor:  # fmt: skip
         """Attention [B, H, N, dv] to keys and values of each head."""
         query = torch.cat([tokens.query_nope, tokens.query_rope], -1)
@@ -109,7 +112,7 @@ class LatentAttention(LatentProjections):
         nope, value = heads.split([self.qk_nope_head_dim, self.v_head_dim], -1)
         key = torch.cat([nope, keys.key.to(nope.dtype).expand(-1, self.num_heads, -1, -1)], -1)
         return attend(
-            query, key, value, keys.gate if has_gate else None, lifespans, bias=bias, in_order=True,
+            query, key, value, keys.gate if has_gate else None, lifespans, bias=keys.bias, in_order=True,
             ranked=self.policy.is_ranked, capacity=capacity, scale=self.scale, score_mod=score_mod,
             lowering=self.lowering, block_size=self.block_size, kernel_options=self.kernel_options, sink_logits=None,
         )  # fmt: skip

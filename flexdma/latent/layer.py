@@ -158,7 +158,7 @@ class DynamicMaskLatentAttention(LatentAttention):
         if sequences is not None and return_state:
             self.policy.refuse_without_bound("with cu_seqlens and return_state")
         if state is not None:
-            check_state_matches(state, tokens.key, tokens.latent, self._gate_dtype, self.policy)
+            check_state_matches(state, tokens.key, tokens.latent, self._gate_dtype, self.policy, self._bias_dtype)
         gates = self._gates(tokens.latent, key_padding_mask, cu_seqlens, state, return_state)
         masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
         checks.selected_keys(self.policy.gates(gates.gate, tokens.key), **masks)

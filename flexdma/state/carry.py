@@ -26,9 +26,9 @@ class Keys(NamedTuple):
     """Keys in order of position: C places of a state, then n new keys; M = C + n.
 
     key [B, Hkv, M, D], value [B, Hkv, M, Dv], gate [B, Hkv, M], position [B, Hkv, M] int64.  Empty places of the state have
-    gate -inf and position -1.
+    gate -inf, position -1 and bias 0.
     key_padding_mask, document_ids: [B, M], or None where the new keys have none.
-    new: n.
+    new: n.  bias: [B, Hkv, M], or None.
     """
 
     key: Tensor
@@ -38,15 +38,22 @@ class Keys(NamedTuple):
     key_padding_mask: Tensor | None
     document_ids: Tensor | None
     new: int
+    bias: Tensor | None = None
+
+
+def of_heads(numbers: Tensor, key: Tensor) -> Tensor:
+    """Gates or biases [B, 1 or Hkv, n] of keys [B, Hkv, n, D] as a state holds them: [B, Hkv, n], float32 or float64."""
+    return numbers.to(torch.float64 if numbers.dtype == torch.float64 else torch.float32).expand(key.shape[:3])
 
 
 def first_keys(
-    key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None
-) -> Keys:
+    key: Tensor, value: Tensor, gate: Tensor, key_padding_mask: Tensor | None, document_ids: Tensor | None,
+    bias: Tensor | None = None,
+) -> Keys:  # fmt: skip
     """The keys of a call without a state."""
     position = torch.arange(key.shape[2], device=key.device).expand(key.shape[:3])
     document_ids = None if document_ids is None else document_ids.long()
-    return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2])
+    return Keys(key, value, gate, position, key_padding_mask, document_ids, key.shape[2], bias)
 
 
 def with_state_keys(
@@ -56,8 +63,9 @@ def with_state_keys(
     gate: Tensor,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
+    bias: Tensor | None = None,
 ) -> Keys:
-    """The keys of the state, then key [B, Hkv, n, D], value, gate [B, Hkv, n].  O(C log C + n) time."""
+    """The keys of the state, then key [B, Hkv, n, D], value, gate and bias [B, Hkv, n].  O(C log C + n) time."""
     place = _places(state)
     held = place >= 0
     slot = place.clamp(min=0)
@@ -75,7 +83,9 @@ def with_state_keys(
         key_padding_mask,
         document_ids,
         key.shape[2],
-    )
+        None if bias is None or state.bias is None
+        else torch.cat([along_keys(state.bias, slot).masked_fill(~held, 0.0), bias], 2),
+    )  # fmt: skip
 
 
 def _places(state: "DynamicMaskState") -> Tensor:
@@ -161,8 +171,10 @@ def kept(state: "DynamicMaskState", keys: Keys, seen: Tensor) -> "DynamicMaskSta
     slots = slots.scatter(-1, torch.where(seen, seen.cumsum(-1) - 1, capacity), places)[..., :capacity]
     held, slot = slots >= 0, slots.clamp(min=0)
     empty = ~held[..., None]
+    bias = None if keys.bias is None else along_keys(keys.bias, slot).masked_fill(~held, 0.0)
     return replace(
         state,
+        bias=bias,
         key=along_keys(keys.key, slot).masked_fill(empty, 0.0),
         value=along_keys(keys.value, slot).masked_fill(empty, 0.0),
         gate=along_keys(keys.gate, slot).masked_fill(~held, float("-inf")),

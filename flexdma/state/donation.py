@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from flexdma.state.layout import SLOTS
+from flexdma.state.layout import slot_tensors
 from flexdma.state.value import State
 from flexdma.transforms import is_exporting, is_transformed, needs_gradient
 
@@ -32,11 +32,12 @@ def _obstacle(state: State, tensors: tuple[Tensor | None, ...]) -> str | None:
         return "in torch.export, as a program returns new tensors"
     if is_transformed():
         return "inside torch.func and forward-mode AD, which may need the old state"
-    if state.key.requires_grad or state.value.requires_grad or state.gate.requires_grad or needs_gradient(*tensors):
+    slots = slot_tensors(state)
+    if any(tensor.requires_grad for tensor in slots.values()) or needs_gradient(*tensors):
         return (
             "with tensors that need a gradient, as a backward needs the old state; detach them or use torch.no_grad()"
         )
-    for name in SLOTS:
-        if not getattr(state, name).is_contiguous():
+    for name, tensor in slots.items():
+        if not tensor.is_contiguous():
             return f"for a state whose {name} is not contiguous"
     return None

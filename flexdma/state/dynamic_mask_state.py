@@ -38,7 +38,8 @@ class DynamicMaskState(State):
     `last_sink`, recent keys those from length - recent on, and the others are the top-w.  The key and value of an empty slot
     are 0.
 
-    key, value, gate, position, length, real_length, last_padding, document, last_sink, last_loss, forgotten: see `State`.
+    key, value, gate, position, length, real_length, last_padding, document, last_sink, last_loss, forgotten, bias: see
+        `State`.
     window_size, sinks, recent, selection: of the operator.
     """
 
@@ -63,6 +64,7 @@ class DynamicMaskState(State):
         selection: str = "causal",
         dtype: torch.dtype = torch.float32,
         gate_dtype: torch.dtype = torch.float32,
+        bias_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "DynamicMaskState":
         """The state before the first token.
@@ -70,14 +72,15 @@ class DynamicMaskState(State):
         batch_size, num_kv_heads, head_dim, value_dim: B, Hkv, D and Dv (default D).
         window_size, sinks, recent, selection: as in `dynamic_mask_attention`; selection is "causal" or "threshold".
         dtype: of keys and values.  gate_dtype: float64 for float64 gates (those with a recency), float32 for all others.
+        bias_dtype: of biases, as gate_dtype; None = a state without them.
         Raises ValueError or TypeError naming the argument.
         """
         value_dim = head_dim if value_dim is None else value_dim
-        refuse_sizes(batch_size, num_kv_heads, head_dim, value_dim, dtype, gate_dtype)
+        refuse_sizes(batch_size, num_kv_heads, head_dim, value_dim, dtype, gate_dtype, bias_dtype)
         policy = Selection.of(selection, window_size, sinks, recent, heads=num_kv_heads, kinds=STATEFUL_SELECTIONS)
         policy.refuse_without_bound("in a DynamicMaskState")
         slots = (batch_size, num_kv_heads, cast(int, policy.capacity))
-        layout = state_layout(slots, head_dim, value_dim, dtype, gate_dtype)
+        layout = state_layout(slots, head_dim, value_dim, dtype, gate_dtype, bias_dtype)
         return cls(**empty_tensors(layout, device), **state_options(policy))
 
     @property
@@ -100,13 +103,20 @@ class DynamicMaskState(State):
         return cropped(self, tokens)
 
 
-def check_bounded_state(state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, policy: Selection) -> None:
-    """Raise unless `state` fits keys [B, Hkv, n, D], values [B, Hkv, n, Dv], gates of this dtype and this selection."""
+def check_bounded_state(
+    state: object,
+    key: Tensor,
+    value: Tensor,
+    gate_dtype: torch.dtype,
+    policy: Selection,
+    bias_dtype: torch.dtype | None,
+) -> None:
+    """Raise unless `state` fits keys [B, Hkv, n, D], values [B, Hkv, n, Dv], gates and biases of these dtypes, `policy`."""
     if not isinstance(state, DynamicMaskState):
         raise TypeError(f"state: expected a DynamicMaskState, got {type(state).__name__}")
     batch, heads, _keys, size = key.shape
     slots = (batch, heads, cast(int, policy.capacity))
-    layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype)
+    layout = state_layout(slots, size, value.shape[3], key.dtype, gate_dtype, bias_dtype)
     refuse_difference("state", state, layout, state_options(policy), key.device)
 
 

@@ -75,7 +75,7 @@ def load_states(path: str | Path, device: torch.device | str = "cpu") -> dict[st
     try:
         options: dict[str, dict[str, Any]] = json.loads(metadata["states"])
         states = {name: _assembled(name, tensors, chosen) for name, chosen in options.items()}
-        described = {f"{name}.{field}" for name, state in states.items() for field in state.TENSORS}
+        described = {f"{name}.{field}" for name, state in states.items() for field in state.tensors()}
         if described != set(tensors):
             raise ValueError(f"undescribed tensors {sorted(set(tensors) - described)}")
     except (LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
@@ -107,7 +107,8 @@ def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]
     kind: type[State] = GrowingState if options.pop(GROWS, False) else DynamicMaskState
     if isinstance(options.get("window_size"), list):
         options["window_size"] = tuple(options["window_size"])
-    found: dict[str, Any] = {field: tensors[f"{name}.{field}"] for field in kind.TENSORS}
+    optional = {"bias": tensors.get(f"{name}.bias")}
+    found: dict[str, Any] = {of: tensors[f"{name}.{of}"] for of in kind.TENSORS if of not in optional} | optional
     state = kind(**found, **options)
     batch, heads, _slots, size = state.key.shape
     like = kind.empty(  # type: ignore[attr-defined]
@@ -117,6 +118,7 @@ def _assembled(name: str, tensors: Mapping[str, Tensor], options: dict[str, Any]
         value_dim=state.value.shape[-1],
         dtype=state.key.dtype,
         gate_dtype=state.gate.dtype,
+        bias_dtype=None if state.bias is None else state.bias.dtype,
         **options,
     )
     like.restore(state)  # shapes and dtypes

@@ -19,7 +19,7 @@ from flexdma import checks
 from flexdma.lifespans import STATEFUL_SELECTIONS, Selection
 from flexdma.rounding import power_of_two_from
 from flexdma.state.growing_slots import FEWEST_SLOTS, GROWING_SLOTS, first_places, growing_layout, keys_at, slots_for
-from flexdma.state.layout import StateLayout, empty_tensors, refuse_difference, refuse_sizes
+from flexdma.state.layout import StateLayout, empty_tensors, refuse_difference, refuse_sizes, slot_tensors
 from flexdma.state.rollback import counts_at, length_before
 from flexdma.state.value import State, register
 
@@ -36,7 +36,8 @@ class GrowingState(State):
     least FEWEST_SLOTS.  A key is held until the first query that does not see it.  The key and value of an empty slot are not
     read.
 
-    key, value, gate, position, length, real_length, last_padding, document, last_sink, last_loss, forgotten: see `State`.
+    key, value, gate, position, length, real_length, last_padding, document, last_sink, last_loss, forgotten, bias: see
+        `State`.
     expiry: [B, Hkv, C] float64, the last reading of the clock at which the key is visible; inf = to the end of its document.
         The clock reads the position of the query, or what the caller gives (selection="clock").
     peak: [B, Hkv] int64, the largest number of keys that one query has seen so far.
@@ -65,6 +66,7 @@ class GrowingState(State):
         slots: int = FEWEST_SLOTS,
         dtype: torch.dtype = torch.float32,
         gate_dtype: torch.dtype = torch.float32,
+        bias_dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> "GrowingState":
         """The state before the first token.
@@ -73,10 +75,11 @@ class GrowingState(State):
         selection, sinks, recent: as in `dynamic_mask_attention`, or selection="lifetime" or "clock" for `growing_attention`.
         slots: C, rounded up to a power of two.
         dtype: of keys and values.  gate_dtype: float64 for float64 gates, float32 for all others.
+        bias_dtype: of biases, as gate_dtype; None = a state without them.
         Raises ValueError or TypeError naming the argument.
         """
         value_dim = head_dim if value_dim is None else value_dim
-        refuse_sizes(batch_size, num_kv_heads, head_dim, value_dim, dtype, gate_dtype)
+        refuse_sizes(batch_size, num_kv_heads, head_dim, value_dim, dtype, gate_dtype, bias_dtype)
         checks.positive_int("slots", slots)
         if selection in GIVEN:
             for name, count in (("sinks", sinks), ("recent", recent)):
@@ -85,7 +88,8 @@ class GrowingState(State):
         else:
             Selection.of(selection, None, sinks, recent, heads=num_kv_heads, kinds=STATEFUL_SELECTIONS)
         slots = max(FEWEST_SLOTS, power_of_two_from(slots))
-        layout = growing_layout((batch_size, num_kv_heads, slots), head_dim, value_dim, dtype, gate_dtype)
+        sizes = (batch_size, num_kv_heads, slots)
+        layout = growing_layout(sizes, head_dim, value_dim, dtype, gate_dtype, bias_dtype)
         return cls(**empty_tensors(layout, device), sinks=sinks, recent=recent, selection=selection)
 
     @property
@@ -137,6 +141,7 @@ class GrowingState(State):
             **counts_at(self, length),
             gate=self.gate.masked_fill(~held, float("-inf")),
             position=self.position.masked_fill(~held, -1),
+            bias=None if self.bias is None else self.bias.masked_fill(~held, 0.0),
             last_sink=torch.where(is_sink, self.position, -1).amax(-1),
         )
 
@@ -151,23 +156,24 @@ def in_slots(state: GrowingState, slots: int) -> GrowingState:
     if slots == state.position.shape[-1]:
         return state
     place = first_places(state.position >= 0, slots)
-    return replace(state, **keys_at(place, {name: getattr(state, name) for name in GROWING_SLOTS}))
+    return replace(state, **keys_at(place, slot_tensors(state, GROWING_SLOTS)))
 
 
 def refuse_other(
     state: GrowingState, name: str, layout: StateLayout, options: Mapping[str, Any], device: torch.device
 ) -> None:
     """Raise unless the state has this layout, but for the number of slots, these options and this device."""
-    slots = state.position.shape[2:3]
-    layout = layout | {of: ((*layout[of][0][:2], *slots, *layout[of][0][3:]), layout[of][1]) for of in GROWING_SLOTS}
+    slots, names = state.position.shape[2:3], (*GROWING_SLOTS, *(["bias"] if "bias" in layout else []))
+    layout = layout | {of: ((*layout[of][0][:2], *slots, *layout[of][0][3:]), layout[of][1]) for of in names}
     refuse_difference(name, state, layout, dict(options), device)
 
 
 def check_growing_state(
-    state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, options: Mapping[str, Any]
-) -> None:
-    """Raise unless `state` is a GrowingState that fits these keys and values, gates of this dtype, and these options."""
+    state: object, key: Tensor, value: Tensor, gate_dtype: torch.dtype, options: Mapping[str, Any],
+    bias_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
+    """Raise unless `state` is a GrowingState that fits these keys and values, dtypes of gates and biases, and options."""
     if not isinstance(state, GrowingState):
         raise TypeError(f"state: expected a GrowingState, as the selection has no bound, got {type(state).__name__}")
-    layout = growing_layout((*key.shape[:2], 0), key.shape[3], value.shape[3], key.dtype, gate_dtype)
+    layout = growing_layout((*key.shape[:2], 0), key.shape[3], value.shape[3], key.dtype, gate_dtype, bias_dtype)
     refuse_other(state, "state", layout, options, key.device)

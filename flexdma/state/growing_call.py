@@ -14,6 +14,7 @@ from flexdma.state.growing import GrowingState, check_growing_state
 from flexdma.state.growing_chunk import NewKeys, Placed, after_chunk, placed
 from flexdma.state.growing_slots import FEWEST_SLOTS, GROWING_SLOTS, slots_for
 from flexdma.state.growing_token import FULL, after_token, attention_after
+from flexdma.state.layout import slot_tensors
 from flexdma.state.value import State
 from flexdma.transforms import can_read, is_exporting, is_transformed, needs_gradient
 
@@ -46,9 +47,10 @@ def attend_growing(
         if score_mod is not None:
             at_positions = score_mod_at_positions(score_mod, put.keys, before.length, group)
         return attend(
-            query, put.keys.key, put.keys.value, put.keys.gate if is_biased else None, put.lifespans, in_order=True,
-            ranked=ranked, capacity=seen_at_most(put), lowering=lowering, block_size=block_size,
-            kernel_options=kernel_options, scale=scale, score_mod=at_positions, sink_logits=sink_logits,
+            query, put.keys.key, put.keys.value, put.keys.gate if is_biased else None, put.lifespans,
+            bias=put.keys.bias, in_order=True, ranked=ranked, capacity=seen_at_most(put), lowering=lowering,
+            block_size=block_size, kernel_options=kernel_options, scale=scale, score_mod=at_positions,
+            sink_logits=sink_logits,
         )  # fmt: skip
 
     def of_token(after: GrowingState, now: Tensor, reads: bool) -> Tensor:
@@ -71,13 +73,14 @@ def attend_by(
     """
     _refuse_here()
     key, value, gate = new.key, new.value, new.gate
+    bias_dtype = None if new.bias is None else new.bias.dtype
     if state is None:
         before = GrowingState.empty(
             key.shape[0], key.shape[1], key.shape[3], value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype,
-            device=key.device, **options,
+            bias_dtype=bias_dtype, device=key.device, **options,
         )  # fmt: skip
     else:
-        check_growing_state(state, key, value, gate.dtype, options)
+        check_growing_state(state, key, value, gate.dtype, options, bias_dtype)
         assert isinstance(state, GrowingState)
         before = state
     if of_token is not None:
@@ -102,10 +105,10 @@ def _token(
         after = after_token(state, new, in_place=donate)
         return of_token(after, state.length, False), after
     before = state.reserve(1)
-    slots = [getattr(state, name) for name in GROWING_SLOTS]
-    reads = new.key.is_cpu and not needs_gradient(new.key, new.value, new.gate, *others, *slots)
+    slots = slot_tensors(state, GROWING_SLOTS).values()
+    reads = new.key.is_cpu and not needs_gradient(new.key, new.value, new.gate, new.bias, *others, *slots)
     if reads and not donate and before.key is state.key:
-        before = before._with(**{name: getattr(before, name).clone() for name in GROWING_SLOTS})
+        before = before._with(**{name: tensor.clone() for name, tensor in slot_tensors(before, GROWING_SLOTS).items()})
     after = after_token(before, new, in_place=reads or donate)
     room = None if before._room is None else before._room - 1
     return of_token(after, state.length, reads), after._with(_room=room)

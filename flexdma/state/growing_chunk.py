@@ -20,7 +20,7 @@ from flexdma.state.growing_slots import first_places, keys_at
 
 
 class NewKeys(NamedTuple):
-    """n new tokens: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate [B, Hkv, n].
+    """n new tokens: key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate and bias [B, Hkv, n]; bias None = no biases.
 
     lifetime: [B, Hkv, n] -> the positions that each key lives, for its flags [B, Hkv, n] whether it is a sink; None with a
         clock.
@@ -36,6 +36,7 @@ class NewKeys(NamedTuple):
     clock: Tensor | None
     key_padding_mask: Tensor | None
     document_ids: Tensor | None
+    bias: Tensor | None = None
 
     @property
     def real(self) -> Tensor:
@@ -112,6 +113,7 @@ def placed(state: GrowingState, new: NewKeys) -> Placed:
     keys = Keys(
         torch.cat([state.key, new.key], 2), torch.cat([state.value, new.value], 2), torch.cat([state.gate, new.gate], 2),
         position, None, document_ids, count,
+        None if new.bias is None or state.bias is None else torch.cat([state.bias, new.bias], 2),
     )  # fmt: skip
     return Placed(keys, lifespans, expiry, is_sink)
 
@@ -136,6 +138,8 @@ def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor
     lost = torch.where(ended, death.long() - before, -1).amax(-1)
     place = first_places(alive, slots)
     tensors = {"key": keys.key, "value": keys.value, "gate": keys.gate, "position": keys.position}
+    if keys.bias is not None:
+        tensors["bias"] = keys.bias
     real_length, last_padding = state.real_length + keys.new, state.last_padding
     if new.key_padding_mask is not None:
         padded = torch.where(new.key_padding_mask, -1, torch.arange(keys.new, device=alive.device)).amax(-1)

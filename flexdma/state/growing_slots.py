@@ -10,7 +10,7 @@ from flexdma.packing import along_keys
 from flexdma.rounding import power_of_two_from
 from flexdma.state.layout import EMPTY, SLOTS, StateLayout, state_layout
 
-# The tensors with one entry per slot.
+# The tensors with one entry per slot, beside `bias`, which a state may not have.
 GROWING_SLOTS = (*SLOTS, "expiry")
 FEWEST_SLOTS = 16
 
@@ -36,7 +36,7 @@ def keys_at(place: Tensor, keys: Mapping[str, Tensor]) -> dict[str, Any]:
     """The tensors of slots with the keys at these places [B, Hkv, C] of [B, Hkv, M, ...]; -1 = an empty slot."""
     held, place = place >= 0, place.clamp(min=0)
     gathered = {name: along_keys(tensor, place) for name, tensor in keys.items()}
-    empty = {"key": 0.0, "value": 0.0} | {name: EMPTY[name] for name in ("gate", "position", "expiry")}
+    empty = {"key": 0.0, "value": 0.0, "bias": 0.0} | {name: EMPTY[name] for name in ("gate", "position", "expiry")}
     return {
         name: tensor.masked_fill(~held.view(*held.shape, *[1] * (tensor.dim() - 3)), empty[name])
         for name, tensor in gathered.items()
@@ -44,8 +44,9 @@ def keys_at(place: Tensor, keys: Mapping[str, Tensor]) -> dict[str, Any]:
 
 
 def growing_layout(
-    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
-) -> StateLayout:
-    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
-    layout = state_layout(slots, size, value_size, dtype, gate_dtype)
+    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> StateLayout:  # fmt: skip
+    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv.  bias_dtype: None = a state without biases."""
+    layout = state_layout(slots, size, value_size, dtype, gate_dtype, bias_dtype)
     return layout | {"expiry": (slots, torch.float64), "peak": (slots[:2], torch.int64)}

@@ -10,8 +10,8 @@ from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.growing import GrowingState
 from flexdma.state.growing_chunk import NewKeys
 from flexdma.state.growing_slots import GROWING_SLOTS
-from flexdma.state.layout import EMPTY
-from flexdma.state.one_query import attended
+from flexdma.state.layout import EMPTY, slot_tensors
+from flexdma.state.one_query import attended, logit_bias
 from flexdma.state.one_token import written
 
 FULL = "state: expected an empty slot in every head, got a full one; call state.reserve(tokens) before a compiled call"
@@ -48,9 +48,11 @@ def after_token(state: GrowingState, new: NewKeys, *, in_place: bool) -> Growing
         seen = new.key_padding_mask[:, 0].long()
         padding = torch.where(seen > 0, padding, state.length)
     fresh = {"key": new.key, "value": new.value, "gate": new.gate, "position": now.expand(slot.shape), "expiry": expiry}
+    if new.bias is not None:
+        fresh["bias"] = new.bias
     slots = _without(state, dies, in_place)
-    slots = {name: written(slots[name], slot, arrives, fresh[name].expand(*slot.shape, *fresh[name].shape[3:]), in_place)
-             for name in GROWING_SLOTS}  # fmt: skip
+    slots = {name: written(slots[name], slot, arrives, each.expand(*slot.shape, *each.shape[3:]), in_place)
+             for name, each in fresh.items()}  # fmt: skip
     return state._with(
         **slots,
         length=state.length + 1,
@@ -65,9 +67,10 @@ def after_token(state: GrowingState, new: NewKeys, *, in_place: bool) -> Growing
 
 def _without(state: GrowingState, dies: Tensor, in_place: bool) -> dict[str, Tensor]:
     """The slots of the state, in which those of the keys that die, [B, Hkv, C] bool, are empty."""
-    slots = {name: getattr(state, name) for name in GROWING_SLOTS}
-    for name in ("gate", "position"):
-        slots[name] = (slots[name].masked_fill_ if in_place else slots[name].masked_fill)(dies, EMPTY[name])
+    slots = slot_tensors(state, GROWING_SLOTS)
+    for name, empty in (("gate", EMPTY["gate"]), ("position", EMPTY["position"]), ("bias", 0.0)):
+        if name in slots:
+            slots[name] = (slots[name].masked_fill_ if in_place else slots[name].masked_fill)(dies, empty)
     return slots
 
 
@@ -82,10 +85,10 @@ def attention_after(
     if reads and score_mod is None and sink_logits is None:
         held = (state.position >= 0).any(0).any(0).nonzero()
         slots = int(held[-1]) + 1 if len(held) else 0
-        gate = state.gate[..., :slots]
-        best = gate.amax(-1, keepdim=True) if slots else gate.new_full((1,), float("nan"))
+        added = logit_bias(state)[..., :slots]
+        best = added.amax(-1, keepdim=True) if slots else added.new_full((1,), float("nan"))
         if math.isfinite(best.sum().item()):
-            bias = (gate - best).unsqueeze(2)
+            bias = (added - best).unsqueeze(2)
             output = attention_of_one(query, state.key[:, :, :slots], state.value[:, :, :slots], bias, scale)
             # A dead key or value that is not finite makes this one NaN.
             if math.isfinite(output.sum().item()):

@@ -32,28 +32,28 @@ class Run(NamedTuple):
 
 def run_of(
     key: Tensor, value: Tensor, gate: Tensor, policy: Selection, key_padding_mask: Tensor | None,
-    document_ids: Tensor | None,
+    document_ids: Tensor | None, bias: Tensor | None = None,
 ) -> Run:  # fmt: skip
-    """The run of these tokens, of key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate [B, Hkv, n] in float32 or float64."""
-    keys = first_keys(key, value, gate, key_padding_mask, document_ids)
-    before = empty_run(key, value, gate, policy)
+    """The run of these tokens, of key [B, Hkv, n, D], value [B, Hkv, n, Dv], gate, bias [B, Hkv, n] in float32 or float64."""
+    keys = first_keys(key, value, gate, key_padding_mask, document_ids, bias)
+    before = empty_run(key, value, gate, policy, bias)
     if document_ids is None:
         return Run(state_after(before.state, keys, None), before.one_document)
     return Run(state_after(before.state, keys, None), (document_ids == document_ids[:, :1]).all(-1))
 
 
-def empty_run(key: Tensor, value: Tensor, gate: Tensor, policy: Selection) -> Run:
+def empty_run(key: Tensor, value: Tensor, gate: Tensor, policy: Selection, bias: Tensor | None = None) -> Run:
     """The run of no tokens; arguments as of `run_of`."""
     batch, heads, _keys, size = key.shape
     state = DynamicMaskState.empty(
-        batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype, device=key.device,
-        **state_options(policy),
+        batch, heads, size, value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype,
+        bias_dtype=None if bias is None else bias.dtype, device=key.device, **state_options(policy),
     )  # fmt: skip
     return Run(state, torch.ones(batch, dtype=torch.bool, device=key.device))
 
 
 def joined(first: Run, second: Run) -> Run:
-    """The run of the tokens of `first`, then those of `second`.  Differentiable in keys, values and gates.
+    """The run of the tokens of `first`, then those of `second`.  Differentiable in keys, values, gates and biases.
 
     last_loss is the last position, because lost keys were not counted: `crop` refuses to go back into the joined run.
     `forgotten` is that of `second`.  O(C log C) time.
@@ -83,7 +83,8 @@ def joined(first: Run, second: Run) -> Run:
         last_loss=(length - 1)[:, None].expand_as(later.last_loss).contiguous(),
     )
     keys = Keys(
-        in_order("key"), in_order("value"), in_order("gate"), position, None, None, new=later.position.shape[-1]
-    )
+        in_order("key"), in_order("value"), in_order("gate"), position, None, None, new=later.position.shape[-1],
+        bias=None if later.bias is None else in_order("bias"),
+    )  # fmt: skip
     seen = seen_by_last(state.policy, keys, real, is_sink, length)
     return Run(kept(state, keys, seen), first.one_document & goes_on)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 # Name -> (shape, dtype).
 StateLayout = dict[str, tuple[tuple[int, ...], torch.dtype]]
-# The tensors with one entry per slot.
+# The tensors with one entry per slot, beside `bias`, which a state may not have.
 SLOTS = ("key", "value", "gate", "position")
 # Initial values of the tensors of an empty state, where not 0.
 EMPTY = {
@@ -21,9 +21,10 @@ EMPTY = {
 
 
 def state_layout(
-    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype
-) -> StateLayout:
-    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv."""
+    slots: tuple[int, int, int], size: int, value_size: int, dtype: torch.dtype, gate_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> StateLayout:  # fmt: skip
+    """Shape and dtype of each tensor, for slots (B, Hkv, C), D and Dv.  bias_dtype: None = a state without biases."""
     batch, rows = slots[:1], slots[:2]
     return {
         "key": ((*slots, size), dtype),
@@ -37,7 +38,13 @@ def state_layout(
         "last_sink": (rows, torch.int64),
         "last_loss": (rows, torch.int64),
         "forgotten": (rows, torch.float64),
-    }
+    } | ({} if bias_dtype is None else {"bias": (slots, bias_dtype)})
+
+
+def slot_tensors(state: "State", names: tuple[str, ...] = SLOTS) -> dict[str, Tensor]:
+    """The tensors with one entry per slot, by name."""
+    tensors = {name: getattr(state, name) for name in names}
+    return tensors if state.bias is None else tensors | {"bias": state.bias}
 
 
 def empty_tensors(layout: StateLayout, device: torch.device | str | None) -> dict[str, Any]:
@@ -54,18 +61,21 @@ def emptied(state: "State", slots: Tensor) -> dict[str, Any]:
         "value": state.value.masked_fill(slots[..., None], 0.0),
         "gate": state.gate.masked_fill(slots, float("-inf")),
         "position": state.position.masked_fill(slots, -1),
-    }
+    } | ({} if state.bias is None else {"bias": state.bias.masked_fill(slots, 0.0)})
 
 
 def refuse_sizes(
-    batch_size: int, num_kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, gate_dtype: torch.dtype
-) -> None:
+    batch_size: int, num_kv_heads: int, head_dim: int, value_dim: int, dtype: torch.dtype, gate_dtype: torch.dtype,
+    bias_dtype: torch.dtype | None,
+) -> None:  # fmt: skip
     """Raise ValueError or TypeError for sizes and dtypes that no state has."""
     checks.positive_int("batch_size", batch_size, 0)
     for name, size in (("num_kv_heads", num_kv_heads), ("head_dim", head_dim), ("value_dim", value_dim)):
         checks.positive_int(name, size)
     if gate_dtype not in (torch.float32, torch.float64):
         raise TypeError(f"gate_dtype: expected torch.float32 or torch.float64, got {gate_dtype}")
+    if bias_dtype not in (None, torch.float32, torch.float64):
+        raise TypeError(f"bias_dtype: expected torch.float32, torch.float64 or None, got {bias_dtype}")
     if not isinstance(dtype, torch.dtype) or not dtype.is_floating_point:
         raise TypeError(f"dtype: expected a floating point torch.dtype, got {dtype!r}")
 
@@ -85,6 +95,9 @@ def refuse_difference(
             raise ValueError(
                 f"{name}: expected {option}={want!r}, got a state with {option}={getattr(state, option)!r}"
             )
+    if (state.bias is not None) != ("bias" in layout):
+        want, have = ("a", "one without") if "bias" in layout else ("no", "one with a")
+        raise ValueError(f"{name}: expected a state with {want} bias, got {have} bias")
     for field, (shape, dtype) in layout.items():
         have = getattr(state, field)
         if have.dim() != len(shape):
@@ -92,7 +105,7 @@ def refuse_difference(
         if have.device != device:
             raise ValueError(f"{name}: expected a state on {device}, got one on {have.device}")
         if have.dtype != dtype:
-            is_cast = field in ("gate", "forgotten") and have.dtype not in (torch.float32, torch.float64)
+            is_cast = field in ("gate", "bias", "forgotten") and have.dtype not in (torch.float32, torch.float64)
             hint = "; if fully_shard cast the state, pass cast_forward_inputs=False in its MixedPrecisionPolicy"
             raise TypeError(f"{name}: expected {field} of {dtype}, got {have.dtype}{hint if is_cast else ''}")
         if tuple(have.shape[1:]) != tuple(shape[1:]):

@@ -30,15 +30,18 @@ def attended(
 def weighted_values(
     scores: Tensor, now: Tensor, state: State, score_mod: ScoreMod | None, sink_logits: Tensor | None
 ) -> Tensor:
-    """The values of the state, weighted by a softmax over scores [B, Hkv, G, C] and gates: [B, Hkv, G, Dv].
+    """The values of the state, weighted by a softmax over scores [B, Hkv, G, C], gates and biases: [B, Hkv, G, Dv].
 
     now: [B], the position of the query.  Call it without autocast.
     """
     batch, heads, group, _slots = scores.shape
-    visible = (state.position >= 0)[:, :, None]  # [B, Hkv, 1, C]
-    gate = state.gate[:, :, None]
-    reference = torch.where(gate.detach().isfinite(), gate.detach(), float("-inf")).amax(-1, keepdim=True)
-    difference = gate - torch.where(reference == float("-inf"), 0.0, reference)
+    added = logit_bias(state)
+    visible = state.position >= 0
+    if state.bias is not None:
+        visible = visible & (added != float("-inf"))  # whose score would be below those of empty slots
+    visible, added = visible[:, :, None], added[:, :, None]  # [B, Hkv, 1, C]
+    reference = torch.where(added.detach().isfinite(), added.detach(), float("-inf")).amax(-1, keepdim=True)
+    difference = added - torch.where(reference == float("-inf"), 0.0, reference)
     bias = difference.to(scores.dtype)
     nothing = ~visible.any(-1, keepdim=True)
     if score_mod is not None:
@@ -55,13 +58,18 @@ def weighted_values(
     output = torch.where(nothing, 0.0, weights @ state.value.to(scores.dtype))
     if sink_logits is None:
         return output
-    sink = sink_scores(sink_logits, _best_gate(state)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
+    sink = sink_scores(sink_logits, _best(logit_bias(state), state.position)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
     return output * share_of_keys(scores.logsumexp(-1, keepdim=True), sink.to(scores.dtype))
 
 
-def _best_gate(state: State) -> Tensor:
-    """[B, Hkv, 1]: the largest finite gate of the state, of equal ones the newer; 0 if it has none."""
-    level = torch.where(state.gate.isfinite(), state.gate, float("-inf")).detach()
+def logit_bias(state: State) -> Tensor:
+    """[B, Hkv, C]: what each key of the state adds to its logits; -inf in empty slots."""
+    return state.gate if state.bias is None else state.gate + state.bias
+
+
+def _best(added: Tensor, position: Tensor) -> Tensor:
+    """[B, Hkv, 1]: the largest finite number of [B, Hkv, C], of equal ones that of the newer key; 0 for none."""
+    level = torch.where(added.isfinite(), added, float("-inf")).detach()
     best = level.amax(-1, keepdim=True)
-    newest = torch.where(level == best, state.position, -1).argmax(-1, keepdim=True)
-    return torch.where(best == float("-inf"), 0.0, state.gate.gather(-1, newest))
+    newest = torch.where(level == best, position, -1).argmax(-1, keepdim=True)
+    return torch.where(best == float("-inf"), 0.0, added.gather(-1, newest))

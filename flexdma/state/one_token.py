@@ -37,6 +37,7 @@ def inserted(
     gate: Tensor,
     key_padding_mask: Tensor | None,
     *,
+    bias: Tensor | None = None,
     in_place: bool = False,
 ) -> DynamicMaskState:
     """The state after one more key [B, Hkv, 1, D] of the same document.  O(C) time.
@@ -63,6 +64,8 @@ def inserted(
     if state.recent or state.selection == "sliding":  # a key may leave at a masked token
         key, value = (tensor.masked_fill(~real[..., None], 0.0) for tensor in (key, value))
     fresh = {"key": key, "value": value, "gate": gate, "position": position}
+    if bias is not None:
+        fresh["bias"] = bias.masked_fill(~real, 0.0)
     writes = enters | leaves
     after: dict[str, Any] = {
         name: written(getattr(state, name), slot, writes, new, in_place) for name, new in fresh.items()

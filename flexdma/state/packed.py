@@ -17,12 +17,13 @@ from flexdma.state.dynamic_mask_state import DynamicMaskState, state_options
 
 
 def states_after(
-    key: Tensor, value: Tensor, gate: Tensor, lifespans: Lifespans, sequences: Sequences, policy: Selection
-) -> DynamicMaskState:
+    key: Tensor, value: Tensor, gate: Tensor, lifespans: Lifespans, sequences: Sequences, policy: Selection,
+    bias: Tensor | None = None,
+) -> DynamicMaskState:  # fmt: skip
     """The state of batch size S after each sequence's last token.  O(T + S C) time.
 
-    key [1, Hkv, T, D], value [1, Hkv, T, Dv], gate [1, Hkv, T] float32 or float64; lifespans [1, Hkv, T] of `policy`, whose
-    documents are the sequences.
+    key [1, Hkv, T, D], value [1, Hkv, T, Dv], gate and bias [1, Hkv, T] float32 or float64, bias None = none; lifespans
+    [1, Hkv, T] of `policy`, whose documents are the sequences.
     """
     count, heads, capacity = sequences.cu_seqlens.shape[0] - 1, key.shape[1], cast(int, policy.capacity)
     first = sequences.cu_seqlens[:-1, None, None]
@@ -37,11 +38,12 @@ def states_after(
     position = torch.where(held, of_sequences(token) - first, -1)
     is_sink = held & (held.cumsum(-1) <= policy.sinks)
     empty = DynamicMaskState.empty(
-        count, heads, key.shape[3], value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype, device=key.device,
-        **state_options(policy),
+        count, heads, key.shape[3], value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype,
+        bias_dtype=None if bias is None else bias.dtype, device=key.device, **state_options(policy),
     )  # fmt: skip
     return replace(
         empty,
+        bias=None if bias is None else of_sequences(along_keys(bias, index)).masked_fill(~held, 0.0),
         key=of_sequences(along_keys(key, index)).masked_fill(~held[..., None], 0.0),
         value=of_sequences(along_keys(value, index)).masked_fill(~held[..., None], 0.0),
         gate=of_sequences(along_keys(gate, index)).masked_fill(~held, float("-inf")),

@@ -8,14 +8,15 @@ Inside `torch.compile` values cannot be read, and the operations of `one_token.p
 
 import math
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.dynamic_mask_state import DynamicMaskState
-from flexdma.state.layout import SLOTS
-from flexdma.state.one_query import attended
+from flexdma.state.layout import slot_tensors
+from flexdma.state.one_query import attended, logit_bias
 from flexdma.state.one_token import in_document, inserted
 from flexdma.state.token_run import run_of
 
@@ -27,6 +28,7 @@ def decode_in_place(
     gate: Tensor,
     state: DynamicMaskState,
     *,
+    bias: Tensor | None,
     scale: float,
     key_padding_mask: Tensor | None,
     document_ids: Tensor | None,
@@ -39,17 +41,17 @@ def decode_in_place(
     # A copy: the caller may overwrite the ids.
     ids = None if document_ids is None else document_ids[:, 0].to(torch.int64, copy=True)
     if ids is not None and not torch.equal(ids, state.document):
-        after = copied_into(state, inserted(in_document(state, ids), key, value, gate, key_padding_mask))
+        after = copied_into(state, inserted(in_document(state, ids), key, value, gate, key_padding_mask, bias=bias))
     else:
         is_plain = key_padding_mask is None or bool(key_padding_mask.all())
         run = run_of(state) if is_plain else None
-        if run is not None and run.insert(key, value, gate):
+        if run is not None and run.insert(key, value, gate, bias):
             now, after = state.length, run.state()
             after = after if ids is None else after._with(document=ids)
             if sink_logits is None:
                 return run.attention(query, scale), after
             return attended(query, now, after, scale, None, sink_logits), after
-        after = inserted(state, key, value, gate, key_padding_mask, in_place=True)
+        after = inserted(state, key, value, gate, key_padding_mask, bias=bias, in_place=True)
     if ids is not None:
         after = after._with(document=ids)
     output = None if sink_logits is not None else _attended(query, after, scale)
@@ -60,14 +62,16 @@ def decode_in_place(
 
 def copied_into(state: DynamicMaskState, after: DynamicMaskState) -> DynamicMaskState:
     """`after`, with its slots copied into those of `state`."""
-    for name in SLOTS:
-        getattr(state, name).copy_(getattr(after, name))
-    return replace(after, **{name: getattr(state, name) for name in SLOTS})
+    slots: dict[str, Any] = slot_tensors(state)
+    for name, tensor in slots.items():
+        tensor.copy_(getattr(after, name))
+    return replace(after, **slots)
 
 
 def _attended(query: Tensor, state: DynamicMaskState, scale: float) -> Tensor | None:
-    """Attention of the query to the keys of the state; None where a gate is not finite, or a row sees no key."""
-    best = state.gate.amax(-1, keepdim=True)
+    """Attention of the query to the keys of the state; None where a best bias is not finite, or a row sees no key."""
+    added = logit_bias(state)
+    best = added.amax(-1, keepdim=True)
     if not math.isfinite(best.sum().item()):
         return None
-    return attention_of_one(query, state.key, state.value, (state.gate - best).unsqueeze(2), scale)
+    return attention_of_one(query, state.key, state.value, (added - best).unsqueeze(2), scale)

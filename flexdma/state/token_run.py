@@ -16,11 +16,12 @@ from flexdma.state.cpu_attention import attention_of_one
 from flexdma.state.dynamic_mask_state import DynamicMaskState
 from flexdma.state.head_keys import HeadKeys, Written, find_keys, heads_at, is_top_of_equal_gates
 from flexdma.state.layout import SLOTS
+from flexdma.state.one_query import logit_bias
 
 # How far gates may rise above the number that is subtracted from them.  Float32 rounds a difference of 4 by 2e-7.
 RISE = 4.0
 # The tensors of a state that belong to its run.
-OWN = (*SLOTS, "length", "real_length", "last_sink", "last_loss")
+OWN = (*SLOTS, "bias", "length", "real_length", "last_sink", "last_loss")
 
 
 class TokenRun:
@@ -31,9 +32,13 @@ class TokenRun:
     """
 
     _heads: list[HeadKeys]  # one for each row of [B Hkv]
-    # [B, Hkv, 1, C]: gates minus `_references`, a number per head; -inf for empty slots.
+    # [B, Hkv, 1, C]: what is added to logits, minus `_references`, a number per head; -inf for empty slots.
     _bias: Tensor
     _references: list[float]
+    # For a state with biases: those that its tensor does not have yet, by slot; and the slot of each head's best sum, which
+    # may leave while it is the best.
+    _new_biases: dict[int, float]
+    _best: list[int]
     # Whether the last keys in rank of each head are known.
     _is_sorted: bool
 
@@ -43,6 +48,7 @@ class TokenRun:
         self._has_threshold = state.selection == "threshold"
         self._is_sliding = state.selection == "sliding"
         self._written: Written = {}
+        self._new_biases, self._best = {}, []
         self._heads = heads_at(state, self._written)
         self._begin_at(state)
 
@@ -50,14 +56,14 @@ class TokenRun:
         self.before = state
         # Views, made once.
         self._key, self._value, self._gate, self._position = (getattr(state, name).flatten(0, 2) for name in SLOTS)
+        self._added = None if state.bias is None else state.bias.flatten(0, 2)
         self._tokens, self._has_lost = 0, False
         real = state.real_length.tolist()
         self._real_length = real[0] if len(set(real)) == 1 else None
         self._count_writes()
 
     def _count_writes(self) -> None:
-        gate, position, last_sink = self.before.gate, self.before.position, self.before.last_sink
-        self._versions = None if gate.is_inference() else (gate._version, position._version, last_sink._version)
+        self._versions = _versions(self.before)
 
     def is_valid(self) -> bool:
         """Whether nothing else has written to the state; always False for tensors made in inference mode."""
@@ -65,30 +71,37 @@ class TokenRun:
 
     def is_overwritten(self) -> bool:
         """Whether something else has written to the state; always False for tensors made in inference mode."""
-        state = self.before
-        return self._versions is not None and self._versions != (
-            state.gate._version, state.position._version, state.last_sink._version
-        )  # fmt: skip
+        return self._versions is not None and self._versions != _versions(self.before)
 
-    def insert(self, key: Tensor, value: Tensor, gate: Tensor) -> bool:
+    def insert(self, key: Tensor, value: Tensor, gate: Tensor, bias: Tensor | None = None) -> bool:
         """One more token of the same documents; False, with nothing changed, where the run ends before it.  O(1) time.
 
-        key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1].
+        key [B, Hkv, 1, D], value [B, Hkv, 1, Dv], gate [B, Hkv, 1]; bias [B, Hkv, 1] where the state has biases.
         """
         gates: list[float] = gate.flatten().tolist()
+        added = gates if bias is None else (gate + bias).flatten().tolist()
         # A sum that overflows only ends the run.
-        if not math.isfinite(sum(gates)) or (self._is_sliding and any(gates)) or not (self._is_sorted or self._sort()):
+        if (
+            not math.isfinite(sum(gates) + sum(added))
+            or (self._is_sliding and any(gates))
+            or not (self._is_sorted or self._sort())
+        ):
             return False
         rows, places, biases, is_stale, lost = [], [], [], False, False
         for row, (head, number) in enumerate(zip(self._heads, gates, strict=True)):
-            place, difference = head.insert(number), number - self._references[row]
+            place, difference = head.insert(number), added[row] - self._references[row]
             if place >= 0:
                 rows.append(row)
                 places.append(place)
                 biases.append(difference)
                 is_stale = is_stale or difference > RISE
+                if bias is not None:
+                    is_stale = is_stale or place == self._best[row]
             lost = lost or head.last_loss == head.now - 1
             self._is_sorted = self._is_sorted and bool(head.lowest)
+        if bias is not None:
+            numbers: list[float] = bias.flatten().tolist()
+            self._new_biases.update(zip(places, (numbers[row] for row in rows), strict=True))
         self._tokens += 1
         self._has_lost = self._has_lost or lost
         if places:
@@ -152,7 +165,9 @@ class TokenRun:
         """The same for a state whose slots are copies of this one's `state`."""
         copy = object.__new__(TokenRun)
         written: Written = {}  # nothing is left to write
-        copy.__dict__.update(self.__dict__, _written=written, _heads=[head.copy(written) for head in self._heads])
+        copy.__dict__.update(
+            self.__dict__, _written=written, _new_biases={}, _heads=[head.copy(written) for head in self._heads]
+        )
         copy._set_bias(self._bias.clone())
         copy._begin_at(after)
         return copy
@@ -167,6 +182,10 @@ class TokenRun:
         gates, positions = zip(*written.values(), strict=True)
         self._gate.index_copy_(0, slots, torch.tensor(gates, dtype=self._gate.dtype, device=device))
         self._position.index_copy_(0, slots, torch.tensor(positions, device=device))
+        if self._added is not None:
+            biases = [self._new_biases[slot] for slot in written]
+            self._added.index_copy_(0, slots, torch.tensor(biases, dtype=self._added.dtype, device=device))
+            self._new_biases.clear()
         written.clear()
         if not overwritten:
             self._count_writes()
@@ -179,15 +198,19 @@ class TokenRun:
         return self._is_sorted
 
     def _find_references(self) -> bool:
-        """Subtract the best gate of each head; False where one is not finite."""
+        """Subtract the best number of each head; False where one is not finite."""
         self._write()
-        gate = self.before.gate.unsqueeze(2)
-        best = gate.amax(-1, keepdim=True)
+        added = logit_bias(self.before).unsqueeze(2)
+        if self._added is None:
+            best = added.amax(-1, keepdim=True)
+        else:
+            best, slot = added.max(-1, keepdim=True)
+            self._best = [row * added.shape[-1] + index for row, index in enumerate(slot.flatten().tolist())]
         self._references = best.flatten().tolist()
         computed = torch.float64 if self._key.dtype == torch.float64 else torch.float32
         # A tensor made in inference mode could not be written to by a later token outside of it.
         with torch.inference_mode(False):
-            self._set_bias((gate - best).to(computed))
+            self._set_bias((added - best).to(computed))
         return math.isfinite(sum(self._references))
 
     def _set_bias(self, bias: Tensor) -> None:
@@ -212,8 +235,18 @@ def run_of(state: DynamicMaskState) -> TokenRun | None:
     return run if run._sort() else None
 
 
-def has_sizes_of(state: DynamicMaskState, query: Tensor, key: Tensor, value: Tensor, gate: Tensor) -> bool:
-    """Whether this is one token with the sizes of the state, and gates of its dtype."""
+def _versions(state: DynamicMaskState) -> tuple[int, ...] | None:
+    """How often the tensors that a run reads only at its beginning were written to; None where torch does not count."""
+    if state.gate.is_inference():
+        return None
+    counts = (state.gate._version, state.position._version, state.last_sink._version)
+    return counts if state.bias is None else (*counts, state.bias._version)
+
+
+def has_sizes_of(
+    state: DynamicMaskState, query: Tensor, key: Tensor, value: Tensor, gate: Tensor, bias: Tensor | None = None
+) -> bool:
+    """Whether this is one token with the sizes of the state, and gates and biases of its dtypes."""
     batch, heads, _slots, size = state.key.shape
     rows = query.shape
     return (
@@ -221,6 +254,8 @@ def has_sizes_of(state: DynamicMaskState, query: Tensor, key: Tensor, value: Ten
         and value.shape == (batch, heads, 1, state.value.shape[3])
         and gate.shape == (batch, heads, 1)
         and gate.dtype is state.gate.dtype
+        and (bias is None) == (state.bias is None)
+        and (bias is None or state.bias is None or (bias.shape == gate.shape and bias.dtype is state.bias.dtype))
         and len(rows) == 4
         and rows[0] == batch
         and rows[2] == 1

@@ -1,7 +1,7 @@
 """What all states are: tensors and options that no call changes unless the state is donated."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, ClassVar, TypeVar
 
 import torch
@@ -29,6 +29,7 @@ class State:
     last_sink: [B, Hkv] int64, position of the latest sink of that document; -1 for none.
     last_loss: [B, Hkv] int64, the latest position whose token no longer saw a visible key; -1 for none.  `crop` reads it.
     forgotten: [B, Hkv] float64, the sum of -logsigmoid so far for `ValueGate(recency="forget")`; the operator only copies it.
+    bias: [B, Hkv, C] float32 or float64, what a key adds to its logits beside its gate, 0 in an empty slot; None = nothing.
     """
 
     key: Tensor
@@ -42,6 +43,7 @@ class State:
     last_sink: Tensor
     last_loss: Tensor
     forgotten: Tensor
+    bias: Tensor | None = field(default=None, kw_only=True)
     # Names of the fields, set by `register`.
     TENSORS: ClassVar[tuple[str, ...]]
     OPTIONS: ClassVar[tuple[str, ...]]
@@ -52,8 +54,8 @@ class State:
         return sum(tensor.nbytes for tensor in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by name."""
-        return {name: getattr(self, name) for name in self.TENSORS}
+        """The tensors by name; no `bias` where it is None."""
+        return {name: tensor for name in self.TENSORS if (tensor := getattr(self, name)) is not None}
 
     def options(self) -> dict[str, Any]:
         """The fields that are not tensors, by name."""
@@ -121,24 +123,34 @@ class State:
 
 def register(state: Class) -> Class:
     """Class decorator: names the fields, and registers the class with pytree and torch.load."""
-    state.TENSORS = tuple(field.name for field in fields(state) if field.type is Tensor)
-    state.OPTIONS = tuple(field.name for field in fields(state) if field.type is not Tensor)
+    state.TENSORS = tuple(each.name for each in fields(state) if each.type in (Tensor, Tensor | None))
+    state.OPTIONS = tuple(each.name for each in fields(state) if each.name not in state.TENSORS)
     # torch.load(weights_only=True), the default, loads no other classes.
     torch.serialization.add_safe_globals([state])
     pytree.register_pytree_node(
         state,
-        lambda value: (list(value.tensors().values()), tuple(value.options().values())),
-        lambda tensors, options: state(*tensors, *options),
+        lambda value: (list(value.tensors().values()), _context(value)),
+        lambda tensors, context: _from_leaves(state, tensors, *context),
         serialized_type_name=f"flexdma.{state.__name__}",
         # JSON has no tuples.
         to_dumpable_context=list,
-        from_dumpable_context=lambda options: tuple(tuple(o) if isinstance(o, list) else o for o in options),
+        from_dumpable_context=lambda context: tuple(tuple(o) if isinstance(o, list) else o for o in context),
         flatten_with_keys_fn=lambda value: (
             [(pytree.GetAttrKey(name), tensor) for name, tensor in value.tensors().items()],
-            tuple(value.options().values()),
+            _context(value),
         ),
     )
     return state
+
+
+def _context(state: State) -> tuple[Any, ...]:
+    """What pytree keeps of a state beside its tensors: whether it has biases, and its options."""
+    return (state.bias is not None, *state.options().values())
+
+
+def _from_leaves(state: type[State], tensors: Iterable[Tensor], has_bias: bool, *options: Any) -> State:
+    names = [name for name in state.TENSORS if has_bias or name != "bias"]
+    return state(**dict(zip(names, tensors, strict=True)), **dict(zip(state.OPTIONS, options, strict=True)))
 
 
 def _check_rows(rows: Tensor, count: object, like: Tensor) -> None:

@@ -79,7 +79,6 @@ def refused(call):
     changes: dict[str, dict[str, Any]] = {
         "unbounded": {"window_size": None, "selection": "threshold"},
         "global": {"selection": "global"},
-        "bias": {"bias": torch.zeros(1, 1, 10)},
     }
     if call == "fewer queries":
         tensors[0] = tensors[0][:, :, 1:]
@@ -96,7 +95,6 @@ def refused(call):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        ("bias", "bias: expected None over several ranks, as a state holds no biases, got a tensor"),
         ("two dimensions", "mesh: expected one dimension, as mesh['cp'] has, got 2"),
         ("not a mesh", "mesh: expected a torch.distributed.device_mesh.DeviceMesh, got ProcessGroup"),
         ("DTensor", "key: expected the part of this rank, as from to_local(), got a DTensor"),

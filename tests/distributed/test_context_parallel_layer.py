@@ -19,6 +19,8 @@ RECENCIES = [None, "slope", "forget"]
 
 def make_layer(recency, window_size=6, **options):
     torch.manual_seed(1)
+    if recency == "added":  # a recency that does not rank
+        recency, options = "forget", {"recency_ranks": False}
     if recency == "sliding":  # a layer without a gate
         recency, options = None, {"selection": "sliding"}
     layer = DynamicMaskAttention(
@@ -107,6 +109,7 @@ def in_one_process(layer, **options):
     [
         *((recency, "eager", LENGTHS) for recency in RECENCIES),
         ("sliding", "eager", LENGTHS),
+        ("added", "eager", LENGTHS),
         ("forget", "checkpointed", LENGTHS),
         ("slope", "compiled", [30, 10]),
         pytest.param("forget", "compiled for changing lengths", LENGTHS, marks=pytest.mark.slow),
@@ -175,7 +178,6 @@ def refused():
         lambda: context_parallel(nn.Linear(2, 2), mesh),
         lambda: context_parallel(nn.Sequential(_Subclass(32, 4, 2, 8, 6)), mesh),
         lambda: context_parallel(make_layer(None, None, selection="threshold"), mesh),
-        lambda: context_parallel(make_layer("slope", recency_ranks=False), mesh),
         lambda: layer(hidden, cu_seqlens=ends),
         lambda: layer(hidden, state=make_layer("slope").empty_state(1)),
         lambda: layer(hidden.expand(1 + mesh.get_local_rank(), 5, 32)),
@@ -193,7 +195,6 @@ def test_what_has_no_meaning_is_refused(four):
         "module: expected a DynamicMaskAttention or a module with some, got Linear",
         "module: expected layers of type DynamicMaskAttention, got _Subclass",
         "window_size: expected an int or one per gate head over several ranks, which it bounds, got None",
-        "recency_ranks: expected True over several ranks, as a state holds no biases, got False",
         "cu_seqlens: expected None over several ranks (use document_ids), got Tensor",
         "state: expected None over several ranks (use return_state on the last rank), got DynamicMaskState",
         "hidden_states.shape[0]: expected the same on every rank of the mesh, got 1 on this rank, 1 to 4 on all ranks",

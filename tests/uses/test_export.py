@@ -77,9 +77,10 @@ def test_inference_at_any_length(lowering, strict):
         torch.testing.assert_close(program(hidden), dense(hidden), atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("ranks", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["ranks", "is a bias"])
 @torch.no_grad()
-def test_decoding_and_chunks():
-    attend, dense = layer()
+def test_decoding_and_chunks(ranks):
+    attend, dense = layer(recency_ranks=ranks)
     state = attend.empty_state(2)
     decode, read = (exported(Step(attend), (torch.randn(2, size, 16), state)) for size in (1, 5))
     hidden, outputs = torch.randn(2, 16, 16), []
