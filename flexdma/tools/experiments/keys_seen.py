@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 
 from flexdma.gates import ValueGate
 from flexdma.tools.experiments.model import SequenceModel
@@ -23,7 +24,7 @@ def keys_seen(mixer: nn.Module, hidden: Tensor, position_embeddings: tuple[Tenso
     joined: list[Tensor] = []
     hooks = [_output_projection(mixer).register_forward_pre_hook(lambda module, inputs: joined.append(inputs[0]))]
     hooks += [
-        module.register_forward_hook(lambda module, inputs, output: output.detach())
+        module.register_forward_hook(lambda module, inputs, output: tree_map(Tensor.detach, output))
         for name, module in mixer.named_modules()
         if isinstance(module, ValueGate) or name.split(".")[-1] in ("q_proj", "g_proj")
     ]

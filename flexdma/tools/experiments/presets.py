@@ -15,7 +15,7 @@ from flexdma.tools.experiments.training import Schedule
 # For the longer experiments.  A choice that reads the whole sequence predicts no next byte.
 CAUSAL = (
     "full", "full + slope", "FoX", "MLA", "NSA", "window", "sinks + window", "DMA", "DMA identity", "DMA + slope",
-    "DMA + forget",
+    "DMA + forget", "DMA recent", "DMA recent + slope", "DMA recent + forget",
 )  # fmt: skip
 # Without NSA, whose mask is dense (16,384² numbers per head), and with fewer unbounded ones, for time.
 NEEDLES = tuple(name for name in CAUSAL if name not in ("FoX", "MLA", "NSA"))

@@ -14,12 +14,13 @@ EVERY_KEY = 2**30  # a window that no sequence fills
 Make = Callable[[ModelSizes], nn.Module]
 
 
-def dynamic(**options: Any) -> Callable[[ModelSizes], DynamicMaskAttention]:
-    """The w best-gated keys."""
+def dynamic(*, recent_part: int = 0, **options: Any) -> Callable[[ModelSizes], DynamicMaskAttention]:
+    """The w best-gated keys, of which the last w / recent_part are visible whatever their gates; 0 = none."""
 
     def make(sizes: ModelSizes) -> DynamicMaskAttention:
         slopes = sizes.slopes if options.get("recency") == "slope" else None
-        return _layer(sizes, sizes.window, slopes=slopes, **options)
+        recent = sizes.window // recent_part if recent_part else 0
+        return _layer(sizes, sizes.window - recent, recent=recent, slopes=slopes, **options)
 
     return make
 

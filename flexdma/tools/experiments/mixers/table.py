@@ -39,6 +39,17 @@ MIXERS: Mapping[str, Mixer] = {
     "DMA + forget": Mixer(
         layers.dynamic(recency="forget"), True, "the w best-gated keys so far; A v Δ + forget gates", "this project"
     ),
+    "DMA recent": Mixer(
+        layers.dynamic(recent_part=4), True, "the last w / 4 keys and the best-gated others; A v Δ", "this project"
+    ),
+    "DMA recent + slope": Mixer(
+        layers.dynamic(recent_part=4, recency="slope", recency_ranks=False), True,
+        "the last w / 4 keys and the best-gated others; A v Δ + slope · j, ranked by A v Δ", "this project",
+    ),
+    "DMA recent + forget": Mixer(
+        layers.dynamic(recent_part=4, recency="forget", recency_ranks=False), True,
+        "the last w / 4 keys and the best-gated others; A v Δ + forget gates, ranked by A v Δ", "this project",
+    ),
     "MLA + DMA": Mixer(latent.dynamic_latent(), True, "the w best-gated tokens so far, as latents", "this project"),
     "MoBA": Mixer(MoBA, True, "its own chunk of w / 4 keys and the 3 best earlier ones", "arXiv 2502.13189"),
     "SeerAttention": Mixer(

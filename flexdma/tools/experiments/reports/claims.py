@@ -7,7 +7,8 @@ from typing import NamedTuple
 from flexdma.tools.experiments.experiment import Experiment, Row
 
 UNMEASURED = "not measured"
-OWN = ("DMA", "DMA identity", "DMA + slope", "DMA + forget")  # the paper's, another form of gate, and it with a recency
+# The paper's; with a recency that ranks keys, and with one that is added to logits alone.
+OWN = ("DMA", "DMA + slope", "DMA + forget", "DMA recent + slope", "DMA recent + forget")
 RECALL = ("stacked", "unstacked", "overwritten", "copying")
 
 
