@@ -180,7 +180,15 @@ def dynamic_mask_attention(
     if policy.capacity is None:
         new = NewKeys(key, value, gate, partial(policy.lifetimes, gate), None, None, bias=bias, **masks)
         output, grown = attend_growing(
-            query, new, state, growing_options(policy), ranked=True, donate=donate, is_biased=is_biased, **scores, **how
+            query,
+            new,
+            state,
+            growing_options(policy),
+            ranked=policy.is_ranked,
+            donate=donate,
+            is_biased=is_biased,
+            **scores,
+            **how,
         )
         return (output, grown) if return_state else output
     before = _state_before(state, key, value, gate, bias, policy)

@@ -286,6 +286,21 @@ def test_an_outlier_that_is_not_seen_costs_the_others_nothing(outlier):
         assert (got - want).abs().max() < 3e-6
 
 
+@pytest.mark.parametrize(
+    "options", [{"selection": "threshold", "window_size": None}, {"selection": "global", "window_size": 3}]
+)
+def test_a_recent_key_of_the_best_gate_that_leaves_costs_the_others_nothing(options):
+    query, key, value, gate = inputs(1, 1, 1, 40, 40, 8, dtype=torch.float32)
+    gate = gate.double() - 1e6
+    gate[..., 0], gate[..., -3:] = -1.0, 0.0 if options["selection"] == "global" else -1e6
+    want = dense_dynamic_mask_attention(query.double(), key.double(), value.double(), gate, recent=5, **options)
+    got = flexdma.dynamic_mask_attention(query, key, value, gate, recent=5, **options)
+    torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+    if options["selection"] == "threshold":
+        got, _ = flexdma.dynamic_mask_attention(query, key, value, gate, recent=5, return_state=True, **options)
+        torch.testing.assert_close(got.double(), want, rtol=1e-5, atol=1e-5)
+
+
 def test_a_score_mod_may_look_up_a_table_of_positions():
     tensors = inputs(1, 2, 1, 100, 100, 16)
     table = torch.randn(100, 100, dtype=torch.float64)

@@ -24,7 +24,7 @@ class Selection:
     kind: "causal", "global", "threshold" or "sliding", for `causal_top_w`, `global_top_w`, `above_threshold` and
         `sliding_window`; "full" = all keys at or before the query.
     window_size: w, one int per head, or None = no bound.
-    sinks, recent: number of first and last keys that are visible besides; see `causal_top_w`.
+    sinks, recent: number of first and last keys that are visible and take no places of the window; see `causal_top_w`.
     threshold: for kind "threshold".
     """
 
@@ -81,8 +81,11 @@ class Selection:
 
     @property
     def is_ranked(self) -> bool:
-        """Whether the best-gated key that a query sees stays visible to the end of its document."""
-        return self.kind != "sliding"
+        """Whether the best-gated key that a query sees stays visible until a better one comes.
+
+        A recent key may be the best, and leave where it does not compete: below a threshold, or outside one choice for all.
+        """
+        return self.kind in ("causal", "full") or (self.kind != "sliding" and not self.recent)
 
     @property
     def last_positions(self) -> int:
