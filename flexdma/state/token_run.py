@@ -237,10 +237,8 @@ def run_of(state: DynamicMaskState) -> TokenRun | None:
 
 def _versions(state: DynamicMaskState) -> tuple[int, ...] | None:
     """How often the tensors that a run reads only at its beginning were written to; None where torch does not count."""
-    if state.gate.is_inference():
-        return None
-    counts = (state.gate._version, state.position._version, state.last_sink._version)
-    return counts if state.bias is None else (*counts, state.bias._version)
+    read = (state.gate, state.position, state.last_sink, *(() if state.bias is None else (state.bias,)))
+    return None if any(tensor.is_inference() for tensor in read) else tuple(tensor._version for tensor in read)
 
 
 def has_sizes_of(

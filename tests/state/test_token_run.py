@@ -219,6 +219,17 @@ def test_a_run_of_inference_mode_goes_on_outside_of_it():
     torch.testing.assert_close(output.double(), want[:, :, -1:], rtol=1e-5, atol=1e-5)
 
 
+def test_a_state_of_inference_mode_goes_on_outside_of_it():
+    tensors = inputs(1, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
+    want = dense_dynamic_mask_attention(*(t.double() for t in tensors), window_size=8)
+    with torch.inference_mode():
+        _, state = dynamic_mask_attention(*(t[:, :, :58] for t in tensors), window_size=8, return_state=True)
+    with torch.no_grad():
+        for at in (58, 59):
+            output, state = dynamic_mask_attention(*token(tensors, at), window_size=8, state=state, return_state=True)
+    torch.testing.assert_close(output.double(), want[:, :, 59:60], rtol=1e-5, atol=1e-5)
+
+
 @torch.no_grad()
 def test_writing_to_a_state_between_tokens_ends_its_run():
     tensors = inputs(1, 4, 2, LENGTH, LENGTH, 8, dtype=torch.float32)
