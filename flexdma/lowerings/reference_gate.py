@@ -95,7 +95,7 @@ def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> lis
 
 def _ordered(number: Tensor) -> Tensor:
     """An int64 within 32 bits that sorts like the number in float32."""
-    bits = number.float().view(torch.int32)
+    bits = (number.float() + 0.0).view(torch.int32)  # -0.0 + 0.0 is 0.0, so equal numbers have equal bits
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 

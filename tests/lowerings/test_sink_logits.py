@@ -41,6 +41,13 @@ OPTIONS: dict[str, dict[str, Any]] = {
 }
 
 
+def test_zeros_of_both_signs_are_equal_gates():
+    query, key, value, gate = inputs(1, 4, 2, 2, 2, 8)
+    gate = torch.zeros_like(gate)
+    gate[..., 1] = -0.0
+    assert_same_with_sinks(gather, (query, key, value, gate.requires_grad_()), tolerance=1e-12)
+
+
 @pytest.mark.parametrize("queries", [129, 45])
 @pytest.mark.parametrize("name", OPTIONS)
 def test_gather_equals_the_specification(name, queries):
