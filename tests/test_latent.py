@@ -332,3 +332,10 @@ def test_wrong_arguments_are_named():
     state = DynamicMaskAttention(24, 2, 1, ROPE, 6).empty_state(2, torch.float64)
     with pytest.raises(ValueError, match="state: expected value"):
         layer(tokens(5), state=state, return_state=True)
+
+
+def test_no_tokens_are_refused_by_name():
+    with pytest.raises(ValueError, match="hidden_states: expected at least 1 position, got 0"):
+        DynamicMaskLatentAttention(24, 2, 4, kv_lora_rank=8, qk_nope_head_dim=4, qk_rope_head_dim=4, v_head_dim=8)(
+            torch.randn(1, 0, 24)
+        )

@@ -46,6 +46,8 @@ class LatentAttention(LatentProjections):
     ) -> tuple[Tensor, State | None]:  # fmt: skip
         """Attention [B, H, N, dv], and with return_state the DynamicMaskState after the tokens."""
         _query_nope, _query_rope, key, latent = tokens
+        if not key.shape[2]:
+            raise ValueError("hidden_states: expected at least 1 position, got 0")
         gate, bias, policy = self.policy.gates(gates.gate, key), gates.bias, self.policy
         has_gate = gates.gate is not None
         before = cast("DynamicMaskState | None", state)
