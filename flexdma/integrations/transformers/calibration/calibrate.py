@@ -22,6 +22,8 @@ from flexdma.integrations.transformers.layer_selections import layer_selections
 
 # The scale of the gates.  It keeps their order and changes logits by less than float32 rounds them.
 SCALE = 2.0**-20
+# Of the slope that changes outputs least, what a head gets.  Few of the queries that measure it ask for far facts.
+SLOPE_SHARE = 0.5
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,8 @@ class Calibration:
         the fit did not use.
     peaks: mean over keys of their largest future probability.
     windows: keys kept by gate.  slopes: what a key loses per token of age, in logarithms of probability.
-    errors: squared change of the head's outputs by the window, as a share of the squares of the layer's outputs.
+    errors: squared change of the head's outputs by the window and the best of the candidate slopes, as a share of the squares
+        of the layer's outputs.
     tokens: number of calibration tokens.
     """
 
@@ -70,7 +73,7 @@ def calibrate(
     sinks, recent, lowering: as in `convert_to_dma`.  A query sees at most window + sinks + recent keys of a head.
     far: queries this many tokens after a key or more are its future.
     slopes: candidates of the preference for newer keys, in logarithms of probability that a key loses per token of age.  Each
-        head has the one that changes its outputs least.
+        head gets half of the one that changes its outputs least.
     reads_keys: gates read the energies of keys beside values (`convert_to_dma`).
 
         one full pass   ->  p_j = max over queries i >= j + far and the heads of a group of P_ij
@@ -114,7 +117,7 @@ def calibrate(
         reads_keys=reads_keys,
     )  # fmt: skip
     best = [found.best(windows_per_head(layer)) for layer, found in zip(layers, measured, strict=True)]
-    chosen = [[slopes[number] for number in numbers] for numbers, _ in best]
+    chosen = [[SLOPE_SHARE * slopes[number] for number in numbers] for numbers, _ in best]
     for layer, (weights, _), of_heads in zip(layers, fits, chosen, strict=True):
         _set_gate(layer.value_gate, weights, torch.tensor(of_heads))
     model.config.flexdma = model.config.flexdma | {"calibrated": True}
