@@ -70,7 +70,7 @@ class DynamicMaskState(State):
         """The state before the first token.
 
         batch_size, num_kv_heads, head_dim, value_dim: B, Hkv, D and Dv (default D).
-        window_size, sinks, recent, selection: as in `dynamic_mask_attention`; selection is "causal", "threshold" or "sliding".
+        window_size, sinks, recent, selection: as in `dynamic_mask_attention`; selection is not "global" or "full".
         dtype: of keys and values.  gate_dtype: float64 for float64 gates (those with a recency), float32 for all others.
         bias_dtype: of biases, as gate_dtype; None = a state without them.
         Raises ValueError or TypeError naming the argument.

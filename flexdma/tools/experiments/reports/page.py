@@ -17,8 +17,8 @@ HEAD = """# Results
     python -m flexdma experiments results    # this page, from the JSON in docs/results
 
 Small models that differ only in their attention, trained as [experiments](experiments.md) describes. Numbers are the mean
-± the standard deviation over seeds, at the learning rate that is best for each mixer. Seconds are wall time, on cores that other
-processes may have shared.
+± the standard deviation over seeds, at the learning rate that is best for each mixer. Seconds are wall time, on cores that
+other processes may have shared.
 
 ## The paper's claims
 
