@@ -165,7 +165,7 @@ def dynamic_mask_attention(
     scores: dict[str, Any] = {"scale": scale, "score_mod": score_mod, "sink_logits": sink_logits}
     how: dict[str, Any] = {"lowering": lowering, "block_size": block_size, "kernel_options": kernel_options}
     attend_selected: Callable[..., Tensor] = partial(
-        attend, in_order=True, ranked=policy.is_ranked, capacity=policy.capacity, **how
+        attend, in_order=True, ranked=policy.is_ranked, best_stays=policy.best_stays, capacity=policy.capacity, **how
     )
     is_biased, gate = gate is not None, policy.gates(gate, key)
     if state is None and not return_state:
@@ -180,16 +180,9 @@ def dynamic_mask_attention(
     if policy.capacity is None:
         new = NewKeys(key, value, gate, partial(policy.lifetimes, gate), None, None, bias=bias, **masks)
         output, grown = attend_growing(
-            query,
-            new,
-            state,
-            growing_options(policy),
-            ranked=policy.is_ranked,
-            donate=donate,
-            is_biased=is_biased,
-            **scores,
-            **how,
-        )
+            query, new, state, growing_options(policy), ranked=True, best_stays=policy.best_stays, donate=donate,
+            is_biased=is_biased, **scores, **how,
+        )  # fmt: skip
         return (output, grown) if return_state else output
     before = _state_before(state, key, value, gate, bias, policy)
     if state is not None and key.shape[2] == 1 and not any(option is not None for option in how.values()):

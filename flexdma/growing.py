@@ -11,6 +11,7 @@ from flexdma.mixed_precision import autocast
 from flexdma.opaque import apart
 from flexdma.signatures import ScoreMod
 from flexdma.state import GrowingState
+from flexdma.state.carry import of_heads
 from flexdma.state.donation import check_donation
 from flexdma.state.growing_call import attend_growing
 from flexdma.state.growing_chunk import NewKeys
@@ -65,12 +66,11 @@ def growing_attention(
     query, key, value = autocast(query, key, value)
     checks.attention_arguments(query, key, value)
     checks.scores(scale, score_mod)
-    shape = key.shape[:3]
     if bias is None:
-        bias = torch.zeros(shape, dtype=torch.float32, device=key.device)
+        bias = torch.zeros(key.shape[:3], dtype=torch.float32, device=key.device)
     bias = apart(bias)
     checks.bias("bias", bias, key)
-    bias = bias.to(torch.float64 if bias.dtype == torch.float64 else torch.float32).expand(shape)
+    bias = of_heads(bias, key)
     masks: dict[str, Any] = {"key_padding_mask": key_padding_mask, "document_ids": document_ids}
     checks.selected_keys(bias, **masks)
     check_donation(donate, state, True, query, key, value, bias)
@@ -86,8 +86,8 @@ def growing_attention(
         new = NewKeys(key, value, bias, None, _floats("expiry", expiry, key), _clock(clock, key), **masks)
     options = {"sinks": 0, "recent": 0, "selection": "lifetime" if clock is None else "clock"}
     return attend_growing(
-        query, new, state, options, scale=scale, score_mod=score_mod, sink_logits=None, ranked=False, donate=donate,
-        lowering=lowering, block_size=block_size, kernel_options=kernel_options,
+        query, new, state, options, scale=scale, score_mod=score_mod, sink_logits=None, ranked=False, best_stays=False,
+        donate=donate, lowering=lowering, block_size=block_size, kernel_options=kernel_options,
     )  # fmt: skip
 
 

@@ -89,9 +89,9 @@ def lifespan_attention(
         if in_order is None or (in_order and on_cpu):
             in_order = _checked_order(in_order, terms)
     return attend(
-        query, key, value, None, terms, bias=bias_of_terms(biases), in_order=in_order, ranked=False, capacity=capacity,
-        scale=scale, score_mod=score_mod, lowering=lowering, block_size=block_size, kernel_options=kernel_options,
-        sink_logits=sink_logits, packed=packed,
+        query, key, value, None, terms, bias=bias_of_terms(biases), in_order=in_order, ranked=False, best_stays=False,
+        capacity=capacity, scale=scale, score_mod=score_mod, lowering=lowering, block_size=block_size,
+        kernel_options=kernel_options, sink_logits=sink_logits, packed=packed,
     )  # fmt: skip
 
 

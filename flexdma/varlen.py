@@ -132,7 +132,7 @@ def dynamic_mask_attention_varlen(
         bias = None if bias is None else of_heads(bias, key)
     lifespans = policy.lifespans(gate, document_ids=sequences.number[None])
     output = attend(
-        query, key, value, added, lifespans, bias=bias, in_order=True, ranked=policy.is_ranked,
+        query, key, value, added, lifespans, bias=bias, in_order=True, ranked=policy.is_ranked, best_stays=policy.best_stays,
         capacity=capacity_of_sequences(policy, sequences, lowering), scale=scale,
         score_mod=None if score_mod is None else score_mod_in_sequences(score_mod, sequences), lowering=lowering,
         block_size=block_size, kernel_options=kernel_options, sink_logits=sink_logits,

@@ -115,6 +115,7 @@ class LatentAttention(LatentProjections):
         key = torch.cat([nope, keys.key.to(nope.dtype).expand(-1, self.num_heads, -1, -1)], -1)
         return attend(
             query, key, value, keys.gate if has_gate else None, lifespans, bias=keys.bias, in_order=True,
-            ranked=self.policy.is_ranked, capacity=capacity, scale=self.scale, score_mod=score_mod,
-            lowering=self.lowering, block_size=self.block_size, kernel_options=self.kernel_options, sink_logits=None,
+            ranked=self.policy.is_ranked, best_stays=self.policy.best_stays, capacity=capacity, scale=self.scale,
+            score_mod=score_mod, lowering=self.lowering, block_size=self.block_size, kernel_options=self.kernel_options,
+            sink_logits=None,
         )  # fmt: skip

@@ -81,11 +81,16 @@ class Selection:
 
     @property
     def is_ranked(self) -> bool:
+        """Whether keys leave because others outrank them, and not by their positions alone."""
+        return self.kind != "sliding"
+
+    @property
+    def best_stays(self) -> bool:
         """Whether the best-gated key that a query sees stays visible until a better one comes.
 
         A recent key may be the best, and leave where it does not compete: below a threshold, or outside one choice for all.
         """
-        return self.kind in ("causal", "full") or (self.kind != "sliding" and not self.recent)
+        return self.kind == "causal" or (self.is_ranked and not self.recent)
 
     @property
     def last_positions(self) -> int:

@@ -6,8 +6,8 @@ Three properties save work where they hold:
 
     in_order    each key that is ever visible is born at its own position
     ranked      the lifespans are a selection by the gate
-    best_stays  the key that adds most to the logits of a query stays visible to the end of its document: where they are a
-                selection by the gate, and nothing else is added
+    best_stays  the best-gated key that a query sees stays visible until a better one comes; a bias ends this, because the key
+                that adds most to the logits is another one then
 
 packed is of flex: whether keys are packed by lifespan or stay in their own order; None = where fewer blocks are visited.
 """
@@ -42,6 +42,7 @@ def attend(
     bias: Tensor | None = None,
     in_order: bool | None,
     ranked: bool,
+    best_stays: bool,
     capacity: int | None,
     scale: float | None,
     score_mod: ScoreMod | None,
@@ -56,7 +57,7 @@ def attend(
     gate, bias: both are added to the logits; the gate is what ranked the keys, where they are `ranked`.
     in_order: None = not known.  capacity: upper bound on the terms that one query sees; None = all.
     """
-    best_stays, bias = ranked and bias is None, added_to_logits(gate, bias)
+    best_stays, bias = best_stays and bias is None, added_to_logits(gate, bias)
     chosen = chosen_lowering(lowering, query)
     check_lowering_options(chosen, query.dtype, block_size, kernel_options)
     if packed is False and chosen != "flex":

@@ -29,6 +29,7 @@ def attend_growing(
     score_mod: ScoreMod | None,
     sink_logits: Tensor | None,
     ranked: bool,
+    best_stays: bool,
     donate: bool,
     lowering: str | None,
     block_size: int | tuple[int, int] | None,
@@ -37,7 +38,7 @@ def attend_growing(
 ) -> tuple[Tensor, GrowingState]:
     """Attention [B, Hq, Q, Dv] of the last Q of n new tokens, and the state after them.
 
-    options: of the state, by name.  ranked: see `flexdma.lowerings.attend`.  is_biased: False = all gates are 0.
+    options: of the state, by name.  ranked, best_stays: see `flexdma.lowerings.attend`.  is_biased: False = all gates are 0.
     Others as in `dynamic_mask_attention`.
     """
     group = query.shape[1] // new.key.shape[1]
@@ -48,8 +49,8 @@ def attend_growing(
             at_positions = score_mod_at_positions(score_mod, put.keys, before.length, group)
         return attend(
             query, put.keys.key, put.keys.value, put.keys.gate if is_biased else None, put.lifespans,
-            bias=put.keys.bias, in_order=True, ranked=ranked, capacity=seen_at_most(put), lowering=lowering,
-            block_size=block_size, kernel_options=kernel_options, scale=scale, score_mod=at_positions,
+            bias=put.keys.bias, in_order=True, ranked=ranked, best_stays=best_stays, capacity=seen_at_most(put),
+            lowering=lowering, block_size=block_size, kernel_options=kernel_options, scale=scale, score_mod=at_positions,
             sink_logits=sink_logits,
         )  # fmt: skip
 

@@ -19,26 +19,30 @@ def flex_with_gradients(query, key, value, gate, *, window_size, selection="caus
     """`dynamic_mask_attention` by the flex lowering, uncompiled, in small blocks."""
     policy = Selection.of(selection, window_size, sinks, recent, heads=key.shape[1] if gate is None else gate.shape[1])
     masks = {name: options.pop(name, None) for name in ("key_padding_mask", "document_ids")}
-    facts = {"in_order": True, "ranked": policy.is_ranked, "capacity": policy.capacity or key.shape[2]}
     lifespans = policy.lifespans(policy.gates(gate, key), **masks)
-    return attend_uncompiled(query, key, value, gate, lifespans, **facts, **options)
+    return attend_uncompiled(
+        query, key, value, gate, lifespans, in_order=True, ranked=policy.is_ranked, best_stays=policy.best_stays,
+        capacity=policy.capacity or key.shape[2], **options,
+    )  # fmt: skip
 
 
 def lifespans_with_gradients(query, key, value, lifespans, *, bias=None, **options):
     """`lifespan_attention` by the flex lowering, uncompiled, in small blocks."""
     intervals, biases = checks.intervals(lifespans, bias, key)
     terms = as_terms(intervals, key.shape[2])
-    facts = {"in_order": False, "ranked": False, "capacity": max(1, most_visible(terms, query.shape[2]))}
-    return attend_uncompiled(query, key, value, None, terms, bias=bias_of_terms(biases), **facts, **options)
+    return attend_uncompiled(
+        query, key, value, None, terms, bias=bias_of_terms(biases), in_order=False, ranked=False, best_stays=False,
+        capacity=max(1, most_visible(terms, query.shape[2])), **options,
+    )  # fmt: skip
 
 
 def attend_uncompiled(
-    query, key, value, gate, lifespans, *, ranked, bias=None, scale=None, score_mod=None, sink_logits=None, **facts
+    query, key, value, gate, lifespans, *, best_stays, bias=None, scale=None, score_mod=None, sink_logits=None, **facts
 ):
     """Arguments as of `flexdma.lowerings.attend.attend`."""
     with gradients_on_a_cpu():
         return flex.flex_attend(
-            query, key, value, added_to_logits(gate, bias), lifespans, ranked=ranked, best_stays=ranked and bias is None,
+            query, key, value, added_to_logits(gate, bias), lifespans, best_stays=best_stays and bias is None,
             scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod, block_size=(32, 16),
             kernel_options=None, needs_gradient=True, sink_logits=sink_logits, **facts,
         )  # fmt: skip
