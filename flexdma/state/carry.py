@@ -17,6 +17,7 @@ from flexdma.lifespans.selection import document_bounds, is_above
 from flexdma.opaque import realize
 from flexdma.packing import along_keys
 from flexdma.signatures import ScoreMod
+from flexdma.state.layout import first_places, keys_at, slot_tensors
 
 if TYPE_CHECKING:
     from flexdma.state.dynamic_mask_state import DynamicMaskState
@@ -164,22 +165,8 @@ def seen_by_last(policy: Selection, keys: Keys, real: Tensor, is_sink: Tensor, l
 
 def kept(state: "DynamicMaskState", keys: Keys, seen: Tensor) -> "DynamicMaskState":
     """`state` with the keys `seen` [B, Hkv, M] bool, at most C of each head, in order."""
-    total, capacity = seen.shape[-1], state.position.shape[-1]
-    places = torch.arange(total, device=seen.device).expand(seen.shape)
-    # A cell beyond the slots collects the other keys.
-    slots = torch.full((*seen.shape[:2], capacity + 1), -1, device=seen.device)  # -1 for none
-    slots = slots.scatter(-1, torch.where(seen, seen.cumsum(-1) - 1, capacity), places)[..., :capacity]
-    held, slot = slots >= 0, slots.clamp(min=0)
-    empty = ~held[..., None]
-    bias = None if keys.bias is None else along_keys(keys.bias, slot).masked_fill(~held, 0.0)
-    return replace(
-        state,
-        bias=bias,
-        key=along_keys(keys.key, slot).masked_fill(empty, 0.0),
-        value=along_keys(keys.value, slot).masked_fill(empty, 0.0),
-        gate=along_keys(keys.gate, slot).masked_fill(~held, float("-inf")),
-        position=along_keys(keys.position, slot).masked_fill(~held, -1),
-    )
+    place = first_places(seen, state.position.shape[-1])
+    return replace(state, **keys_at(place, slot_tensors(keys)))
 
 
 def _last_padding(state: "DynamicMaskState", key_padding_mask: Tensor) -> Tensor:

@@ -18,8 +18,16 @@ from torch import Tensor
 from flexdma import checks
 from flexdma.lifespans import STATEFUL_SELECTIONS, Selection
 from flexdma.rounding import power_of_two_from
-from flexdma.state.growing_slots import FEWEST_SLOTS, GROWING_SLOTS, first_places, growing_layout, keys_at, slots_for
-from flexdma.state.layout import StateLayout, empty_tensors, refuse_difference, refuse_sizes, slot_tensors
+from flexdma.state.growing_slots import FEWEST_SLOTS, GROWING_SLOTS, growing_layout, slots_for
+from flexdma.state.layout import (
+    StateLayout,
+    empty_tensors,
+    first_places,
+    keys_at,
+    refuse_difference,
+    refuse_sizes,
+    slot_tensors,
+)
 from flexdma.state.rollback import counts_at, length_before
 from flexdma.state.value import State, register
 

@@ -16,7 +16,7 @@ from flexdma.lifespans.selection import document_bounds
 from flexdma.packing.counting import count_up_to
 from flexdma.state.carry import Keys
 from flexdma.state.growing import GrowingState
-from flexdma.state.growing_slots import first_places, keys_at
+from flexdma.state.layout import first_places, keys_at, slot_tensors
 
 
 class NewKeys(NamedTuple):
@@ -137,9 +137,6 @@ def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor
     ended = (birth < death) & (death < total) & (death >= before)
     lost = torch.where(ended, death.long() - before, -1).amax(-1)
     place = first_places(alive, slots)
-    tensors = {"key": keys.key, "value": keys.value, "gate": keys.gate, "position": keys.position}
-    if keys.bias is not None:
-        tensors["bias"] = keys.bias
     real_length, last_padding = state.real_length + keys.new, state.last_padding
     if new.key_padding_mask is not None:
         padded = torch.where(new.key_padding_mask, -1, torch.arange(keys.new, device=alive.device)).amax(-1)
@@ -151,7 +148,7 @@ def after_chunk(state: GrowingState, new: NewKeys, placed: Placed, alive: Tensor
         document = new.document_ids[:, -1].to(torch.int64, copy=True)
     return replace(
         state,
-        **keys_at(place, tensors | {"expiry": placed.expiry}),
+        **keys_at(place, slot_tensors(keys) | {"expiry": placed.expiry}),
         length=state.length + keys.new,
         real_length=real_length,
         last_padding=last_padding,

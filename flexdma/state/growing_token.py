@@ -68,9 +68,9 @@ def after_token(state: GrowingState, new: NewKeys, *, in_place: bool) -> Growing
 def _without(state: GrowingState, dies: Tensor, in_place: bool) -> dict[str, Tensor]:
     """The slots of the state, in which those of the keys that die, [B, Hkv, C] bool, are empty."""
     slots = slot_tensors(state, GROWING_SLOTS)
-    for name, empty in (("gate", EMPTY["gate"]), ("position", EMPTY["position"]), ("bias", 0.0)):
+    for name in ("gate", "position", "bias"):
         if name in slots:
-            slots[name] = (slots[name].masked_fill_ if in_place else slots[name].masked_fill)(dies, empty)
+            slots[name] = (slots[name].masked_fill_ if in_place else slots[name].masked_fill)(dies, EMPTY.get(name, 0))
     return slots
 
 

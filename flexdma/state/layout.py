@@ -1,13 +1,16 @@
-"""The shapes and dtypes of a state's tensors, and the check that a given state has them."""
+"""The tensors of a state: shapes and dtypes, the keys in their slots, and the check that a given state has them."""
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from flexdma import checks
+from flexdma.packing import along_keys
 
 if TYPE_CHECKING:
+    from flexdma.state.carry import Keys
     from flexdma.state.value import State
 
 # Name -> (shape, dtype).
@@ -41,8 +44,8 @@ def state_layout(
     } | ({} if bias_dtype is None else {"bias": (slots, bias_dtype)})
 
 
-def slot_tensors(state: "State", names: tuple[str, ...] = SLOTS) -> dict[str, Tensor]:
-    """The tensors with one entry per slot, by name."""
+def slot_tensors(state: "State | Keys", names: tuple[str, ...] = SLOTS) -> dict[str, Tensor]:
+    """The tensors with one entry per slot of a state, or per key, by name."""
     tensors = {name: getattr(state, name) for name in names}
     return tensors if state.bias is None else tensors | {"bias": state.bias}
 
@@ -56,12 +59,30 @@ def empty_tensors(layout: StateLayout, device: torch.device | str | None) -> dic
 
 def emptied(state: "State", slots: Tensor) -> dict[str, Any]:
     """The tensors with one entry per slot, with these slots [B, Hkv, C] bool made empty, by name."""
+    return without_keys(slot_tensors(state), slots)
+
+
+def without_keys(tensors: Mapping[str, Tensor], slots: Tensor) -> dict[str, Any]:
+    """Tensors [B, Hkv, C, ...] with one entry per slot, by name, with these slots [B, Hkv, C] bool made empty."""
     return {
-        "key": state.key.masked_fill(slots[..., None], 0.0),
-        "value": state.value.masked_fill(slots[..., None], 0.0),
-        "gate": state.gate.masked_fill(slots, float("-inf")),
-        "position": state.position.masked_fill(slots, -1),
-    } | ({} if state.bias is None else {"bias": state.bias.masked_fill(slots, 0.0)})
+        name: tensor.masked_fill(slots if tensor.dim() == 3 else slots[..., None], EMPTY.get(name, 0))
+        for name, tensor in tensors.items()
+    }
+
+
+def first_places(chosen: Tensor, slots: int) -> Tensor:
+    """[B, Hkv, slots] int64: the places of the chosen of [B, Hkv, M], in order; -1 after them.  O(M) time."""
+    places = torch.arange(chosen.shape[-1], device=chosen.device).expand(chosen.shape)
+    # A cell beyond the slots collects the places that are not chosen.
+    slot = torch.where(chosen, chosen.cumsum(-1) - 1, slots).clamp(max=slots)
+    found = torch.full((*chosen.shape[:-1], slots + 1), -1, device=chosen.device)
+    return found.scatter(-1, slot, places)[..., :slots]
+
+
+def keys_at(place: Tensor, keys: Mapping[str, Tensor]) -> dict[str, Any]:
+    """The tensors of slots with the keys at these places [B, Hkv, C] of [B, Hkv, M, ...]; -1 = an empty slot."""
+    slot = place.clamp(min=0)
+    return without_keys({name: along_keys(tensor, slot) for name, tensor in keys.items()}, place < 0)
 
 
 def refuse_sizes(

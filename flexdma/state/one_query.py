@@ -35,11 +35,11 @@ def weighted_values(
     now: [B], the position of the query.  Call it without autocast.
     """
     batch, heads, group, _slots = scores.shape
-    added = logit_bias(state)
+    of_keys = logit_bias(state)
     visible = state.position >= 0
     if state.bias is not None:
-        visible = visible & (added != float("-inf"))  # whose score would be below those of empty slots
-    visible, added = visible[:, :, None], added[:, :, None]  # [B, Hkv, 1, C]
+        visible = visible & (of_keys != float("-inf"))  # whose score would be below those of empty slots
+    visible, added = visible[:, :, None], of_keys[:, :, None]  # [B, Hkv, 1, C]
     reference = torch.where(added.detach().isfinite(), added.detach(), float("-inf")).amax(-1, keepdim=True)
     difference = added - torch.where(reference == float("-inf"), 0.0, reference)
     bias = difference.to(scores.dtype)
@@ -58,7 +58,7 @@ def weighted_values(
     output = torch.where(nothing, 0.0, weights @ state.value.to(scores.dtype))
     if sink_logits is None:
         return output
-    sink = sink_scores(sink_logits, _best(logit_bias(state), state.position)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
+    sink = sink_scores(sink_logits, _best(of_keys, state.position)).squeeze(2)[..., None]  # [B, Hkv, G, 1]
     return output * share_of_keys(scores.logsumexp(-1, keepdim=True), sink.to(scores.dtype))
 
 

@@ -5,15 +5,15 @@ A query after the end of a sequence sees the keys that its last query saw ("Trai
 """
 
 from dataclasses import replace
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
 
 from flexdma.lifespans import Lifespans, Selection
-from flexdma.packing import along_keys
 from flexdma.sequences import Sequences
 from flexdma.state.dynamic_mask_state import DynamicMaskState, state_options
+from flexdma.state.layout import keys_at
 
 
 def states_after(
@@ -28,7 +28,7 @@ def states_after(
     count, heads, capacity = sequences.cu_seqlens.shape[0] - 1, key.shape[1], cast(int, policy.capacity)
     first = sequences.cu_seqlens[:-1, None, None]
     token = _last_keys(lifespans, sequences, count, capacity)  # [1, Hkv, S C]
-    index = token.clamp(min=0)
+    tensors = {"key": key, "value": value, "gate": gate} | ({} if bias is None else {"bias": bias})
 
     def of_sequences(tensor: Tensor) -> Tensor:
         """[1, Hkv, S C, ...] -> [S, Hkv, C, ...], contiguous, because only such slots can be donated."""
@@ -41,12 +41,10 @@ def states_after(
         count, heads, key.shape[3], value_dim=value.shape[3], dtype=key.dtype, gate_dtype=gate.dtype,
         bias_dtype=None if bias is None else bias.dtype, device=key.device, **state_options(policy),
     )  # fmt: skip
+    slots: dict[str, Any] = {name: of_sequences(tensor) for name, tensor in keys_at(token, tensors).items()}
     return replace(
         empty,
-        bias=None if bias is None else of_sequences(along_keys(bias, index)).masked_fill(~held, 0.0),
-        key=of_sequences(along_keys(key, index)).masked_fill(~held[..., None], 0.0),
-        value=of_sequences(along_keys(value, index)).masked_fill(~held[..., None], 0.0),
-        gate=of_sequences(along_keys(gate, index)).masked_fill(~held, float("-inf")),
+        **slots,
         position=position,
         length=sequences.cu_seqlens.diff(),
         real_length=sequences.cu_seqlens.diff(),
