@@ -71,10 +71,9 @@ class AttentionLayer(nn.Module):
 
     def extra_repr(self) -> str:
         how = {"lowering": self.lowering, "block_size": self.block_size, "kernel_options": self.kernel_options}
-        options = state_options(self.policy) | how | ({} if self.recency_ranks else {"recency_ranks": False})
-        return ", ".join(
-            f"{name}={value!r}" for name, value in options.items() if value not in (None, 0) or value is False
-        )
+        options = state_options(self.policy) | how
+        shown = [f"{name}={value!r}" for name, value in options.items() if value not in (None, 0)]
+        return ", ".join(shown if self.recency_ranks else [*shown, "recency_ranks=False"])
 
     def _gates(
         self, value: Tensor, key_padding_mask: Tensor | None, cu_seqlens: Tensor | None, state: State | None,
@@ -98,9 +97,8 @@ class AttentionLayer(nn.Module):
         if not self.recency_ranks:
             before["return_recency"] = True
         given = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
-        results = list(given) if isinstance(given, tuple) else [given]
-        forgotten = results.pop() if returns_forgotten else None
-        return KeyGates(results[0], None if self.recency_ranks else results[1], forgotten)
+        gate, *others = given if isinstance(given, tuple) else (given,)
+        return KeyGates(gate, None if self.recency_ranks else others[0], others[-1] if returns_forgotten else None)
 
     def _joined(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         """Heads [B, H, N, Dv] of the attention's output -> [B, N, hidden_size]."""

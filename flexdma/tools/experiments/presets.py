@@ -3,6 +3,7 @@
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,12 @@ class Setting:
 
 
 def _recall(length: int, pairs: int, sizes: ModelSizes, schedule: Schedule, **more: Any) -> dict[str, Setting]:
-    stacked = Recall(length=length, pairs=pairs, questions=4 * pairs, **more)
+    recall = partial(Recall, length=length, pairs=pairs, questions=4 * pairs, **more)
+    stacked = recall()
     tasks: dict[str, Task] = {
         "stacked": stacked,
-        "unstacked": Recall(length=length, pairs=pairs, questions=4 * pairs, form="unstacked", **more),
-        "overwritten": Recall(length=length, pairs=pairs, questions=4 * pairs, overwritten=pairs // 2, **more),
+        "unstacked": recall(form="unstacked"),
+        "overwritten": recall(overwritten=pairs // 2),
         "copying": Copying(length=length, tokens=pairs),
     }
     settings = {name: Setting(task, sizes, schedule) for name, task in tasks.items()}

@@ -1,6 +1,5 @@
 """How gates move over training: their parameters, and the keys that they keep."""
 
-import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -50,9 +49,7 @@ class GateCourse:
 
 def content_gate(gate: ValueGate, value: Tensor) -> Tensor:
     """[B, Hkv, K]: the gates without their recency."""
-    content = copy.copy(gate)  # with the same parameters
-    content.recency = None
-    found = content(value)
+    found = gate(value) if gate.recency is None else gate(value, return_recency=True)[0]
     assert isinstance(found, Tensor)
     return found
 
