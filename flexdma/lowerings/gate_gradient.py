@@ -1,10 +1,10 @@
 """The gate's gradient, d gate_j = sum_i dS_ij, by one of three exact routes.  All of them use plain FlexAttention.
 
+"transposed"  d gate_j = dV_j . (v_j - c) - sum_i P_ij D_i,  D_i = dO_i . (o_i - c), for any c, since
+              dS_ij = P_ij dO_i . (v_j - o_i).  The sum is one more FlexAttention forward, keys as queries, D as values, on
+              the transposed mask.  c is the mean value, so that both terms are small.  Deterministic.  The default.
 "atomics"     FlexAttention's own: it adds every element of every visited tile to the gate's gradient in memory, atomically,
-              in float32.  The default.
-"transposed"  d gate_j = dV_j . v_j - sum_i P_ij D_i,  D_i = dO_i . o_i, since dS_ij = P_ij (dO_i . v_j - D_i).  The sum is
-              one more FlexAttention forward, keys as queries, D as values, on the transposed mask.  Deterministic.  Replaces
-              "atomics" under `torch.use_deterministic_algorithms` and with dynamic shapes.
+              in float32.  "transposed" replaces it under `torch.use_deterministic_algorithms` and with dynamic shapes.
 "column"      query' = [query, 1], key' = [key, 0]: the logits are the same, and the gradient of the 0 is the gate's.  Widens
               the head, which kernels round up to a power of two.  Deterministic; only without a score_mod.
 
@@ -27,9 +27,9 @@ from flexdma.opaque import realize
 from flexdma.packing.block_index import BlockIndex
 from flexdma.signatures import MaskMod, ScoreMod
 
-ROUTES = ("atomics", "transposed", "column")
+ROUTES = ("transposed", "atomics", "column")
 # Tracing reads it, and torch.compile guards on it.
-_route = "atomics"
+_route = "transposed"
 
 # Size of a value head in the transposed pass: the smallest for a tensor core.
 COLUMNS = 16
@@ -100,8 +100,10 @@ def attend(
         )
         return output, None
 
+    centre = None
     if route == "transposed":
-        value = _FromValue.apply(value, gate)
+        centre = mean_value(value.detach())
+        value = _FromValue.apply(value, centre, gate)
     output, aux = flex_attention(
         query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=options,
         return_aux=AuxRequest(lse=True),
@@ -126,7 +128,7 @@ def attend(
         )  # fmt: skip
         return wide(mean[..., :2]).sum(-1) * cast(Tensor, total.lse).exp() * unit
 
-    output, *returned = _FromOutput.apply(gate, weighted_sum, output, *returned)
+    output, *returned = _FromOutput.apply(gate, centre, weighted_sum, output, *returned)
     return output, returned[0] if returned else None
 
 
@@ -165,41 +167,48 @@ def _with_gate_column(query: Tensor, key: Tensor, gate: Tensor, scale: float) ->
     return pad(torch.cat([query, one], -1), (0, 7)), pad(torch.cat([key, zero], -1), (0, 7))
 
 
+def mean_value(value: Tensor) -> Tensor:
+    """[B, H, L, Dv] -> [B, H, 1, Dv] in float32 or float64; numbers that are not finite count as 0."""
+    return wide(value).nan_to_num(0.0, 0.0, 0.0).mean(2, keepdim=True)
+
+
 def wide(tensor: Tensor) -> Tensor:
     """The tensor in float32; float64 stays."""
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 class _FromValue(torch.autograd.Function):
-    """Returns the values unchanged.  Its backward adds dV_j . v_j to the gate's gradient."""
+    """Returns the values unchanged.  Its backward adds dV_j . (v_j - c) to the gate's gradient."""
 
     @staticmethod
-    def forward(ctx: Any, value: Tensor, gate: Tensor) -> Tensor:
-        ctx.save_for_backward(value)
+    def forward(ctx: Any, value: Tensor, centre: Tensor, gate: Tensor) -> Tensor:
+        ctx.save_for_backward(value, centre)
         return value.view_as(value)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor]:
-        (value,) = ctx.saved_tensors
-        return gradient, (wide(gradient) * wide(value)).sum(-1)
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, Tensor]:
+        value, centre = ctx.saved_tensors
+        return gradient, None, (wide(gradient) * (wide(value) - centre)).sum(-1)
 
 
 class _FromOutput(torch.autograd.Function):
     """Returns output and, if given, log-sum-exp unchanged.  Its backward gives the gate - sum_i P_ij (D_i - dL_i)."""
 
     @staticmethod
-    def forward(ctx: Any, gate: Tensor, weighted_sum: Callable[[Tensor], Tensor], output: Tensor, *lse: Tensor) -> Any:
-        ctx.save_for_backward(output)
+    def forward(
+        ctx: Any, gate: Tensor, centre: Tensor, weighted_sum: Callable[[Tensor], Tensor], output: Tensor, *lse: Tensor
+    ) -> Any:
+        ctx.save_for_backward(output, centre)
         ctx.weighted_sum = weighted_sum
         return tuple(tensor.view_as(tensor) for tensor in (output, *lse))
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor, *lse_gradient: Tensor) -> tuple[Tensor | None, ...]:
-        (output,) = ctx.saved_tensors
-        numbers = (wide(gradient) * wide(output)).sum(-1)
+        output, centre = ctx.saved_tensors
+        numbers = (wide(gradient) * (wide(output) - centre)).sum(-1)
         for each in lse_gradient:
             numbers = numbers - each
-        return -ctx.weighted_sum(numbers), None, gradient, *lse_gradient
+        return -ctx.weighted_sum(numbers), None, None, gradient, *lse_gradient
 
 
 class _Zero(torch.autograd.Function):
