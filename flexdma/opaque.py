@@ -38,8 +38,12 @@ def apart(tensor: Tensor) -> Tensor:
     Inductor would otherwise compute a gate again in each of the many kernels of selection and state, and torch 2.11 fails to
     generate some of the kernels that it fuses from them.
     """
-    fuses = tensor.device.type != "cpu" and torch.compiler.is_compiling() and not is_exporting()
-    return realize(tensor) if fuses else tensor
+    return realize(tensor) if is_fused(tensor) else tensor
+
+
+def is_fused(tensor: Tensor) -> bool:
+    """Whether Inductor compiles this call for a GPU."""
+    return tensor.device.type != "cpu" and torch.compiler.is_compiling() and not is_exporting()
 
 
 def opaque_on_cpu(name: str, shapes: Callable[..., list[Tensor]]) -> Callable[[Tensors], Tensors]:

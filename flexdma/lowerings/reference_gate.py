@@ -12,6 +12,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.visible import best_visible
+from flexdma.lowerings.running_maximum import running_best, running_maximum
 from flexdma.opaque import apart, opaque_on_cpu
 from flexdma.stages import staged
 
@@ -62,7 +63,7 @@ def reference_gate(gate: Tensor, lifespans: Lifespans, *, exact: bool = False) -
     gate, birth, death: [B, H, K] -> [B, H, K]; of equal gates the newer one's, which matters for the gradient only.  Under a
     running top-w and under a threshold this is the largest gate that the query sees, because the first key in rank stays
     visible to the end of its document.  exact=False allows any one of the gates that float32 rounds to the same number.
-    Three cumulative passes; five for exact float64 gates.
+    Three cumulative passes; five for exact float64 gates; two more on a GPU.
     """
     birth, death = (bound.expand(gate.shape) for bound in lifespans)
     best = _best_so_far(gate.detach(), birth, death, exact and gate.dtype == torch.float64)[0]
@@ -78,18 +79,18 @@ def _best_so_far(gate: Tensor, birth: Tensor, death: Tensor, twice: bool) -> lis
     positions = torch.arange(gate.shape[-1], device=gate.device)
     lives = death > birth
     # A document (or a run without keys) begins where no earlier key is alive.
-    latest = torch.where(lives, death, 0).cummax(-1).values
+    latest = running_maximum(torch.where(lives, death, 0))
     document = (pad(latest, (1, 0))[..., :-1] <= positions).cumsum(-1)
 
-    # One cummax for all documents: an int64 of the document's number and 32 bits that sort like the float32 gate.
+    # One pass for all documents: an int64 of the document's number and 32 bits that sort like the float32 gate.
     seen = torch.where(gate.isfinite() & lives, gate, float("-inf"))
     place = _ordered(seen) + document * 2**32
-    largest, best = place.cummax(-1)
+    largest, best = running_best(place)
     if twice:
         # The same again for the low parts of gates whose float32 values are equal.
         run = (pad(largest, (1, 0))[..., :-1] != largest).cumsum(-1)
         rest = torch.where((place == largest) & seen.isfinite(), seen - seen.float().double(), float("-inf"))
-        best = (_ordered(rest) + run * 2**32).cummax(-1).indices
+        best = running_best(_ordered(rest) + run * 2**32)[1]
     return [torch.where(seen.gather(-1, best) == float("-inf"), -1, best)]
 
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._inductor import config
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from flexdma.lowerings import running_maximum
 from flexdma.tools.inspect.call import run_once
 from flexdma.tools.inspect.capture import TritonLaunches, watching
 from flexdma.tools.inspect.kernel import Kernel
@@ -37,6 +38,7 @@ class InterpretedCall:
         _multiply_bfloat16_as_float32()
         _do_without_libdevice()
         _add_atomically_at_contiguous_addresses()
+        running_maximum.BLOCK = 8  # the interpreter takes the largest of integers one by one
         # Fake tensors have no address, so Inductor would copy them as misaligned.
         aligned = config.patch(assume_aligned_inputs=True)
         with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
