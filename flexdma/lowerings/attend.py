@@ -27,6 +27,7 @@ from flexdma.lowerings.flex import compiled_flex_attend, default_blocks, flex_at
 from flexdma.lowerings.gather import gather_attend
 from flexdma.lowerings.reference_gate import added_to_logits
 from flexdma.packing.choice import packing_saves
+from flexdma.packing.rows import FoldedRows
 from flexdma.reference import dense_lifespan_attention
 from flexdma.signatures import ScoreMod
 from flexdma.transforms import can_read, is_recorded, needs_gradient
@@ -92,9 +93,10 @@ def attend(
     compiled = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
     blocks = None if block_size is None else checks.block_sizes(block_size)
     if packed is None:
+        tile = blocks or default_blocks(query, key.shape[1], may_need_gradient, kernel_options)
+        rows = FoldedRows.of(query.shape[2], query.shape[1] // key.shape[1], tile[0], query.device.type)
         packed = not can_read(query) or packing_saves(
-            lifespans, queries=query.shape[2], group=query.shape[1] // key.shape[1], capacity=capacity,
-            block_size=blocks or default_blocks(query, key.shape[1], may_need_gradient, kernel_options),
+            lifespans, queries=rows.queries, group=rows.per_position, capacity=capacity, block_size=tile,
             any_births=not in_order, ranked=ranked,
         )  # fmt: skip
     return compiled(

@@ -1,8 +1,7 @@
 """The flex lowering: keys packed by lifespan, then FlexAttention (arXiv 2412.05496), fused by Inductor.
 
 Inductor generates the kernel: Triton on CUDA (forward and backward), C++ on a CPU (inference only, because torch has no
-CPU backward).  The query heads of a group are folded into the rows of one head, row i * G + g.  The whole group then shares
-one mask and one visit of each key block.
+CPU backward).  The query heads of a group are the rows of one head; see `flexdma.packing.rows`.
 """
 
 from collections.abc import Mapping
@@ -16,12 +15,13 @@ from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings import gate_gradient
 from flexdma.lowerings.default_options import block_size_of, device_options
 from flexdma.lowerings.flash import flash_block_size, is_flash
-from flexdma.lowerings.packed_keys import at_places, folded_rows, wide_enough
+from flexdma.lowerings.packed_keys import at_places, wide_enough
 from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.opaque import realize
 from flexdma.packing import Packing
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
 
@@ -72,9 +72,10 @@ def flex_attend(
     block_size = (index(block_size[0]), index(block_size[1]))
     capacity = index(capacity)
 
+    rows = FoldedRows.of(queries, group, block_size[0], query.device.type)
     packing, block_index = schedule(
-        lifespans, queries=queries, group=group, capacity=capacity, block_size=block_size, transposed=needs_gradient,
-        any_births=not in_order, ranked=ranked, packed=packed,
+        lifespans, queries=queries, group=rows.per_position, capacity=capacity, block_size=block_size,
+        transposed=needs_gradient, any_births=not in_order, ranked=ranked, packed=packed,
     )  # fmt: skip
     terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
     packing = packing._replace(order=terms)
@@ -86,7 +87,7 @@ def flex_attend(
         return at_places(tensor, packing, needs_gradient=needs_gradient)
 
     packed_key, packed_value = placed(key, of_keys), placed(value, of_keys)  # [B, Hkv, L, D], [B, Hkv, L, Dv]
-    rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
+    folded_query = rows.folded(query, heads)  # [B, Hkv, rows, D]
 
     has_bias = bias is not None
     bias, reference = biases(key, bias, lifespans, queries, best_stays=best_stays, exact=sink_logits is not None)
@@ -100,19 +101,19 @@ def flex_attend(
     )
     added = realize(high if route == "atomics" else high.detach())
     packed_bias = None if not has_bias else PackedBias(added, low, reference_high, reference_low)
-    packed_score_mod, packed_mask_mod = packed_mods(
-        order, birth, death, packed_bias, score_mod, queries=queries, keys=keys, group=group
+    packed_score_mod, packed_mask_mod = packed_mods(order, birth, death, packed_bias, score_mod, rows=rows, keys=keys)
+    block_mask = block_index.repeated(rows.repeats).block_mask(
+        (rows.total, order.shape[-1]), block_size, packed_mask_mod
     )
-    block_mask = block_index.block_mask((queries * group, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
-        rows = realize(rows)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
+        folded_query = realize(folded_query)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
     output, lse = gate_gradient.attend(
-        route, rows, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
+        route, folded_query, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
         () if on_cpu else device_options(*call), return_lse=sink_logits is not None,
     )  # fmt: skip
-    output = output[..., :value_size].unflatten(2, (queries, group))  # [B, Hkv, Q, G, Dv]
+    output = rows.unfolded(output[..., :value_size])  # [B, Hkv, Q, G, Dv]
     if sink_logits is not None and lse is not None:
-        share = share_of_keys(lse.unflatten(2, (queries, group)), sink_scores(sink_logits, reference).float())
+        share = share_of_keys(rows.unfolded(lse), sink_scores(sink_logits, reference).float())
         output = (output * share[..., None]).to(query.dtype)
     return output.transpose(2, 3).flatten(1, 2)
 

@@ -25,11 +25,12 @@ from flexdma.lowerings.default_options import (
     with_defaults,
 )
 from flexdma.lowerings.gate_gradient import COLUMNS, transposed_block_mask
-from flexdma.lowerings.packed_keys import at_places, folded_rows, sum_of_pieces, wide_enough
+from flexdma.lowerings.packed_keys import at_places, sum_of_pieces, wide_enough
 from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
 from flexdma.opaque import realize
 from flexdma.packing import Packing
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
 
@@ -72,7 +73,8 @@ def flex_mass(
     call = (query.device, query.dtype, index(size), group, False)
     block_size = block_size_of(*call) if block_size is None else block_size
     block = (index(block_size[0]), index(block_size[1]))
-    rows = folded_rows(query, heads)  # [B, Hkv, Q G, D]
+    rows = FoldedRows.of(queries, group, block[0], query.device.type)
+    folded_query = rows.folded(query, heads)  # [B, Hkv, rows, D]
     has_bias = bias is not None
     each = terms_per_key(lifespans.birth, key)
     bias, reference = biases(key, bias, lifespans, queries, best_stays=False, exact=False)
@@ -81,7 +83,7 @@ def flex_mass(
 
     def packed(lifespans: Lifespans, most: int, any_births: bool) -> _Pass:
         packing, block_index = schedule(
-            lifespans, queries=queries, group=group, capacity=index(most), block_size=block, transposed=True,
+            lifespans, queries=queries, group=rows.per_position, capacity=index(most), block_size=block, transposed=True,
             any_births=any_births,
         )  # fmt: skip
         terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
@@ -92,15 +94,13 @@ def flex_mass(
             None if part is None else realize(at_places(part, packing, needs_gradient=False)) for part in (high, low)
         ]
         packed_bias = PackedBias(*added, *subtracted) if has_bias else None  # type: ignore[arg-type]
-        packed_score_mod, mask_mod = packed_mods(
-            order, birth, death, packed_bias, score_mod, queries=queries, keys=keys, group=group
-        )
-        lengths = (queries * group, order.shape[-1])
+        packed_score_mod, mask_mod = packed_mods(order, birth, death, packed_bias, score_mod, rows=rows, keys=keys)
+        lengths = (rows.total, order.shape[-1])
         return _Pass(
             of_keys,
             at_places(key, of_keys, needs_gradient=False),
             packed_score_mod,
-            block_index.block_mask(lengths, block, mask_mod),
+            block_index.repeated(rows.repeats).block_mask(lengths, block, mask_mod),
         )
 
     def without_values(tensor: Tensor) -> Tensor:
@@ -111,8 +111,8 @@ def flex_mass(
     on_cpu = query.device.type == "cpu"
     forward: Any = with_defaults(kernel_options, () if on_cpu else device_options(*call), block)
     _, aux = flex_attention(
-        rows, whole.keys, without_values(whole.keys), score_mod=whole.score_mod, block_mask=whole.block_mask, scale=scale,
-        kernel_options=forward, return_aux=AuxRequest(lse=True),
+        folded_query, whole.keys, without_values(whole.keys), score_mod=whole.score_mod, block_mask=whole.block_mask,
+        scale=scale, kernel_options=forward, return_aux=AuxRequest(lse=True),
     )  # fmt: skip
     lse = cast(Tensor, aux.lse)
     lse = realize(torch.where(lse == float("-inf"), 0.0, lse))  # -inf: the row sees no key
@@ -126,7 +126,7 @@ def flex_mass(
             return packed_score_mod(score, b, h, row, column) - lse[b, h, row]
 
         _, total = flex_attention(
-            keys_of.keys, rows, without_values(rows), score_mod=log_weight,
+            keys_of.keys, folded_query, without_values(folded_query), score_mod=log_weight,
             block_mask=transposed_block_mask(keys_of.block_mask), scale=scale, kernel_options=transposed,
             return_aux=AuxRequest(lse=True),
         )  # fmt: skip

@@ -21,14 +21,6 @@ def wide_enough(tensor: Tensor) -> Tensor:
     return pad(tensor, (0, missing)) if missing > 0 and tensor.device.type != "cpu" else tensor
 
 
-def folded_rows(query: Tensor, heads: int) -> Tensor:
-    """[B, Hq, Q, D] -> [B, Hkv, Q G, D]: row i * G + g is query i of the group's head g."""
-    batch, query_heads, queries, size = query.shape
-    group = query_heads // heads
-    rows = query.unflatten(1, (heads, group)).transpose(2, 3)  # [B, Hkv, Q, G, D]
-    return rows.reshape(batch, heads, queries * group, size)
-
-
 def at_places(tensor: Tensor, packing: Packing, *, needs_gradient: bool) -> Tensor:
     """Keys [B, H, K, ...] -> [B, H, L, ...].  Of several intervals the packing of keys or of terms; see `Packing.of_keys`."""
     if needs_gradient:

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexdma.opaque import realize
+from flexdma.packing.rows import FoldedRows
 from flexdma.signatures import MaskMod, ScoreMod
 
 
@@ -25,11 +26,10 @@ def packed_mods(
     bias: PackedBias | None,
     score_mod: ScoreMod | None,
     *,
-    queries: int,
+    rows: FoldedRows,
     keys: int,
-    group: int,
 ) -> tuple[ScoreMod, MaskMod]:
-    """score_mod and mask_mod of (row, place), for rows i * group + g.
+    """score_mod and mask_mod of (row, place).
 
     order, birth, death: [B, Hkv, L], of a `Packing`.  score_mod: the caller's, of original heads and positions.
     """
@@ -37,13 +37,13 @@ def packed_mods(
     high, low, reference_high, reference_low = bias or (None, None, None, None)
     query_position = None
     if score_mod is not None:
-        query_position = realize(torch.arange(keys - queries, keys, device=order.device))
+        query_position = realize(torch.arange(keys - rows.queries, keys, device=order.device))
 
     # Index each captured tensor once, in one step: FlexAttention has derivatives for this form only.
     def packed_score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i = row // group
+        i = rows.position(row)
         if score_mod is not None and query_position is not None:
-            score = score_mod(score, b, h * group + row % group, query_position[i], order[b, h, column])
+            score = score_mod(score, b, h * rows.group + rows.head(row), query_position[i], order[b, h, column])
         if high is not None and reference_high is not None:
             difference = high[b, h, column] - reference_high[b, h, i]
             if low is not None and reference_low is not None:
@@ -53,7 +53,7 @@ def packed_mods(
         return torch.where(score.isnan(), float("inf"), score) if on_cpu else score
 
     def packed_mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i = row // group
+        i = rows.position(row)
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
     return packed_score_mod, packed_mask_mod

@@ -54,6 +54,21 @@ class BlockIndex(NamedTuple):
         """Its 4 tensors, then the transposed ones if there are any: 4 or 8."""
         return [*self[:4], *(self.transposed[:4] if self.transposed else ())]
 
+    def repeated(self, times: int) -> "BlockIndex":
+        """The index of `times` heads whose rows follow each other and see the same blocks."""
+        if times == 1:
+            return self
+        by_row = BlockIndex.of([tensor.repeat(1, 1, times, *[1] * (tensor.dim() - 3)) for tensor in self.tensors()[:4]])
+        if self.transposed is None:
+            return by_row
+        row_blocks = self.partial_num.shape[-1]
+        partial_num, partial_indices, full_num, full_indices, _ = self.transposed
+        by_key = BlockIndex(
+            partial_num * times, _repeated(partial_num, partial_indices, row_blocks, times),
+            full_num * times, _repeated(full_num, full_indices, row_blocks, times),
+        )  # fmt: skip
+        return by_row._replace(transposed=by_key)
+
     def visited(self) -> Tensor:
         """[B, H, R]: the number of key blocks that each row block visits."""
         return self.partial_num + self.full_num
@@ -203,6 +218,14 @@ def _tiles(
     last_position = ((row + 1) * rows).clamp(max=queries * group).sub(1) // group
     full = (birth.amax(-1, keepdim=True) <= first_position) & (death.amin(-1, keepdim=True) > last_position)
     return visited, full & visited
+
+
+def _repeated(number: Tensor, indices: Tensor, row_blocks: int, times: int) -> Tensor:
+    """[..., n] lists of row blocks -> [..., times * n]: the chosen ones of each head after those of the head before."""
+    place = torch.arange(indices.shape[-1] * times, device=indices.device)
+    each = number[..., None].clamp(min=1)
+    head = (place // each).clamp(max=times - 1)
+    return (indices.gather(-1, place % each) + head * row_blocks).int()
 
 
 def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:

@@ -25,6 +25,7 @@ from flexdma.lowerings.reference_gate import reference_gate
 from flexdma.opaque import realize
 from flexdma.packing import pack, packed_layout
 from flexdma.packing.block_index import BlockIndex, block_index
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.stages import observed
 from flexdma.tools.shapes import Shape
@@ -138,15 +139,15 @@ def _flex_stages(
     shape: Shape, qkv: tuple[Tensor, ...], module: ValueGate, gate: Tensor, compiler: Compile
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
-    group = shape.group
     block_size = default_block_size(query.device.type)
+    rows = FoldedRows.of(shape.length, shape.group, block_size[0], query.device.type)
     sizes: dict[str, Any] = {
         "queries": shape.length,
-        "group": group,
+        "group": rows.per_position,
         "capacity": shape.window,
         "block_size": block_size,
     }
-    layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=group)
+    layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=rows.per_position)
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)
         reference = reference_gate(gate, alive)
@@ -155,10 +156,14 @@ def _flex_stages(
     attend = compiler(_packed_attention)
     alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU the stages are opaque operators
     take = alone(lambda *tensors: [at_places(tensor, packing, needs_gradient=False) for tensor in tensors])
-    listed = functools.partial(
-        block_index, queries=shape.length, group=group, block_size=block_size, transposed=shape.backward,
-        periods=layout.periods, period=layout.period,
-    )  # fmt: skip
+
+    def listed(birth: Tensor, death: Tensor) -> list[Tensor]:
+        index = block_index(
+            birth, death, queries=shape.length, group=rows.per_position, block_size=block_size,
+            transposed=shape.backward, periods=layout.periods, period=layout.period,
+        )  # fmt: skip
+        return index.repeated(rows.repeats).tensors()
+
     stages: dict[str, tuple[Callable, tuple]] = {
         GATE: (module, (value,)),
         RANKING: (alone(lambda gate: by_rank(gate, None)), (gate,)),
@@ -167,7 +172,7 @@ def _flex_stages(
         PACKING: (alone(lambda alive: pack(alive, layout, queries=shape.length)), (alive,)),
         METADATA: (alone(listed), (packing.birth, packing.death)),
         TAKE: (take, (key, value, gate)),
-        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, index, group, block_size)),
+        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, index, rows, block_size)),
     }
 
     def without_gradient(function: Callable, arguments: tuple) -> object:
@@ -179,23 +184,23 @@ def _flex_stages(
 
 def _packed_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor,
-    index: BlockIndex, group: int, block_size: tuple[int, int],
+    index: BlockIndex, rows: FoldedRows, block_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
     """FlexAttention on packed keys: the kernel of the flex lowering, with folding and unfolding of rows."""
-    heads, queries = key.shape[1], reference.shape[2]
+    heads = key.shape[1]
     gate, reference, birth, death = (realize(tensor) for tensor in (gate, reference, birth, death))
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return score + (gate[b, h, column] - reference[b, h, row // group])
+        return score + (gate[b, h, column] - reference[b, h, rows.position(row)])
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i = row // group
+        i = rows.position(row)
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
-    rows = realize(query.unflatten(1, (heads, group)).transpose(2, 3).flatten(2, 3))
-    mask = index.block_mask((queries * group, key.shape[2]), block_size, mask_mod)
-    output = flex_attention(rows, key, value, score_mod=score_mod, block_mask=mask)
-    return output.unflatten(2, (queries, group)).transpose(2, 3).flatten(1, 2)
+    mask = index.repeated(rows.repeats).block_mask((rows.total, key.shape[2]), block_size, mask_mod)
+    folded = realize(rows.folded(query, heads))
+    output = flex_attention(folded, key, value, score_mod=score_mod, block_mask=mask)
+    return rows.unfolded(output).transpose(2, 3).flatten(1, 2)
 
 
 def _by_stage(lowering: str, measured: Measured, ledger: Ledger) -> Measured:

@@ -14,6 +14,7 @@ from torch.distributed.tensor.experimental._context_parallel import _attention a
 from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.distributed import context_parallel_dynamic_mask_attention
 from flexdma.lifespans import Selection
+from flexdma.packing.rows import FoldedRows
 from flexdma.state.carry import with_state_keys
 from flexdma.state.joined import Run, empty_run, joined, run_of
 from flexdma.tools.cost_model.counts import blocks
@@ -81,7 +82,8 @@ def seen_by_rank(run: Run, gate: Tensor, window: int) -> tuple[int, int]:
     held = keys.gate.shape[-1] - keys.new
     alive = causal_top_w(keys.gate, window)
     pairs = [(bound - held).clamp(0, keys.new).sum() for bound in alive]
-    visited = blocks(alive, 1, (128, 128), window).visited()[..., held // 128 :].sum()
+    of_head = FoldedRows(alive.birth.shape[-1], 1, by_head=False)
+    visited = blocks(alive, of_head, (128, 128), window).visited()[..., held // 128 :].sum()
     return int(pairs[1] - pairs[0]), int(visited)
 
 

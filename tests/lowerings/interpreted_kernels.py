@@ -16,6 +16,7 @@ import torch
 from flexdma import dynamic_mask_attention
 from flexdma.lifespans import causal_top_w, global_top_w
 from flexdma.lowerings.gate_gradient import gate_gradient_route
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.reference import dense_dynamic_mask_attention
 from flexdma.tools.inspect.kernel import Kernel
@@ -36,19 +37,19 @@ CASES: dict[str, dict[str, Any]] = {
         "shape": (1, 4, 2, 141, 141, 16), "dtype": "float32", "gate_dtype": "float64", "window_size": 40, "documents": True,
         "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "controls": True, "deterministic": True,
     },
-    "causal, grouped, the gate's gradient by a column, bfloat16": {
-        "shape": (1, 4, 2, 141, 141, 24), "dtype": "bfloat16", "window_size": 40, "route": "column", "gates": ("random",),
+    "causal, rows by head, the gate's gradient by a column, bfloat16": {
+        "shape": (1, 4, 2, 256, 256, 24), "dtype": "bfloat16", "window_size": 40, "route": "column", "gates": ("random",),
     },
-    "global, grouped, odd length, bfloat16": {
+    "global, grouped, odd length, the gate's gradient by atomics, bfloat16": {
         "shape": (1, 4, 2, 201, 201, 32), "dtype": "bfloat16", "window_size": 180, "selection": "global",
-        "gates": ("random",),
+        "gates": ("random",), "route": "atomics",
     },
-    "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16": {
+    "causal, batch, few queries, learned sinks, bfloat16": {
         "shape": (2, 2, 2, 31, 190, 16), "dtype": "bfloat16", "window_size": 70, "gates": ("rising",),
-        "route": "transposed", "sink_logits": True,
+        "sink_logits": True,
     },
-    "causal, small blocks, many periods, learned sinks, float32": {
-        "shape": (1, 2, 2, 330, 330, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
+    "causal, rows by head, small blocks, many periods, learned sinks, float32": {
+        "shape": (1, 4, 2, 336, 336, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
         "sink_logits": True, "kernel_options": dict.fromkeys(WIDE, 16),
     },
     "inference, one gate for all heads, bfloat16": {
@@ -86,8 +87,10 @@ def visited(gate, window_size, selection, shape, document_ids=None):
     _, query_heads, heads, queries, *_ = shape
     select = causal_top_w if selection == "causal" else global_top_w
     alive = select(gate, window_size, document_ids=document_ids)
-    sizes = {"queries": queries, "group": query_heads // heads, "capacity": window_size, "block_size": (128, 128)}
+    rows = FoldedRows.of(queries, query_heads // heads, 128, "cuda")
+    sizes = {"queries": queries, "group": rows.per_position, "capacity": window_size, "block_size": (128, 128)}
     _, index = schedule(alive, **sizes, transposed=False)
+    index = index.repeated(rows.repeats)
     return int(index.partial_num.sum()), int(index.full_num.sum())
 
 
@@ -97,7 +100,7 @@ def relative(got, want):
 
 
 def run(name, *, shape, dtype, gates, window_size, gate_dtype="float32", gate_heads=None, documents=False,
-        selection="causal", score_mod=None, training=True, route="atomics", deterministic=False, kernel_options=None,
+        selection="causal", score_mod=None, training=True, route="transposed", deterministic=False, kernel_options=None,
         block_size=None, controls=False, sink_logits=False):  # fmt: skip
     """Print one line per input."""
     dtype, gate_dtype = getattr(torch, dtype), getattr(torch, gate_dtype)

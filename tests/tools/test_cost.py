@@ -15,6 +15,7 @@ from flexdma import cost
 from flexdma.__main__ import main
 from flexdma.lifespans import Lifespans
 from flexdma.packing import packed_layout
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.tools.cost_model import counts
 from flexdma.tools.cost_model.kernel_bytes import BYTES
@@ -40,9 +41,10 @@ def test_visited_blocks_of_equal_gates_are_exact():
         length, window = draw.randint(1, 2000), draw.choice([draw.randint(1, 60), draw.randint(1, 2200)])
         sizes = {"Hq": group, "Hkv": 1, "N": length, "w": window, "rows": rows, "columns": columns}
         alive = flexdma.causal_top_w(torch.zeros(1, 1, length), window)
-        counted = counts.block_counts(alive, group, (rows, columns), window)[0].visited
+        of_head = FoldedRows(length, group, by_head=False)
+        counted = counts.block_counts(alive, of_head, (rows, columns), window)[0].visited
         assert number(cost.visited_blocks(), **sizes) == counted, sizes
-        assert number(cost.causal_blocks(), **sizes) == counts.causal_blocks(length, group, (rows, columns)), sizes
+        assert number(cost.causal_blocks(), **sizes) == counts.causal_blocks(of_head, (rows, columns)), sizes
         layout = packed_layout(length, length, window, block_size=(rows, columns), group=group)
         checked["several" if layout.periods > 1 else "one period"] += 1
     assert min(checked.values()) >= 10

@@ -12,6 +12,7 @@ import torch
 import flexdma
 from flexdma.__main__ import main
 from flexdma.lifespans import Selection
+from flexdma.packing.rows import FoldedRows
 from flexdma.reference import dense_visibility
 from flexdma.tools.cost_model import measured
 from flexdma.tools.cost_model.counts import causal_blocks
@@ -82,7 +83,7 @@ def test_counts_are_those_of_the_dense_mask(options):
 @pytest.mark.parametrize(("length", "group", "block"), [(90, 2, (16, 8)), (64, 1, (16, 16)), (33, 3, (8, 5))])
 def test_causal_blocks_are_counted_exactly(length, group, block):
     mask = torch.ones(length, length, dtype=torch.bool).tril()[None, None]
-    assert causal_blocks(length, group, block) == dense_blocks(mask, group, *block)[0][0]
+    assert causal_blocks(FoldedRows(length, group, by_head=False), block) == dense_blocks(mask, group, *block)[0][0]
 
 
 def test_heads_are_listed_where_they_differ():
@@ -257,7 +258,7 @@ def test_calibration_counts_the_blocks_that_explain_counts():
     report = flexdma.explain(gate, 32, num_query_heads=4)
     rows, columns = report.block_size
     expected = report.packed.visited * rows * columns / (512 * 2)
-    assert calibration.visited_pairs_per_query(shape, gate) == pytest.approx(expected)
+    assert calibration.visited_pairs_per_query(shape, gate, "cpu") == pytest.approx(expected)
 
 
 def test_a_device_without_rates_gets_counts_and_no_prediction():

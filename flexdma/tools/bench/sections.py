@@ -9,6 +9,7 @@ import torch
 
 from flexdma import causal_top_w, dynamic_mask_attention
 from flexdma.lowerings.default_options import BLOCK_SIZE
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.bench.contenders import contenders
 from flexdma.tools.bench.decoding import LAYER_TOKENS, Decoder, layer_calls, timed_tokens
 from flexdma.tools.bench.decoding_models import MODEL_TOKENS, model_calls, prefill_calls
@@ -103,8 +104,11 @@ def planned(suite: Suite, device: str) -> Iterator[Planned]:
     if not suite.calls:
         return
     length, window = suite.packing
-    tiles = {"blocks of": (128, 128)} | {
-        f"the {device.upper()} kernel's tiles,": (rows // suite.calls[0].group, keys)
+    tiles = {
+        f"the {device.upper()} kernel's tiles,": (
+            rows // FoldedRows.of(length, suite.calls[0].group, rows, device).per_position,
+            keys,
+        )
         for device, (rows, keys) in BLOCK_SIZE.items()
     }
     for whose, tile in tiles.items():

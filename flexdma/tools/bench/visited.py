@@ -7,6 +7,7 @@ from flexdma import causal_top_w
 from flexdma.lifespans import Lifespans
 from flexdma.lowerings.default_options import default_block_size
 from flexdma.lowerings.fused_cut import block_size_for
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, FLEX_TILE, NATURAL
 from flexdma.tools.cost_model.counts import visited_pairs
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
@@ -23,6 +24,8 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     alive = causal_top_w(gate, shape.window)
     shown = (alive.death - alive.birth).sum().item() * shape.group
     block_size = default_block_size(gate.device.type)
+    rows = FoldedRows.of(shape.length, shape.group, block_size[0], gate.device.type)
+    alone = rows._replace(group=1, by_head=False)
     gathered = shape.query_heads * float(gathered_pairs(shape.length, shape.window)) / shown
     living = living_pairs(alive, block_size_for(alive, shape.length, shape.window)) * shape.group / shown
     everything = shape.query_heads * float(shown_pairs(shape.length, shape.length)) / shown
@@ -34,8 +37,8 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
         COMPILED_DEFAULT: living,
         PLAIN: gathered,
         COMPILED_PLAIN: gathered,
-        COMPILED: visited_pairs(alive, shape.group, block_size, shape.window) / shown,
-        NATURAL: visited_pairs(alive, 1, (FLEX_TILE, FLEX_TILE)) * shape.group / shown,
+        COMPILED: visited_pairs(alive, rows, block_size, shape.window) / shown,
+        NATURAL: visited_pairs(alive, alone, (FLEX_TILE, FLEX_TILE)) * shape.group / shown,
         DENSE: shape.query_heads * shape.length**2 / shown,
     }
 
@@ -62,6 +65,9 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
     for name, gate in gate_families(length).items():
         alive = causal_top_w(gate[None, None], window)
         shown = (alive.death - alive.birth).sum().item()
-        natural, packed = (visited_pairs(alive, 1, (rows, columns), capacity) / shown for capacity in (None, window))
+        alone = FoldedRows(length, 1, by_head=False)
+        natural, packed = (
+            visited_pairs(alive, alone, (rows, columns), capacity) / shown for capacity in (None, window)
+        )
         ratios[name] = (natural, packed)
     return ratios

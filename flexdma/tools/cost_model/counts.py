@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flexdma.lifespans import Lifespans
 from flexdma.packing.block_index import BlockIndex, block_index
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 
 
@@ -46,45 +47,55 @@ def key_counts(lifespans: Lifespans) -> list[KeyCounts]:
     return counts
 
 
-def blocks(lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None) -> BlockIndex:
-    """The blocks that a kernel visits; `group` query heads are folded into the rows of a block.
+def blocks(
+    lifespans: Lifespans, rows_of_head: FoldedRows, block_size: tuple[int, int], capacity: int | None = None
+) -> BlockIndex:
+    """The blocks that a kernel visits.
 
     capacity: pack keys; upper bound on keys visible to one query.  None = keys stay in the given order.
     """
-    length = lifespans.birth.shape[-1]
+    sizes: dict[str, Any] = {
+        "queries": rows_of_head.queries,
+        "group": rows_of_head.per_position,
+        "block_size": block_size,
+    }
     if capacity is None:
-        return block_index(*lifespans, queries=length, group=group, block_size=block_size)
-    sizes: dict[str, Any] = {"queries": length, "group": group, "capacity": capacity, "block_size": block_size}
-    _, index = schedule(lifespans, **sizes, transposed=False)
-    return index
+        index = block_index(*lifespans, **sizes)
+    else:
+        _, index = schedule(lifespans, **sizes, capacity=capacity, transposed=False)
+    return index.repeated(rows_of_head.repeats)
 
 
 def block_counts(
-    lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None
+    lifespans: Lifespans, rows_of_head: FoldedRows, block_size: tuple[int, int], capacity: int | None = None
 ) -> list[BlockCounts]:
-    """The counts of each head; arguments as in `blocks`."""
+    """The counts of each KV head; arguments as in `blocks`."""
     rows, columns = block_size
-    index = blocks(lifespans, group, block_size, capacity)
+    index = blocks(lifespans, rows_of_head, block_size, capacity)
     visited, full = (number.sum(-1).double().mean(0) for number in (index.visited(), index.full_num))
-    ideal = (lifespans.death - lifespans.birth).long().sum(-1).double().mean(0) * group / (rows * columns)
-    causal = causal_blocks(lifespans.birth.shape[-1], group, block_size)
+    pairs = (lifespans.death - lifespans.birth).long().sum(-1).double().mean(0) * rows_of_head.group
+    ideal = pairs / (rows * columns)
+    causal = causal_blocks(rows_of_head, block_size)
     return [
         BlockCounts(each, whole, each / at_best if at_best else 0.0, each / causal)
         for each, whole, at_best in zip(visited.tolist(), full.tolist(), ideal.tolist(), strict=True)
     ]
 
 
-def visited_pairs(lifespans: Lifespans, group: int, block_size: tuple[int, int], capacity: int | None = None) -> int:
+def visited_pairs(
+    lifespans: Lifespans, rows_of_head: FoldedRows, block_size: tuple[int, int], capacity: int | None = None
+) -> int:
     """Pairs of a query and a key in the visited blocks of all heads; arguments as in `blocks`."""
     rows, columns = block_size
-    return int(blocks(lifespans, group, block_size, capacity).visited().sum()) * rows * columns
+    return int(blocks(lifespans, rows_of_head, block_size, capacity).visited().sum()) * rows * columns
 
 
-def causal_blocks(length: int, group: int, block_size: tuple[int, int]) -> int:
-    """Blocks of the mask j <= i, per head."""
+def causal_blocks(rows_of_head: FoldedRows, block_size: tuple[int, int]) -> int:
+    """Blocks of the mask j <= i, per KV head."""
+    length = rows_of_head.queries
     birth = torch.arange(length, dtype=torch.int32).view(1, 1, -1)
     everything = Lifespans(birth, torch.full_like(birth, length))
-    return int(blocks(everything, group, block_size).visited().sum())
+    return int(blocks(everything, rows_of_head, block_size).visited().sum())
 
 
 def evictions(lifespans: Lifespans, everything: Lifespans) -> int:

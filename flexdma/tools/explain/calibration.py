@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from flexdma.lifespans import causal_top_w
-from flexdma.lowerings.default_options import BLOCK_SIZE
+from flexdma.lowerings.default_options import default_block_size
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.cost_model import counts
 from flexdma.tools.cost_model.measured import Rates, sorted_keys
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
@@ -44,7 +45,7 @@ def measured_rates(device: str, rounds: int = 5) -> dict[tuple[str, str], Rates]
         calls = {name: call for name, call in whole_calls(shape, tensors).items() if name.startswith(with_rates)}
         seconds = interleaved(as_steps(calls, shape, tensors), turns, memory=False).seconds
         rates[device, phase] = rates_from(
-            shape, seconds, selection, visited_pairs_per_query(shape, tensors[3]), measured_on
+            shape, seconds, selection, visited_pairs_per_query(shape, tensors[3], device), measured_on
         )
     return rates
 
@@ -64,7 +65,7 @@ def fitted_rates(results: Results) -> dict[tuple[str, str], Rates]:
     for case in results.cases("calls"):
         shape = case.shape
         gate = inputs(shape, "cpu", torch.float32)[3].detach()
-        visited = visited_pairs_per_query(shape, gate, BLOCK_SIZE[about["device"]])
+        visited = visited_pairs_per_query(shape, gate, about["device"])
         where = f"{_where(about['machine'], about['dtype'])}, D={shape.size}"
         rates = rates_from(shape, case.seconds, selection, visited, where)
         found.setdefault(PHASES[shape.backward], []).append(rates)
@@ -105,11 +106,12 @@ def rates_from(
     )
 
 
-def visited_pairs_per_query(shape: Shape, gate: Tensor, block_size: tuple[int, int] | None = None) -> float:
-    """Pairs in the visited packed blocks, per query and query head.  block_size: None = that of the gate's device."""
-    size = BLOCK_SIZE[gate.device.type] if block_size is None else block_size
+def visited_pairs_per_query(shape: Shape, gate: Tensor, device: str) -> float:
+    """Pairs in the packed blocks that this type of device visits, per query and query head."""
+    size = default_block_size(device)
+    rows = FoldedRows.of(shape.length, shape.group, size[0], device)
     alive = causal_top_w(gate, shape.window)
-    return counts.visited_pairs(alive, shape.group, size, capacity=shape.window) / (shape.query_heads * shape.length)
+    return counts.visited_pairs(alive, rows, size, capacity=shape.window) / (shape.query_heads * shape.length)
 
 
 def _where(machine: Mapping[str, Any], dtype: object) -> str:

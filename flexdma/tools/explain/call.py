@@ -10,6 +10,7 @@ from torch import Tensor
 from flexdma import checks, lifespans
 from flexdma.lifespans import Selection
 from flexdma.lowerings.default_options import default_block_size
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.cost_model import counts
 from flexdma.tools.cost_model.counts import BlockCounts, KeyCounts
 from flexdma.tools.cost_model.measured import RATES, Problem, Rates
@@ -71,11 +72,12 @@ def explain(
     device = gate.device.type
     size = default_block_size(device) if block_size is None else checks.block_sizes(block_size)
 
+    rows = FoldedRows.of(length, group, size[0], device)
     keys_per_head = counts.key_counts(alive)
-    packed_per_head = counts.block_counts(alive, group, size, capacity=widest + always)
+    packed_per_head = counts.block_counts(alive, rows, size, capacity=widest + always)
     keys = _mean(keys_per_head)
     packed = _mean(packed_per_head)
-    natural = _mean(counts.block_counts(alive, group, size))
+    natural = _mean(counts.block_counts(alive, rows, size))
     pairs = group * float(shown_pairs(length, widest + always))
     problem = Problem(length, widest, always, group, packed.visited * size[0] * size[1] / pairs)
     predictions = _predictions(RATES if rates is None else rates, device, problem)
@@ -90,7 +92,7 @@ def explain(
         batch=batch, heads=heads, query_heads=heads * group, length=length,
         window_size=checks.windows(window_size, heads, needed=False), selection=selection,
         device=device, block_size=size, keys=keys, natural=natural, packed=packed,
-        causal_blocks=counts.causal_blocks(length, group, size), keys_per_head=keys_per_head,
+        causal_blocks=counts.causal_blocks(rows, size), keys_per_head=keys_per_head,
         packed_per_head=packed_per_head, predictions=predictions, advice=advise(situation),
     )  # fmt: skip
 

@@ -1,0 +1,60 @@
+"""The query heads of a group as the rows of one head, which then share one mask and one visit of each key block."""
+
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class FoldedRows(NamedTuple):
+    """The rows of a KV head: `group` query heads of `queries` positions each.
+
+    by_head: row g * queries + i is query i of the group's head g, which is a view of contiguous heads.  A mask block of
+        `rows` rows must not span two heads, so `queries` is a multiple of it.  Each head repeats the same blocks.
+    otherwise: row i * group + g.  A mask block spans rows / group positions.
+    """
+
+    queries: int
+    group: int
+    by_head: bool
+
+    @classmethod
+    def of(cls, queries: int, group: int, block_rows: int, device_type: str) -> "FoldedRows":
+        """By head where blocks allow it.  Not on a CPU, whose kernel gains more from blocks of few positions."""
+        return cls(queries, group, group > 1 and device_type != "cpu" and queries % block_rows == 0)
+
+    @property
+    def per_position(self) -> int:
+        """Consecutive rows of one position."""
+        return 1 if self.by_head else self.group
+
+    @property
+    def repeats(self) -> int:
+        """How many runs of rows see the same blocks."""
+        return self.group if self.by_head else 1
+
+    @property
+    def total(self) -> int:
+        """The number of rows."""
+        return self.queries * self.group
+
+    def position(self, row: Tensor) -> Tensor:
+        """The query of a row, from 0 to queries - 1."""
+        return row % self.queries if self.by_head else row // self.group
+
+    def head(self, row: Tensor) -> Tensor:
+        """The row's head within its group."""
+        return row // self.queries if self.by_head else row % self.group
+
+    def folded(self, query: Tensor, heads: int) -> Tensor:
+        """[B, Hq, Q, D] -> [B, Hkv, rows, D]."""
+        grouped = query.unflatten(1, (heads, self.group))  # [B, Hkv, G, Q, D]
+        if not self.by_head:
+            grouped = grouped.transpose(2, 3)
+        batch, size = query.shape[0], query.shape[-1]
+        return grouped.reshape(batch, heads, self.total, size)
+
+    def unfolded(self, tensor: Tensor) -> Tensor:
+        """[B, Hkv, rows, ...] -> [B, Hkv, Q, G, ...]."""
+        if self.by_head:
+            return tensor.unflatten(2, (self.group, self.queries)).transpose(2, 3)
+        return tensor.unflatten(2, (self.queries, self.group))
