@@ -68,7 +68,7 @@ def gather(*tensors: Tensor | None, **options) -> Tensor:
     return attend(*tensors, lowering="gather", **options)
 
 
-def by_transposed_attention(*tensors: Tensor, **options) -> Tensor:
-    """The operator with the gate's gradient by the route "transposed"."""
-    with gate_gradient_route("transposed"):
+def by_atomics(*tensors: Tensor, **options) -> Tensor:
+    """The operator with the gate's gradient by the route "atomics"."""
+    with gate_gradient_route("atomics"):
         return flexdma.dynamic_mask_attention(*tensors, **options)

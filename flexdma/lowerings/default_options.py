@@ -1,8 +1,8 @@
 """FlexAttention's kernel options for a call: the caller's; else those tuned on this device; else those of this file.
 
 Inductor chooses what is missing: tile sizes, warps and stages, by its own heuristics, or by measuring in
-`mode="max-autotune"`, where this file leaves it the choice.  On sm_90 some of its choices spill registers; SPILL_FREE
-replaces them (docs/kernels.md has the figures).
+`mode="max-autotune"`, where this file leaves it the choice.  On sm_90 some of its choices spill registers or were measured
+slower; PREFERRED replaces them (docs/kernels.md has the figures).
 """
 
 from collections.abc import Mapping
@@ -29,19 +29,20 @@ def backward_options(rows: int, keys: int, *, warps: int, stages: int) -> Option
     return (*tile, ("bwd_num_warps", warps), ("bwd_num_stages", stages))
 
 
-# Compute capability -> (bytes of a number, smallest and largest head size) -> options where Inductor's own spill.
-SPILL_FREE: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
+# Compute capability -> (bytes of a number, smallest and largest head size) -> options in place of Inductor's own.
+PREFERRED: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
     (9, 0): {
         (2, 64, 64): forward_options(128, 128, warps=8, stages=3),
-        (2, 65, 128): backward_options(32, 128, warps=8, stages=3),
+        (2, 65, 128): forward_options(64, 64, warps=4, stages=2),
         (2, 129, 256): backward_options(32, 32, warps=8, stages=2),
         (4, 64, 64): forward_options(64, 32, warps=8, stages=3) + backward_options(16, 16, warps=4, stages=2),
         (4, 128, 128): forward_options(32, 64, warps=8, stages=2) + backward_options(16, 16, warps=8, stages=2),
         (4, 256, 256): forward_options(16, 32, warps=8, stages=2) + backward_options(16, 16, warps=8, stages=2),
     },
 }
-# Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps.  For float32 Inductor chooses.
-TRANSPOSED_TILE, TRANSPOSED_WARPS = (128, 64), 8
+# Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps; the fastest of six on an H200 at
+# D = 128.  For float32 Inductor chooses.
+TRANSPOSED_TILE, TRANSPOSED_WARPS = (64, 64), 4
 # (rows, keys) of a mask block.  CUDA: multiples of FlexAttention's Triton tiles.  CPU: measured (docs/benchmarks.md).
 BLOCK_SIZE = {"cuda": (128, 128), "cpu": (128, 32)}
 
@@ -61,7 +62,7 @@ def block_size_of(device: torch.device, dtype: torch.dtype, head_dim: int, group
 
 @torch.compiler.assume_constant_result
 def device_options(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool) -> Options:
-    """Tuned options, else those of SPILL_FREE, as pairs; none for a CPU, and none where Inductor measures."""
+    """Tuned options, else those of PREFERRED, as pairs; none for a CPU, and none where Inductor measures."""
     if device.type == "cpu" or autotunes():
         return ()
     best = tuned.winner(tuned.key_of(device, dtype, head_dim, group, trains=trains))
@@ -69,12 +70,12 @@ def device_options(device: torch.device, dtype: torch.dtype, head_dim: int, grou
         return tuple(best.kernel_options.items())
     if torch.version.hip is not None:
         return ()
-    return spill_free(torch.cuda.get_device_capability(device), dtype, head_dim)
+    return preferred(torch.cuda.get_device_capability(device), dtype, head_dim)
 
 
-def spill_free(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Options:
-    """The options of SPILL_FREE; none where Inductor's own choice does not spill, or is not known to."""
-    rules = SPILL_FREE.get(capability, {})
+def preferred(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Options:
+    """The options of PREFERRED; none where Inductor chooses."""
+    rules = PREFERRED.get(capability, {})
     return tuple(
         option
         for (itemsize, smallest, largest), options in rules.items()

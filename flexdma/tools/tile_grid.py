@@ -10,7 +10,7 @@ from flexdma.lowerings.default_options import backward_options, forward_options
 Tiles = dict[int, dict[int, tuple[tuple[int, int], ...]]]
 # Bytes of a number -> largest head size -> (rows, keys) of the forward's tile.
 FORWARD: Tiles = {
-    2: {128: ((128, 128), (128, 64), (64, 128), (64, 64)), 256: ((128, 64), (64, 64), (64, 32))},
+    2: {128: ((128, 128), (128, 64), (128, 32), (64, 64)), 256: ((128, 64), (64, 64), (64, 32))},
     4: {64: ((128, 32), (64, 32)), 128: ((32, 64), (32, 32)), 256: ((32, 32), (16, 32))},
 }
 # The same for the tile in which the backward sums dK and dV, and with rows and keys exchanged dQ.

@@ -7,7 +7,7 @@ import torch
 
 from flexdma import dynamic_mask_attention
 from flexdma.lowerings import default_options, flash, tuned
-from flexdma.lowerings.default_options import autotunes, device_options, spill_free, transposed_options, with_defaults
+from flexdma.lowerings.default_options import autotunes, device_options, preferred, transposed_options, with_defaults
 from flexdma.lowerings.tuned import Winner, key_of
 from flexdma.tools.tune import store
 
@@ -47,7 +47,7 @@ def test_tiles_divide_the_mask_blocks():
         "fwd_BLOCK_M": 32, "fwd_num_warps": 8, "bwd_BLOCK_M1": 32, "bwd_BLOCK_N1": 32, "bwd_BLOCK_N2": 32, **FORCED
     }  # fmt: skip
     assert transposed_options(None, (32, 128), torch.bfloat16, False) == FORCED | {
-        "BLOCK_M": 128, "BLOCK_N": 32, "num_warps": 8
+        "BLOCK_M": 64, "BLOCK_N": 32, "num_warps": 4
     }  # fmt: skip
 
 
@@ -61,18 +61,18 @@ def test_the_transposed_pass_exchanges_the_callers_tile_and_leaves_the_rest_to_a
 
 def test_a_tuned_winner_replaces_the_built_in_options(h100):
     call = (GPU, torch.bfloat16, 64, 4, True)
-    assert dict(device_options(*call)) == dict(spill_free((9, 0), torch.bfloat16, 64)) != {}
+    assert dict(device_options(*call)) == dict(preferred((9, 0), torch.bfloat16, 64)) != {}
     assert default_options.block_size_of(*call) == BLOCK
     winner = Winner(key_of(*call[:4], trains=True), (256, 128), {"fwd_num_warps": 4}, 1.0, 2.0)
     store.keep(h100, winner)
     tuned.winners_of.cache_clear()
     assert device_options(*call) == (("fwd_num_warps", 4),)
     assert default_options.block_size_of(*call) == (256, 128)
-    assert dict(device_options(*call[:4], False)) == dict(spill_free((9, 0), torch.bfloat16, 64))
+    assert dict(device_options(*call[:4], False)) == dict(preferred((9, 0), torch.bfloat16, 64))
 
 
 def test_other_gpus_keep_what_inductor_chooses():
-    assert spill_free((8, 0), torch.bfloat16, 64) == spill_free((10, 0), torch.bfloat16, 128) == ()
+    assert preferred((8, 0), torch.bfloat16, 64) == preferred((10, 0), torch.bfloat16, 128) == ()
 
 
 def number_of_options(x):

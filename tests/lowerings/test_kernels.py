@@ -45,12 +45,12 @@ needs_the_interpreter = pytest.mark.skipif(
 
 # The longest of those whose parts other cases also have.
 LONG = {
-    "causal, small blocks, many periods, learned sinks, float32",
-    "causal, batch, few queries, the gate's gradient by transposed attention, learned sinks, bfloat16",
-    "causal, grouped, the gate's gradient by a column, bfloat16",
-    "global, grouped, odd length, bfloat16",
+    "causal, rows by head, small blocks, many periods, learned sinks, float32",
+    "causal, batch, few queries, learned sinks, bfloat16",
+    "causal, rows by head, the gate's gradient by a column, bfloat16",
+    "global, grouped, odd length, the gate's gradient by atomics, bfloat16",
     "inference, one gate for all heads, bfloat16",
-    "sm_90, D = 128, the gate's gradient by transposed attention",
+    "sm_90, D = 128, the gate's gradient by atomics",
     "gfx942, D = 64",
 }
 
@@ -119,8 +119,11 @@ def test_kernels_take_what_is_recorded(setting):
         pytest.skip(f"kernels.json was recorded with {recorded['versions']}, here is {have}")
     found = figures(setting)
     assert found == recorded["settings"][setting], "refresh with: python -m tests.lowerings.recorded_kernels"
-    if "sm_90" in setting:
-        assert {(kernel["spill_stores"], kernel["spill_loads"]) for kernel in found.values()} == {(0, 0)}
+    # The backward at D = 128 spills in the tile that was the fastest on a GPU.
+    spilling = {"backward"} if "D = 128" in setting else set()
+    for phase, kernel in found.items():
+        if "sm_90" in setting and phase not in spilling:
+            assert kernel["spill_stores"] == kernel["spill_loads"] == 0
 
 
 def test_a_function_that_another_process_cannot_import_is_refused():

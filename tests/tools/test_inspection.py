@@ -11,7 +11,7 @@ import torch
 
 import flexdma
 from flexdma.__main__ import CANNOT, main
-from flexdma.lowerings.default_options import SPILL_FREE
+from flexdma.lowerings.default_options import PREFERRED
 from flexdma.tools.inspect import Compiled, CompiledForAMD, Kernel, KernelReport, command, grid
 from flexdma.tools.inspect.amdgcn import figures_of
 from flexdma.tools.inspect.targets import TARGETS, amd_occupancy, occupancy
@@ -145,7 +145,9 @@ def test_the_grid_is_compiled_once_and_two_kernels_at_a_time():
     def inspect(options):
         asked.append(options)
         figures = Compiled(len(asked), 0, 0, 0, 1024, 48, 0, 0.5)
-        return report_of(*(Kernel("k", phase, "Triton", TRITON, compiled=figures) for phase in grid.PHASES))
+        gradients = TRITON.replace("BLOCK_M", "BLOCK_M1")
+        kernels = [("forward", TRITON), ("backward", gradients), ("backward", TRITON)]  # the last one of the gate
+        return report_of(*(Kernel("k", phase, "Triton", source, compiled=figures) for phase, source in kernels))
 
     records = [record for new in grid.compiled_pairs("bfloat16", 64, [], inspect) for record in new]
     assert len(asked) == 16 == len(records) / 2
@@ -168,7 +170,7 @@ def test_the_chosen_sizes_have_no_spills_and_inductors_have():
         + record.spill_loads
         for record in records
     }
-    for (itemsize, _, largest), options in SPILL_FREE[9, 0].items():
+    for (itemsize, _, largest), options in PREFERRED[9, 0].items():
         dtype = {2: "bfloat16", 4: "float32"}[itemsize]
         for phase in {name[:4] for name, _ in options}:
             chosen = tuple(option for option in options if option[0].startswith(phase))

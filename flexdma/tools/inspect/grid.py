@@ -57,8 +57,12 @@ def compiled_pairs(
             yield []
             continue
         options = {name: size for phase, sizes in wanted.items() for name, size in sizes.options(phase).items()}
-        # "atomics", the default route, has one attention kernel in each phase.
-        yield [_record(dtype, head_dim, wanted[kernel.phase], kernel) for kernel in inspect(options).attention]
+        # A second attention kernel of the backward, in the tile of a forward, computes the gate's gradient.
+        yield [
+            _record(dtype, head_dim, wanted[kernel.phase], kernel)
+            for kernel in inspect(options).attention
+            if kernel.phase == "forward" or "BLOCK_M" not in kernel.tiles
+        ]
 
 
 def to_json(about: dict[str, Any], records: Iterable[Record]) -> str:
