@@ -9,12 +9,14 @@ from flexdma.packing import packed_layout
 from flexdma.reference import dense_attention_mass, dense_dynamic_mask_attention
 from flexdma.score_mods import alibi_score_mod
 from tests.comparison import inputs
+from tests.test_logit_bias import CASES as BIASED
+from tests.test_logit_bias import falling_or_rising, with_bias
 from tests.test_operator import VARIANTS
+from tests.uses.gpu_warnings import TORCHS_OWN_ON_A_GPU
 
 pytestmark = [
     pytest.mark.gpu,
-    # Dynamo causes this warning itself while it traces an autograd.Function.
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    *map(pytest.mark.filterwarnings, TORCHS_OWN_ON_A_GPU),
 ]
 
 
@@ -51,6 +53,33 @@ def test_dtypes_and_sizes(dtype, size):
     compare(inputs(1, 8, 2, 1025, 1025, size, dtype=dtype), window_size=128)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_values_with_a_large_common_part(dtype):
+    tensors = inputs(1, 8, 2, 1025, 1025, 64, dtype=dtype)
+    tensors[2] += 4
+    compare(tensors, window_size=128)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("group", [2, 8])
+def test_lengths_that_blocks_divide(route, group):
+    """The rows of a group's heads follow each other; several periods of keys."""
+    with gate_gradient_route(route):
+        compare(inputs(1, 8, 8 // group, 1024, 1024, 64, dtype=torch.float32), window_size=64)
+
+
+@pytest.mark.parametrize("name", ["causal", "padding and documents", "threshold, window and learned sinks"])
+def test_a_bias_beside_the_gate(name):
+    """Float32, as 2e-4 of the largest number: outputs and all gradients, the bias's too."""
+    *tensors, gate = inputs(2, 4, 2, 45, 60, 16, dtype=torch.float32)
+    bias = (falling_or_rising(2, 60, [-0.5, 0.25]) + torch.randn(2, 2, 60)).float()
+    tensors, options = [t.cuda() for t in (*tensors, gate, bias)], on_gpu(BIASED[name])
+    exact = with_gradients_on_gpu(with_bias(dense_dynamic_mask_attention), [t.double() for t in tensors], **options)
+    got = with_gradients_on_gpu(with_bias(flexdma.dynamic_mask_attention), tensors, **options)
+    for a, b in zip(got, exact, strict=True):
+        assert (a - b).abs().max() <= 2e-4 * b.abs().max()
+
+
 def test_several_periods_and_documents():
     """Keys that reach several periods, and documents that end inside one."""
     document_ids = (torch.arange(4097)[None] >= torch.tensor([700, 3001]).view(2, 1)).sum(0, keepdim=True)
@@ -77,8 +106,8 @@ def test_nothing_waits_for_the_device():
 
     step()
     torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
     try:
+        torch.cuda.set_sync_debug_mode("error")
         step()
     finally:
         torch.cuda.set_sync_debug_mode("default")

@@ -14,13 +14,14 @@ from flexdma.policies import dms_training_lifespans
 from flexdma.reference import dense_dynamic_mask_attention, dense_lifespan_attention
 from tests.comparison import inputs, with_gradients
 from tests.integrations.hf_models import causal_lm, distinct_tokens
+from tests.uses.gpu_warnings import TORCHS_OWN_ON_A_GPU
 
 from flexdma.integrations.transformers import calibrate, convert_to_dma, distill, from_pretrained  # isort: skip
 
 DEVICE = "cuda"
 pytestmark = [
     pytest.mark.gpu,
-    pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning"),
+    *map(pytest.mark.filterwarnings, TORCHS_OWN_ON_A_GPU),
 ]
 
 
@@ -51,7 +52,16 @@ def decoded(module, x, prefill):
 
 
 @pytest.mark.parametrize("recency", ["slope", "forget"])
-@pytest.mark.parametrize("options", [{}, {"recent": 8}, {"window_size": [16, 48]}])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"recent": 8},
+        {"window_size": [16, 48]},
+        {"recency_ranks": False, "recent": 8},
+        {"selection": "threshold", "window_size": None, "recent": 8},
+    ],
+)
 def test_tokens_one_by_one_are_one_pass(recency, options):
     module, x = layer(recency, **options), hidden(140)
     with torch.no_grad():
