@@ -10,6 +10,7 @@ import torch
 from flexdma.atomic_write import atomic_write
 from flexdma.tools import arguments as types
 from flexdma.tools.bench import report
+from flexdma.tools.bench.ahead import compile_ahead
 from flexdma.tools.bench.processes import measure_all
 from flexdma.tools.bench.sections import Setting, begun, planned
 from flexdma.tools.bench.suites import DTYPES, SUITES
@@ -29,6 +30,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--threads", type=number, default=None, help="CPU threads; default: PyTorch's")
     seconds = f"seconds for measuring, of which one contender of a case may use {share}; default: the suite's"
     add("--budget", type=types.positive_number, default=None, help=seconds)
+    ahead = "first run every case once in N processes at a time, for no longer than the budget, so that kernels are compiled"
+    add("--ahead", type=number, default=None, metavar="N", help=f"{ahead}; default: no")
     add("--out", type=types.output_folder, default=None, help="folder for bench-SUITE.json and bench-SUITE.md")
     source = "a bench-SUITE.json to read instead of measuring"
     add("--from", dest="source", type=types.bench_results, default=None, help=source)
@@ -80,7 +83,18 @@ def _measured(arguments: argparse.Namespace) -> Results:
     dtype = arguments.dtype or suite.dtype or DTYPES[device]
     setting = Setting(device, types.DTYPES[dtype], arguments.threads)
     results = begun(suite, arguments.suite, arguments.rounds, setting)
-    turns = Turns(arguments.rounds, budget=Budget(suite.budget if arguments.budget is None else arguments.budget))
+    seconds = suite.budget if arguments.budget is None else arguments.budget
+    cases = list(planned(suite, device))
+    if arguments.ahead is not None:
+        # Each of the processes would otherwise start as many compilers as there are cores.
+        os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(max(1, (os.cpu_count() or 1) // arguments.ahead)))
+        with progress_bars(transient=True) as bars:
+            task = bars.add_task("compiling", total=len(cases), note="")
+            compile_ahead(
+                cases, setting, Budget(seconds), arguments.ahead,
+                lambda case, done, of: bars.update(task, note=case, completed=done),
+            )  # fmt: skip
+    turns = Turns(arguments.rounds, budget=Budget(seconds))
     try:
         with progress_bars(transient=True) as bars:
             task = bars.add_task(arguments.suite, total=None, note="")
@@ -89,9 +103,7 @@ def _measured(arguments: argparse.Namespace) -> Results:
                 what = f"{case}: {contender}".removesuffix(": ")
                 bars.update(task, note=what, completed=done, total=of)
 
-            measure_all(
-                planned(suite, device), results, setting, turns, save=partial(_save, arguments.out), progress=show
-            )
+            measure_all(cases, results, setting, turns, save=partial(_save, arguments.out), progress=show)
     except KeyboardInterrupt:
         print(report.markdown(results))
         raise

@@ -75,7 +75,8 @@ def measure_apart(case: Planned, setting: Setting, turns: Turns) -> list[Row]:
         without[ended.contender] = ended.why
 
 
-def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
+def started(case: Planned, setting: Setting, turns: Turns) -> tuple[Any, Connection]:
+    """A process that measures the case, and the end of its connection that receives its messages."""
     context: Any = multiprocessing.get_context("spawn" if sys.platform == "win32" else "forkserver")
     if sys.platform != "win32":
         # Import these once, so that a process forks in milliseconds and compiles seconds earlier.  A process that has
@@ -87,6 +88,11 @@ def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
     process = context.Process(target=_measure, args=(theirs, case, setting, turns.rounds, turns.budget, turns.without))
     process.start()
     theirs.close()
+    return process, ours
+
+
+def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
+    process, ours = started(case, setting, turns)
     try:
         ended = follow(ours, turns.budget, turns.tick)
         if ended.rows is not None or not ended.why:  # the process ends by itself
@@ -94,7 +100,7 @@ def _in_a_process(case: Planned, setting: Setting, turns: Turns) -> Ended:
         if ended.rows is None and not ended.why:
             ended = ended._replace(why=f"its process ended, {_ending(process.exitcode)}")
     finally:
-        _kill(process)
+        killed(process)
     return ended
 
 
@@ -150,7 +156,7 @@ def _end_with_parent(connection: Connection) -> None:
         os.killpg(0, signal.SIGKILL) if hasattr(os, "killpg") else os._exit(1)
 
 
-def _kill(process: Any) -> None:
+def killed(process: Any) -> None:
     """Kill a process and all processes that it has started."""
     try:
         os.killpg(process.pid, signal.SIGKILL)
