@@ -3,6 +3,7 @@
 from typing import NamedTuple
 
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import has_static_value
 
 
 class FoldedRows(NamedTuple):
@@ -19,8 +20,13 @@ class FoldedRows(NamedTuple):
 
     @classmethod
     def of(cls, queries: int, group: int, block_rows: int, device_type: str) -> "FoldedRows":
-        """By head where blocks allow it.  Not on a CPU, whose kernel gains more from blocks of few positions."""
-        return cls(queries, group, group > 1 and device_type != "cpu" and queries % block_rows == 0)
+        """By head where blocks allow it.
+
+        Not on a CPU, whose kernel gains more from blocks of few positions, and not for a symbolic length, which a score_mod
+        would capture as a number.
+        """
+        allowed = group > 1 and device_type != "cpu" and has_static_value(queries)
+        return cls(queries, group, allowed and queries % block_rows == 0)
 
     @property
     def per_position(self) -> int:
