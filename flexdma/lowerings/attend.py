@@ -92,10 +92,12 @@ def attend(
         bias = None if bias is None else bias.detach()
     compiled = flex_attend if torch.compiler.is_compiling() else compiled_flex_attend
     blocks = None if block_size is None else checks.block_sizes(block_size)
+    if packed is None and not can_read(query):
+        packed = True
     if packed is None:
         tile = blocks or default_blocks(query, key.shape[1], may_need_gradient, kernel_options)
         rows = FoldedRows.of(query.shape[2], query.shape[1] // key.shape[1], tile[0], query.device.type)
-        packed = not can_read(query) or packing_saves(
+        packed = packing_saves(
             lifespans, queries=rows.queries, group=rows.per_position, capacity=capacity, block_size=tile,
             any_births=not in_order, ranked=ranked,
         )  # fmt: skip

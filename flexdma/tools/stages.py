@@ -152,6 +152,7 @@ def _flex_stages(
         alive = causal_top_w(gate, shape.window)
         reference = reference_gate(gate, alive)
         packing, index = schedule(alive, **sizes, transposed=shape.backward)
+        index = index.repeated(rows.repeats)
         moved = [at_places(tensor, packing, needs_gradient=False) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
     alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU the stages are opaque operators
@@ -197,7 +198,7 @@ def _packed_attention(
         i = rows.position(row)
         return (i >= birth[b, h, column]) & (i < death[b, h, column])
 
-    mask = index.repeated(rows.repeats).block_mask((rows.total, key.shape[2]), block_size, mask_mod)
+    mask = index.block_mask((rows.total, key.shape[2]), block_size, mask_mod)
     folded = realize(rows.folded(query, heads))
     output = flex_attention(folded, key, value, score_mod=score_mod, block_mask=mask)
     return rows.unfolded(output).transpose(2, 3).flatten(1, 2)
