@@ -98,8 +98,7 @@ def attend(
         tile = blocks or default_blocks(query, key.shape[1], may_need_gradient, kernel_options)
         rows = FoldedRows.of(query.shape[2], query.shape[1] // key.shape[1], tile[0], query.device.type)
         packed = packing_saves(
-            lifespans, queries=rows.queries, group=rows.per_position, capacity=capacity, block_size=tile,
-            any_births=not in_order, ranked=ranked,
+            lifespans, rows=rows, capacity=capacity, block_size=tile, any_births=not in_order, ranked=ranked
         )  # fmt: skip
     return compiled(
         query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, best_stays=best_stays,

@@ -74,8 +74,8 @@ def flex_attend(
 
     rows = FoldedRows.of(queries, group, block_size[0], query.device.type)
     packing, block_index = schedule(
-        lifespans, queries=queries, group=rows.per_position, capacity=capacity, block_size=block_size,
-        transposed=needs_gradient, any_births=not in_order, ranked=ranked, packed=packed,
+        lifespans, rows=rows, capacity=capacity, block_size=block_size, transposed=needs_gradient,
+        any_births=not in_order, ranked=ranked, packed=packed,
     )  # fmt: skip
     terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
     packing = packing._replace(order=terms)
@@ -102,9 +102,7 @@ def flex_attend(
     added = realize(high if route == "atomics" else high.detach())
     packed_bias = None if not has_bias else PackedBias(added, low, reference_high, reference_low)
     packed_score_mod, packed_mask_mod = packed_mods(order, birth, death, packed_bias, score_mod, rows=rows, keys=keys)
-    block_mask = block_index.repeated(rows.repeats).block_mask(
-        (rows.total, order.shape[-1]), block_size, packed_mask_mod
-    )
+    block_mask = block_index.block_mask((rows.total, order.shape[-1]), block_size, packed_mask_mod)
     if on_cpu:
         folded_query = realize(folded_query)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
     output, lse = gate_gradient.attend(

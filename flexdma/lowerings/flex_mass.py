@@ -83,8 +83,7 @@ def flex_mass(
 
     def packed(lifespans: Lifespans, most: int, any_births: bool) -> _Pass:
         packing, block_index = schedule(
-            lifespans, queries=queries, group=rows.per_position, capacity=index(most), block_size=block, transposed=True,
-            any_births=any_births,
+            lifespans, rows=rows, capacity=index(most), block_size=block, transposed=True, any_births=any_births
         )  # fmt: skip
         terms, birth, death = (realize(tensor.expand(batch, heads, -1)) for tensor in packing[:3])  # [B, Hkv, L]
         packing = packing._replace(order=terms)
@@ -100,7 +99,7 @@ def flex_mass(
             of_keys,
             at_places(key, of_keys, needs_gradient=False),
             packed_score_mod,
-            block_index.repeated(rows.repeats).block_mask(lengths, block, mask_mod),
+            block_index.block_mask(lengths, block, mask_mod),
         )
 
     def without_values(tensor: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lifespans.visible import seen_by_queries
 from flexdma.packing.block_index import count_visited
 from flexdma.packing.places import pack, packed_layout
+from flexdma.packing.rows import FoldedRows
 from flexdma.rounding import ceil_div
 
 # In their own order every row block may visit every key block.  Above this many pairs of blocks for each key the lists of
@@ -24,8 +25,7 @@ SLACK = 0.05
 def packing_saves(
     lifespans: Lifespans,
     *,
-    queries: int,
-    group: int,
+    rows: FoldedRows,
     capacity: int,
     block_size: tuple[int, int],
     any_births: bool = False,
@@ -37,15 +37,15 @@ def packing_saves(
 
     Arguments as in `flexdma.packing.schedule.schedule`.  O(K log K) time; no list of blocks is made.
     """
-    rows, columns = block_size
+    queries, group = rows.queries, rows.per_position
     keys = lifespans.birth.shape[-1]
-    if ceil_div(queries * group, rows) * ceil_div(keys, columns) > PAIRS_EACH * keys:
+    if ceil_div(rows.total, block_size[0]) * ceil_div(keys, block_size[1]) > PAIRS_EACH * keys:
         return True
     sizes: dict[str, Any] = {"block_size": block_size, "group": group}
     seen = seen_by_queries(lifespans, queries)
     own = count_visited(*seen, queries=queries, **sizes)
     pairs = (seen.death - seen.birth).clamp(min=0).sum(dtype=torch.int64) * group
-    if own * rows * columns <= pairs * (1 + SLACK):
+    if own * block_size[0] * block_size[1] <= pairs * (1 + SLACK):
         return False
     layout = packed_layout(queries, keys, capacity, any_births=any_births, ranked=ranked, **sizes)
     _, birth, death, *_ = pack(lifespans, layout, queries=queries)

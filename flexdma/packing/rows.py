@@ -16,7 +16,7 @@ class FoldedRows(NamedTuple):
 
     queries: int
     group: int
-    by_head: bool
+    by_head: bool = False
 
     @classmethod
     def of(cls, queries: int, group: int, block_rows: int, device_type: str) -> "FoldedRows":

@@ -8,14 +8,14 @@ from flexdma.lifespans import Lifespans
 from flexdma.opaque import opaque_on_cpu
 from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.places import Layout, Packing, layout_in_order, pack, packed_layout
+from flexdma.packing.rows import FoldedRows
 from flexdma.rounding import ceil_div
 
 
 def schedule(
     lifespans: Lifespans,
     *,
-    queries: int,
-    group: int,
+    rows: FoldedRows,
     capacity: int,
     block_size: tuple[int, int],
     transposed: bool,
@@ -25,13 +25,12 @@ def schedule(
 ) -> tuple[Packing, BlockIndex]:
     """Packed keys and the blocks to visit.
 
-    lifespans: birth, death [B, H, K]; the queries are the last `queries` of the K positions, `group` rows each.
+    lifespans: birth, death [B, H, K].  rows: of a KV head; their queries are the last of the K positions.
     capacity: upper bound on the keys that one query sees.
     block_size: (rows, columns) of a mask block.  transposed: see `block_index`.  any_births, ranked: see `packed_layout`.
     packed: False = keys stay in their own order.
     """
-    rows, columns = block_size
-    keys = lifespans.birth.shape[-1]
+    queries, group, keys = rows.queries, rows.per_position, lifespans.birth.shape[-1]
     if packed:
         layout = packed_layout(
             queries, keys, capacity, block_size=block_size, group=group, any_births=any_births, ranked=ranked
@@ -40,9 +39,9 @@ def schedule(
         layout = layout_in_order(queries, keys, block_size=block_size, group=group)
     numbers = [layout.period, layout.periods, layout.places, layout.unit or 0, int(layout.by_death)]
     order, birth, death, pieces, starts, *index = _schedule(
-        *lifespans, queries, group, rows, columns, transposed, numbers
+        *lifespans, queries, group, *block_size, transposed, numbers
     )
-    return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index)
+    return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index).repeated(rows.repeats)
 
 
 def _layout(numbers: list[int]) -> Layout:

@@ -1,7 +1,7 @@
 """The blocks that a kernel visits, before and after packing.  Partial blocks need the mask, full ones do not."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from matplotlib.colors import ListedColormap
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flexdma import Lifespans
 from flexdma.packing.block_index import BlockIndex, block_index
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.plots.arguments import one_head
 from flexdma.plots.colours import TILES
@@ -34,8 +35,9 @@ def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
     one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
     length = one.birth.shape[-1]
     natural = block_index(*one, queries=length, block_size=(block, block))
-    sizes: dict[str, Any] = {"queries": length, "group": 1, "capacity": window_size, "block_size": (block, block)}
-    return TileMaps(_tile_map(natural), _tile_map(schedule(one, **sizes, transposed=False)[1]))
+    rows = FoldedRows(length, group=1)
+    _, packed = schedule(one, rows=rows, capacity=window_size, block_size=(block, block), transposed=False)
+    return TileMaps(_tile_map(natural), _tile_map(packed))
 
 
 def visited(tiles: Tensor) -> int:

@@ -141,18 +141,13 @@ def _flex_stages(
     query, key, value = (tensor.detach() for tensor in qkv)
     block_size = default_block_size(query.device.type)
     rows = FoldedRows.of(shape.length, shape.group, block_size[0], query.device.type)
-    sizes: dict[str, Any] = {
-        "queries": shape.length,
-        "group": rows.per_position,
-        "capacity": shape.window,
-        "block_size": block_size,
-    }
     layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=rows.per_position)
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)
         reference = reference_gate(gate, alive)
-        packing, index = schedule(alive, **sizes, transposed=shape.backward)
-        index = index.repeated(rows.repeats)
+        packing, index = schedule(
+            alive, rows=rows, capacity=shape.window, block_size=block_size, transposed=shape.backward
+        )
         moved = [at_places(tensor, packing, needs_gradient=False) for tensor in (key, value, gate)]
     attend = compiler(_packed_attention)
     alone = compiler if query.is_cuda else (lambda function: function)  # on a CPU the stages are opaque operators

@@ -88,9 +88,7 @@ def visited(gate, window_size, selection, shape, document_ids=None):
     select = causal_top_w if selection == "causal" else global_top_w
     alive = select(gate, window_size, document_ids=document_ids)
     rows = FoldedRows.of(queries, query_heads // heads, 128, "cuda")
-    sizes = {"queries": queries, "group": rows.per_position, "capacity": window_size, "block_size": (128, 128)}
-    _, index = schedule(alive, **sizes, transposed=False)
-    index = index.repeated(rows.repeats)
+    _, index = schedule(alive, rows=rows, capacity=window_size, block_size=(128, 128), transposed=False)
     return int(index.partial_num.sum()), int(index.full_num.sum())
 
 

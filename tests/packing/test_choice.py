@@ -11,6 +11,7 @@ from flexdma.lifespans.visible import births_are_positions, most_visible
 from flexdma.lowerings import attend
 from flexdma.packing.choice import packing_saves
 from flexdma.packing.places import layout_in_order, pack, packed_layout
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.mask_families import mask_families
 
 LENGTH, ROWS, COLUMNS = 1024, 32, 16
@@ -44,7 +45,7 @@ def test_keys_are_packed_where_fewer_blocks_are_visited(name):
     packed, in_order = (blocks_of(seen(*pack(alive, layout, queries=LENGTH)[1:3])[0]) for layout in layouts)
     own = blocks_of(seen(*alive)[0])
     assert in_order <= own  # keys that no query sees leave no gap
-    saves = packing_saves(alive, queries=LENGTH, **facts, **sizes)
+    saves = packing_saves(alive, rows=FoldedRows(LENGTH, group=1), block_size=(ROWS, COLUMNS), **facts)
     assert saves == (packed < own)
     assert saves == name.startswith("random eviction")
 
@@ -66,7 +67,7 @@ def test_long_sequences_are_packed_without_counting():
     position = torch.arange(2**20, dtype=torch.int32).view(1, 1, -1)
     with mock.patch("flexdma.packing.choice.pack", side_effect=AssertionError):
         assert packing_saves(
-            Lifespans(position, position + 1), queries=2**20, group=4, capacity=1, block_size=(128, 32)
+            Lifespans(position, position + 1), rows=FoldedRows(2**20, group=4), capacity=1, block_size=(128, 32)
         )
 
 

@@ -9,6 +9,7 @@ from flexdma import Lifespans, above_threshold, causal_top_w, global_top_w, pack
 from flexdma.packing import Layout
 from flexdma.packing.block_index import block_index
 from flexdma.packing.places import layout_in_order
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from tests.lifespans.gate_strategies import gates
 
@@ -16,8 +17,8 @@ from tests.lifespans.gate_strategies import gates
 def visited_blocks(lifespans, capacity, rows, columns, ranked=True):
     """The number of key blocks that each row block visits."""
     queries = lifespans.birth.shape[-1]
-    sizes = {"queries": queries, "group": 1, "capacity": capacity, "block_size": (rows, columns), "ranked": ranked}
-    _, index = schedule(lifespans, **sizes, transposed=False)
+    sizes = {"capacity": capacity, "block_size": (rows, columns), "ranked": ranked}
+    _, index = schedule(lifespans, rows=FoldedRows(queries, group=1), **sizes, transposed=False)
     return index.visited()
 
 

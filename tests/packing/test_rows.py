@@ -1,5 +1,7 @@
 """Rows of a group: position-major and head-major, and the blocks that heads repeat."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -49,11 +51,12 @@ def as_masks(index, keys):
 @pytest.mark.parametrize("length", [64, 256])  # one period, and several
 def test_heads_that_see_the_same_blocks(length):
     alive = causal_top_w(torch.randn(2, 2, length), 9)
-    sizes = {"queries": length, "group": 1, "capacity": 9, "block_size": (16, 8)}
-    packing, index = schedule(alive, **sizes, transposed=True)
+    sizes: dict[str, Any] = {"capacity": 9, "block_size": (16, 8), "transposed": True}
+    packing, index = schedule(alive, rows=FoldedRows(length, group=1), **sizes)
+    _, repeated = schedule(alive, rows=FoldedRows(length, group=3, by_head=True), **sizes)
     keys = packing.order.shape[-1] // 8
     partial, full, by_key, full_by_key = as_masks(index, keys)
-    got = as_masks(index.repeated(3), keys)
+    got = as_masks(repeated, keys)
     for one, want in zip(got, [partial.repeat(1, 1, 3, 1), full.repeat(1, 1, 3, 1)], strict=False):
         assert torch.equal(one, want)
     for one, want in zip(got[2:], [by_key.repeat(1, 1, 1, 3), full_by_key.repeat(1, 1, 1, 3)], strict=True):

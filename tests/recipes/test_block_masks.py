@@ -16,6 +16,7 @@ from flexdma.block_masks import (
     sliding_window_mask_mod,
 )
 from flexdma.packing.block_index import block_index
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 from flexdma.score_mods import alibi_score_mod, gate_score_mod, softcap_score_mod
@@ -83,8 +84,8 @@ def test_index_of_packed_keys_equal_the_dense_mask(case, group, rows, columns, d
     queries = data.draw(st.integers(1, length))
     lifespans = causal_top_w(gate, window, **options)
     capacity = window + options.get("sinks", 0) + options.get("recent", 0)
-    sizes = {"queries": queries, "group": group, "capacity": capacity, "block_size": (rows, columns)}
-    packing, index = schedule(lifespans, **sizes, transposed=True)
+    sizes = {"capacity": capacity, "block_size": (rows, columns)}
+    packing, index = schedule(lifespans, rows=FoldedRows(queries, group), **sizes, transposed=True)
     query = torch.arange(queries)[:, None]
     dense = (packing.birth.unsqueeze(-2) <= query) & (query < packing.death.unsqueeze(-2))
     check_index(index, dense.repeat_interleave(group, -2), rows, columns)

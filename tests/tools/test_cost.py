@@ -61,8 +61,8 @@ def test_shown_pairs_are_those_of_the_mask(length, window):
 @pytest.mark.parametrize(("length", "window"), [(5000, 100), (1000, 100)])  # several periods, and one
 def test_metadata_is_what_the_schedule_holds(length, window, query_heads, training):
     bound = torch.empty(2, 2, length, dtype=torch.int32, device="meta")  # on a CPU lists are longer
-    sizes = {"queries": length, "group": query_heads // 2, "capacity": window, "block_size": (128, 128)}
-    packing, index = schedule(Lifespans(bound, bound), **sizes, transposed=training)
+    sizes = {"capacity": window, "block_size": (128, 128), "transposed": training}
+    packing, index = schedule(Lifespans(bound, bound), rows=FoldedRows(length, query_heads // 2), **sizes)
     held: list[Any] = [*packing[: 5 if training else 3], *index.tensors()]  # pieces and starts are for the gradients
     got = cost.forward(training=training).at(**SIZES | {"Hq": query_heads}, N=length, w=window)["metadata"]
     assert got == sum(tensor.nbytes for tensor in held)

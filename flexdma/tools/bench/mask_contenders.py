@@ -15,6 +15,7 @@ from flexdma.lifespans.visible import births_are_positions, most_visible
 from flexdma.lowerings.default_options import default_block_size
 from flexdma.packing.block_index import count_visited
 from flexdma.packing.choice import packing_saves
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.rounding import power_of_two_from
 from flexdma.signatures import MaskMod
@@ -135,11 +136,14 @@ def visited_by(sizes: MaskSizes, family: MaskFamily, device: str) -> dict[str, f
 
 def scheduling(sizes: MaskSizes, family: MaskFamily, length: int, device: str) -> dict[str, Any]:
     """The arguments with which an eager `lifespan_attention` packs these keys, which it reads from the device."""
-    alive = one_interval(family)
+    alive, block_size = one_interval(family), default_block_size(device)
     return {
-        "queries": length, "group": sizes.group, "capacity": power_of_two_from(most_visible(alive, length)),
-        "block_size": default_block_size(device), "any_births": not births_are_positions(alive), "ranked": False,
-    }  # fmt: skip
+        "rows": FoldedRows.of(length, sizes.group, block_size[0], device),
+        "capacity": power_of_two_from(most_visible(alive, length)),
+        "block_size": block_size,
+        "any_births": not births_are_positions(alive),
+        "ranked": False,
+    }
 
 
 def of_query_heads(family: MaskFamily, group: int) -> MaskMod:

@@ -6,6 +6,7 @@ from flexdma import causal_top_w
 from flexdma.lowerings.default_options import default_block_size
 from flexdma.lowerings.fused_cut import block_size_for
 from flexdma.lowerings.living_keys import living_lists
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.tools.shapes import Shape
 
@@ -15,7 +16,6 @@ def build_masks(lowering: str, shape: Shape, gate: Tensor) -> object:
     alive = causal_top_w(gate, shape.window)
     if lowering == "gather":
         return living_lists(*alive, shape.length, shape.window, block_size_for(alive, shape.length, shape.window))
-    return schedule(
-        alive, queries=shape.length, group=shape.group, capacity=shape.window,
-        block_size=default_block_size(gate.device.type), transposed=False,
-    )  # fmt: skip
+    block_size = default_block_size(gate.device.type)
+    rows = FoldedRows.of(shape.length, shape.group, block_size[0], gate.device.type)
+    return schedule(alive, rows=rows, capacity=shape.window, block_size=block_size, transposed=False)

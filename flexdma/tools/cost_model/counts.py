@@ -1,7 +1,6 @@
 """Exact counts of lifespans: keys seen, lengths of lifespans, blocks visited.  No Q x K tensor exists."""
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,15 +53,11 @@ def blocks(
 
     capacity: pack keys; upper bound on keys visible to one query.  None = keys stay in the given order.
     """
-    sizes: dict[str, Any] = {
-        "queries": rows_of_head.queries,
-        "group": rows_of_head.per_position,
-        "block_size": block_size,
-    }
-    if capacity is None:
-        index = block_index(*lifespans, **sizes)
-    else:
-        _, index = schedule(lifespans, **sizes, capacity=capacity, transposed=False)
+    if capacity is not None:
+        return schedule(lifespans, rows=rows_of_head, capacity=capacity, block_size=block_size, transposed=False)[1]
+    index = block_index(
+        *lifespans, queries=rows_of_head.queries, group=rows_of_head.per_position, block_size=block_size
+    )
     return index.repeated(rows_of_head.repeats)
 
 

@@ -11,6 +11,7 @@ from flexdma import Lifespans
 from flexdma.lifespans.visible import births_are_positions, most_visible
 from flexdma.packing.block_index import count_visited
 from flexdma.packing.choice import packing_saves
+from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.tools.gate_families import gate_families
 from flexdma.tools.policies.examples import Mask, Scores
@@ -58,7 +59,7 @@ def visited(mask: Mask, length: int, block: int) -> Visited:
         mask = mask[0]
     own = int(count_visited(*mask, queries=length, block_size=tile))
     facts: dict[str, Any] = {
-        "queries": length, "group": 1, "capacity": max(1, most_visible(mask, length)), "block_size": tile,
+        "rows": FoldedRows(length, group=1), "capacity": max(1, most_visible(mask, length)), "block_size": tile,
         "any_births": not births_are_positions(mask), "ranked": False,
     }  # fmt: skip
     _, index = schedule(mask, **facts, transposed=False, packed=packing_saves(mask, **facts))
