@@ -38,7 +38,8 @@ class InterpretedCall:
         _multiply_bfloat16_as_float32()
         _do_without_libdevice()
         _add_atomically_at_contiguous_addresses()
-        running_maximum.BLOCK = 8  # the interpreter takes the largest of integers one by one
+        _take_the_largest_at_once()
+        running_maximum.BLOCK = 8  # programs of the interpreter, not their sizes, cost time
         # Fake tensors have no address, so Inductor would copy them as misaligned.
         aligned = config.patch(assume_aligned_inputs=True)
         with aligned, FakeTensorMode(), watching(launch=False, device="cuda") as self.seen:
@@ -128,6 +129,24 @@ def _add_atomically_at_contiguous_addresses() -> None:
     builder.create_atomic_rmw = lambda self, operation, pointer, value, mask, *rest: operate(
         self, operation, contiguous(pointer), contiguous(value), contiguous(mask), *rest
     )
+
+
+def _take_the_largest_at_once() -> None:
+    """Triton's interpreter (3.9) reduces by Inductor's `maximum` one number at a time; by NumPy's instead."""
+    import numpy
+    from torch._inductor.runtime import triton_helpers
+    from triton.runtime import interpreter
+
+    one_by_one = interpreter.ReduceOps.generic_reduce
+
+    def reduced(self: Any, inputs: Any) -> Any:
+        return (
+            self.min_max(inputs[0], numpy.max)
+            if self.combine_fn is triton_helpers.maximum
+            else one_by_one(self, inputs)
+        )
+
+    interpreter.ReduceOps.generic_reduce = reduced
 
 
 def _do_without_libdevice() -> None:
