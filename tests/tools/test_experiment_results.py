@@ -1,5 +1,7 @@
 """What is made of experiments: best rates, the paper's claims, and a page that says what the JSON says."""
 
+import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -82,6 +84,26 @@ def test_an_experiment_is_written_and_read(tmp_path):
     (tmp_path / "experiments-other.json").write_text('{"runs": [{}]}')
     with pytest.raises(ValueError, match="expected the JSON of an experiment"):
         read_experiments(tmp_path)
+
+
+def _refuse(word):
+    raise ValueError(f"expected JSON, which has no {word}")
+
+
+def test_what_is_no_number_is_json_and_comes_back(tmp_path):
+    experiment = _experiment("stacked", {("DMA", 0.1): [math.nan]})
+    experiment.outcomes[0].probed.append({"A": [[math.inf, -math.inf, 1.0]]})
+    path = tmp_path / "experiments-stacked-cpu.json"
+    experiment.write(path)
+    json.loads(path.read_text(), parse_constant=_refuse)
+    (found,) = read_experiments(tmp_path)
+    assert math.isnan(found.outcomes[0].far[0])
+    assert found.outcomes[0].probed == experiment.outcomes[0].probed
+
+
+@pytest.mark.parametrize("path", sorted((DOCS / "results").glob("*.json")), ids=lambda path: path.stem)
+def test_committed_records_are_json(path):
+    json.loads(path.read_text(), parse_constant=_refuse)
 
 
 def test_the_page_of_results_is_what_its_json_says():

@@ -109,7 +109,7 @@ class Experiment:
     def write(self, path: Path) -> None:
         """As JSON, one line per run."""
         about = {"task": self.task, "preset": self.preset, "setting": self.setting, "machine": self.machine}
-        runs = ",\n  ".join(json.dumps(outcome.as_dict()) for outcome in self.outcomes)
+        runs = ",\n  ".join(json.dumps(outcome.as_dict(), allow_nan=False) for outcome in self.outcomes)
         text = json.dumps(about, indent=1).removesuffix("\n}") + f',\n "runs": [\n  {runs}\n ]\n}}\n'
         atomic_write(path, lambda part: part.write_text(text))
 
@@ -118,7 +118,7 @@ class Experiment:
         """The inverse of `write`.  Raises ValueError for other files."""
         found = json.loads(path.read_text())
         try:
-            runs = [Outcome(**run) for run in found.pop("runs")]
+            runs = [Outcome.from_dict(run) for run in found.pop("runs")]
             return cls(outcomes=runs, **found)
         except (AttributeError, KeyError, TypeError) as error:
             raise ValueError(f"{path}: expected the JSON of an experiment, got another ({error})") from error

@@ -49,7 +49,7 @@ def finished(setting: Setting, folder: Path) -> dict[Run, Outcome]:
     for run in runs_of(setting):
         path = folder / run.file
         if path.exists():
-            found[run] = Outcome(**json.loads(path.read_text()))
+            found[run] = Outcome.from_dict(json.loads(path.read_text()))
     return found
 
 
@@ -95,5 +95,5 @@ def _train(setting: Setting, run: Run, device: str) -> Outcome:
 
 
 def _write(path: Path, contents: dict[str, Any]) -> None:
-    text = json.dumps(contents, indent=1) + "\n"
+    text = json.dumps(contents, indent=1, allow_nan=False) + "\n"
     atomic_write(path, lambda part: part.write_text(text))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from flexdma.tools.experiments.finite_json import with_numbers, with_words
 from flexdma.tools.experiments.keys_seen import mean_keys_seen
 from flexdma.tools.experiments.mixers import ModelSizes
 from flexdma.tools.experiments.model import SequenceModel
@@ -57,7 +58,12 @@ class Outcome:
 
     def as_dict(self) -> dict[str, Any]:
         """The contents of its JSON."""
-        return asdict(self)
+        return with_words(asdict(self))
+
+    @classmethod
+    def from_dict(cls, contents: dict[str, Any]) -> "Outcome":
+        """The inverse of `as_dict`."""
+        return cls(**with_numbers(contents))
 
     def solved_at(self) -> int | None:
         """The first step of an evaluation with far >= SOLVED; None for never."""
