@@ -64,10 +64,9 @@ def window_errors(
         ranked = gates.double() + slope * torch.arange(ages.shape[1], device=ages.device)
         best, exists = _best(ranked, looks.at - recent, sinks, max(windows))
         chosen = weights.gather(-1, best[:, :, None].expand(-1, -1, weights.shape[2], -1)) * exists[:, :, None]
-        theirs = values[heads, best]
         kept = certain
         for first, end in zip(bounds, windows, strict=False):
-            kept = kept + chosen[..., first:end] @ theirs[:, :, first:end]
+            kept = kept + chosen[..., first:end] @ values[heads, best[:, :, first:end]]
             found.append((_mean(kept) - full).square().sum((1, 2, 3)).double())
     return torch.stack(found).unflatten(0, (len(slopes), len(windows))), full.double().square().sum()
 
