@@ -73,8 +73,8 @@ PRESETS: Mapping[str, Mapping[str, Setting]] = {
     "cpu": {
         **_recall(128, 8, ModelSizes(), Schedule(steps=300, batch=16, every=50, held_out=128), FAST),
         "niah": Setting(
-            Needles(), ModelSizes(window=32), Schedule(steps=800, batch=8, held_out=64), mixers=NEEDLES,
-            rates=(1e-2,), probe=HeatMap(),
+            Needles(), ModelSizes(window=64), Schedule(steps=800, batch=8, held_out=64), mixers=NEEDLES,
+            rates=(3e-3,), probe=HeatMap(),
         ),
         **_language(256, 32, {32: 2, 64: 2, 128: 2}, Schedule(steps=400, batch=4, held_out=64), rates=(3e-3,)),
     },
