@@ -82,7 +82,7 @@ def seen_by_rank(run: Run, gate: Tensor, window: int) -> tuple[int, int]:
     held = keys.gate.shape[-1] - keys.new
     alive = causal_top_w(keys.gate, window)
     pairs = [(bound - held).clamp(0, keys.new).sum() for bound in alive]
-    of_head = FoldedRows(alive.birth.shape[-1], 1, by_head=False)
+    of_head = FoldedRows(alive.birth.shape[-1], group=1)
     visited = blocks(alive, of_head, (128, 128), window).visited()[..., held // 128 :].sum()
     return int(pairs[1] - pairs[0]), int(visited)
 

@@ -140,11 +140,9 @@ def _take_the_largest_at_once() -> None:
     one_by_one = interpreter.ReduceOps.generic_reduce
 
     def reduced(self: Any, inputs: Any) -> Any:
-        return (
-            self.min_max(inputs[0], numpy.max)
-            if self.combine_fn is triton_helpers.maximum
-            else one_by_one(self, inputs)
-        )
+        if self.combine_fn is triton_helpers.maximum:
+            return self.min_max(inputs[0], numpy.max)
+        return one_by_one(self, inputs)
 
     interpreter.ReduceOps.generic_reduce = reduced
 

@@ -25,7 +25,7 @@ def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
     shown = (alive.death - alive.birth).sum().item() * shape.group
     block_size = default_block_size(gate.device.type)
     rows = FoldedRows.of(shape.length, shape.group, block_size[0], gate.device.type)
-    alone = FoldedRows(shape.length, 1, by_head=False)
+    alone = FoldedRows(shape.length, group=1)
     gathered = shape.query_heads * float(gathered_pairs(shape.length, shape.window)) / shown
     living = living_pairs(alive, block_size_for(alive, shape.length, shape.window)) * shape.group / shown
     everything = shape.query_heads * float(shown_pairs(shape.length, shape.length)) / shown
@@ -61,7 +61,7 @@ def packing_ratios(length: int, window: int, rows: int, columns: int) -> dict[st
 
     Tiles are `rows` positions by `columns` keys.
     """
-    ratios, alone = {}, FoldedRows(length, 1, by_head=False)
+    ratios, alone = {}, FoldedRows(length, group=1)
     for name, gate in gate_families(length).items():
         alive = causal_top_w(gate[None, None], window)
         shown = (alive.death - alive.birth).sum().item()

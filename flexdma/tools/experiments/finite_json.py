@@ -1,19 +1,14 @@
 """Numbers that JSON does not have, as strings: "NaN", "Infinity" and "-Infinity"."""
 
 import json
-from math import isfinite
 from typing import Any
 
 WORDS = {"NaN": float("nan"), "Infinity": float("inf"), "-Infinity": float("-inf")}
 
 
 def with_words(value: Any) -> Any:
-    """Dictionaries, lists and tuples as they are, with words for numbers that are not finite."""
-    if isinstance(value, dict):
-        return {name: with_words(each) for name, each in value.items()}
-    if isinstance(value, list | tuple):
-        return [with_words(each) for each in value]
-    return value if not isinstance(value, float) or isfinite(value) else json.dumps(value)
+    """What JSON reads back of the value, with words for numbers that are not finite."""
+    return json.loads(json.dumps(value), parse_constant=str)
 
 
 def with_numbers(value: Any) -> Any:
