@@ -304,11 +304,14 @@ def test_refusals(folder, capsys, tmp_path):
         ([tmp_path / "bloom", *text], "cannot be converted (docs/transformers.md has the families): model: expected"),
         (["--join", folder / "two.txt"], "--join: expected JSON that evaluate wrote, got"),
         ([plain, "--join", folder / "two.txt"], "--join: expected no MODEL beside it, got"),
+        (["--resume", "--join", folder / "two.txt"], "--join: expected no --resume beside it, got both"),
+        ([plain, "--text", folder / "one <b>.txt", "--resume", "--out", tmp_path, "--lengths", "600"],
+         "--resume: expected a folder that evaluate wrote, got"),
     ):  # fmt: skip
         refused(options, message, capsys)
 
 
-def test_an_interruption_keeps_what_was_measured(folder, run, tmp_path, monkeypatch, capsys):
+def test_an_interruption_keeps_what_was_measured_and_resume_adds_the_rest(folder, run, results, tmp_path, monkeypatch):
     calls = iter(range(100))
     answer = Contender.answer
 
@@ -317,14 +320,54 @@ def test_an_interruption_keeps_what_was_measured(folder, run, tmp_path, monkeypa
             raise KeyboardInterrupt
         return answer(self, needle)
 
-    monkeypatch.setattr(Contender, "answer", interrupted)
-    assert run(folder / "plain", "--out", tmp_path, "--budget", 60) == INTERRUPTED
+    with monkeypatch.context() as patch:
+        patch.setattr(Contender, "answer", interrupted)
+        assert run(folder / "plain", "--out", tmp_path, "--budget", 60) == INTERRUPTED
     found = Results.from_json((tmp_path / "evaluation.json").read_text())
     assert sum(record.metric == "exact" for record in found.records) == 4
     page = (tmp_path / "index.html").read_text()
     assert page.endswith("</html>\n")
     assert WINDOW in page
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+    asked: list[str] = []
+
+    def counted(self, needle):
+        asked.append(self.name)
+        return answer(self, needle)
+
+    monkeypatch.setattr(Contender, "answer", counted)
+    assert run(folder / "plain", folder / "converted", "--out", tmp_path, "--resume") == 0
+    assert [asked.count(name) for name in (FULL, WINDOW, "calibrated")] == [14, 14, 16]
+    resumed = Results.from_json((tmp_path / "evaluation.json").read_text())
+    assert resumed.about.keys() == results[1].about.keys()
+    assert resumed.about["contenders"] == results[1].about["contenders"]
+    assert resumed.about["models"] == results[1].about["models"]
+
+    def without_times(found):
+        return {record for record in found.records if record.section != "speed"}
+
+    assert without_times(resumed) == without_times(results[1])
+    assert len(resumed.records) == len(results[1].records)
+
+
+def test_resume_refuses_what_would_mix_numbers(folder, run, results, tmp_path, capsys):
+    whole = json.loads((results[0] / "evaluation.json").read_text())
+    other = {name: {**case, "tokens": 0} if "depth" in case else case for name, case in whole["cases"].items()}
+    capsys.readouterr()
+    for change, options, message in (
+        ({}, ["--seed", 1], "--resume: expected the seeds of"),
+        ({"machine": {**whole["machine"], "torch": "1.0"}}, [], "--resume: expected the machine of"),
+        ({"dtype": "bfloat16"}, [], "--resume: expected the dtype of"),
+        ({"suite": "cpu"}, [], "--resume: expected a folder that evaluate wrote, got"),
+        ({"cases": other}, [], "--resume: expected the tokens of the earlier run in pass key, 600 tokens"),
+        ({"models": whole["models"][1:]}, [], "--resume: expected the first MODEL of"),
+        ({"models": [whole["models"][0], {**whole["models"][1], "flexdma": {}}]}, [], "got one converted in another way"),
+    ):  # fmt: skip
+        (tmp_path / "evaluation.json").write_text(json.dumps(whole | change))
+        models = folder / "plain", folder / "converted"
+        assert run(*models, *options, "--resume", "--out", tmp_path) == CANNOT, message
+        assert message in capsys.readouterr().err
 
 
 def test_windows_per_head_count_by_their_mean():

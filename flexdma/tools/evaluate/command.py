@@ -8,6 +8,7 @@ from flexdma.tools import arguments as types
 from flexdma.tools.evaluate.join import joined
 from flexdma.tools.evaluate.models import contenders
 from flexdma.tools.evaluate.options import SIZES, add_arguments
+from flexdma.tools.evaluate.resume import resumed
 from flexdma.tools.language_models import EXTRA, LanguageModel, load_language_model
 from flexdma.tools.long_context.options import resolved
 from flexdma.tools.long_context.plan import Plan, material
@@ -25,6 +26,8 @@ def run(arguments: argparse.Namespace) -> int:
     if arguments.join is not None:
         if arguments.models:
             raise RefusedError(f"--join: expected no MODEL beside it, got {arguments.models[0]}")
+        if arguments.resume:
+            raise RefusedError("--join: expected no --resume beside it, got both")
         results = joined(arguments.join)
         write_report(arguments.out, results)
         print_report(arguments.out, results)
@@ -47,8 +50,8 @@ def run(arguments: argparse.Namespace) -> int:
         tokens = material(loaded[0].tokenizer, texts, plan)
     except ValueError as error:
         raise RefusedError(f"--lengths: {str(error).removeprefix('length: ')}") from error
-    setting = about(loaded, options.device) | planned(plan, texts)
-    results = Results(setting | {"dtype": options.dtype, "sinks": options.sinks})
+    setting = about(loaded, options.device) | planned(plan, texts) | {"dtype": options.dtype, "sinks": options.sinks}
+    results = resumed(options.out, setting) if options.resume else Results(setting)
     results.add("contenders", "", [(name, "skipped", reason) for name, reason in found.skipped.items()])
     measure_with_progress(found.measured, tokens, plan, results, options.out)
     print_report(options.out, results)

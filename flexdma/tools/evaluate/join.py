@@ -29,9 +29,9 @@ def joined(paths: Sequence[Path]) -> Results:
         }
         first.about["contenders"] |= new
         first.about.setdefault("joined", []).append({"contenders": list(new), "machine": other.about["machine"]})
-        first.records += [record for record in other.records if record.contender in new or _is_skipped(record)]
+        first.records += [record for record in other.records if record.contender in new or is_skipped(record)]
     measured = first.about["contenders"]
-    kept = (record for record in first.records if not (_is_skipped(record) and record.contender in measured))
+    kept = (record for record in first.records if not (is_skipped(record) and record.contender in measured))
     first.records = list(dict.fromkeys(kept))
     return first
 
@@ -46,7 +46,8 @@ def _read(path: Path) -> Results:
     return results
 
 
-def _is_skipped(record: Record) -> bool:
+def is_skipped(record: Record) -> bool:
+    """Whether the record has the reason why a contender is missing."""
     return record.metric == "skipped"
 
 

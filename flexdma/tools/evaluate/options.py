@@ -59,4 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", metavar="DIR", type=types.output_folder, default=Path("evaluation"), help="folder for JSON and page"
     )
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on from the records in --out: measure what an interrupted run has not, or further models",
+    )
     parser.add_argument("--dtype", choices=types.DTYPES, default="float32", help="of the weights")

@@ -24,6 +24,7 @@ from flexdma.tools.long_context.needles import Needle
 from flexdma.tools.long_context.plan import Material, Plan
 from flexdma.tools.long_context.speed import DECODED, speed
 from flexdma.tools.records import Results
+from flexdma.tools.refusal import RefusedError
 
 NLL, NEEDLES, SPEED = "nll", "needles", "speed"
 BIN = 256  # tokens of the first two ranges of positions; each further one is as long as all before it
@@ -33,6 +34,7 @@ BIN = 256  # tokens of the first two ranges of positions; each further one is as
 class Measurement:
     """Adds the records of contenders to results.  What the results have is not measured again.
 
+    Raises RefusedError where they have it of other tokens.
     tick: called with what is done next and the tokens of the forward passes since the last call.
     save: called after each case, so that an interruption loses one case.
     """
@@ -46,7 +48,8 @@ class Measurement:
         """Measure everything."""
         about = self.results.about
         about.setdefault("cases", {})
-        about["contenders"] = {one.name: {"keys": one.keys, "bounded": one.bounded} for one in self.contenders}
+        about.setdefault("contenders", {})
+        about["contenders"] |= {one.name: {"keys": one.keys, "bounded": one.bounded} for one in self.contenders}
         for text, found in material.stretches.items():
             for number, stretch in enumerate(found):
                 self._nll(text, number, stretch, plan.keys)
@@ -56,22 +59,22 @@ class Measurement:
             self._speed(length, ids, plan.rounds)
 
     def _nll(self, text: str, number: int, ids: Tensor, keys: int) -> None:
-        length = ids.shape[1]
-        cases = {
-            f"{text}, stretch {number}, tokens {first} to {last - 1}": (first, last)
+        length, tokens = ids.shape[1], checksum(ids)
+        cases: dict[str, dict[str, Any]] = {
+            f"{text}, stretch {number}, tokens {first} to {last - 1}": {
+                "text": text, "stretch": number, "first": first, "last": last, "tokens": tokens,
+            }
             for first, last in ranges(length, keys)
-        }
+        }  # fmt: skip
         for one in self.contenders:
             self.tick(f"{text}: {one.name}", 0)
-            missing = [name for name in cases if not self._has(NLL, name, one)]
+            missing = {name: case for name, case in cases.items() if not self._has(NLL, name, case, one)}
             values = one.nll(ids) if missing else None
-            for name in missing:
+            for name, case in missing.items():
                 if values is None:
                     break
-                first, last = cases[name]
-                case = {"text": text, "stretch": number, "first": first, "last": last, "tokens": checksum(ids)}
                 # The first token of all has no likelihood.
-                mean = values[max(first - 1, 0) : last - 1].double().mean().item()
+                mean = values[max(case["first"] - 1, 0) : case["last"] - 1].double().mean().item()
                 self._add(NLL, name, case, [(one.name, "nll", mean)])
             self.tick(f"{text}: {one.name}", length)
         self.save()
@@ -82,24 +85,29 @@ class Measurement:
         name = f"{needle.kind}, {needle.length} tokens, depth {needle.depth}, seed {needle.seed}"
         for one in self.contenders:
             self.tick(f"needle, {needle.kind}: {one.name}", 0)
-            if not self._has(NEEDLES, name, one):
+            if not self._has(NEEDLES, name, case, one):
                 exact, nll = found(one.answer(needle), needle)
                 self._add(NEEDLES, name, case, [(one.name, "exact", int(exact)), (one.name, "nll", nll)])
             self.tick(f"needle, {needle.kind}: {one.name}", needle.length)
         self.save()
 
     def _speed(self, length: int, ids: Tensor, rounds: int) -> None:
-        name = f"{length} tokens"
-        # All together, because they take turns.
-        if not all(self._has(SPEED, name, one) for one in self.contenders):
+        name, case = f"{length} tokens", {"length": length, "decoded": DECODED}
+        # All together, because they take turns; also those with times of an earlier run.
+        if not all(self._has(SPEED, name, case, one) for one in self.contenders):
             rows = list(
                 speed(self.contenders, ids, rounds, lambda name: self.tick(f"timing, {length:,} tokens: {name}", 0))
             )
-            self._add(SPEED, name, {"length": length, "decoded": DECODED}, rows)
+            again = {(SPEED, name, one.name) for one in self.contenders}
+            self.results.records = [record for record in self.results.records if record[:3] not in again]
+            self._add(SPEED, name, case, rows)
         self.tick("timing", len(self.contenders) * (rounds + 1) * length)
         self.save()
 
-    def _has(self, section: str, name: str, contender: Contender) -> bool:
+    def _has(self, section: str, name: str, case: dict[str, Any], contender: Contender) -> bool:
+        before = self.results.about["cases"].get(name, case)
+        if before != case:
+            raise RefusedError(f"--resume: expected the tokens of the earlier run in {name}, got others")
         return any(record[:3] == (section, name, contender.name) for record in self.results.records)
 
     def _add(self, section: str, name: str, case: dict[str, Any], rows: list[tuple[str, str, Any]]) -> None:
