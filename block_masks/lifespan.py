@@ -12,6 +12,7 @@ from flexdma import checks
 from flexdma.lifespans import Lifespans
 from flexdma.opaque import realize
 from flexdma.packing.block_index import BlockIndex, block_index
+from flexdma.packing.rows import FoldedRows
 from flexdma.signatures import MaskMod
 
 
@@ -57,7 +58,8 @@ def lifespan_block_mask(
     rows, columns = checks.block_sizes(block_size)
 
     birth, death = (bound - (keys - queries) for bound in lifespans)
-    index = block_index(birth, death, queries=queries, block_size=(rows, columns), transposed=True)
+    own = FoldedRows(queries, group=1)
+    index = block_index(birth, death, rows=own, block_size=(rows, columns), transposed=True)
     # Contiguous copies per query head: the kernel reads rows in memory order, and reads an expanded view silently wrong.
     if group > 1:
         index = BlockIndex.of([realize(tensor.repeat_interleave(group, 1)) for tensor in index.tensors()])

@@ -20,6 +20,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans.order_statistics import scattered
 from flexdma.opaque import opaque_on_cpu
+from flexdma.packing.rows import FoldedRows
 from flexdma.rounding import ceil_div
 from flexdma.signatures import MaskMod
 
@@ -96,8 +97,7 @@ def block_index(
     birth: Tensor,
     death: Tensor,
     *,
-    queries: int,
-    group: int = 1,
+    rows: FoldedRows,
     block_size: tuple[int, int],
     transposed: bool = False,
     periods: int = 1,
@@ -105,15 +105,15 @@ def block_index(
 ) -> BlockIndex:
     """The blocks to visit, for keys in any order.
 
-    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key.  Each query has `group` rows.
+    birth, death: [B, H, L] int32, the queries (0 = the first) that see a key.  rows: of each KV head.
     block_size: (rows, columns).  transposed: also list the row blocks of each key block, for a backward.
     periods, period: the L places are `periods` runs of equal length, a whole number of key blocks each.  Only queries from
         p * period to (p + 1) * period, a whole number of row blocks, see the keys of run p.  With periods=1 all queries may
         see all keys.
     O(L) time and memory, and one int per pair of a row block and a key block of its period.
     """
-    rows, columns = block_size
-    return BlockIndex.of(_block_index(birth, death, queries, group, rows, columns, transposed, periods, period))
+    lists = _block_index(birth, death, rows.queries, rows.per_position, *block_size, transposed, periods, period)
+    return BlockIndex.of(lists).repeated(rows.repeats)
 
 
 def listed_blocks(partial: Tensor, full: Tensor) -> BlockIndex:
@@ -188,7 +188,10 @@ def count_visited(
     birth: Tensor, death: Tensor, *, queries: int, group: int = 1, block_size: tuple[int, int], periods: int = 1,
     period: int = 0,
 ) -> Tensor:  # fmt: skip
-    """The number of visited blocks of all heads, int64, without their lists; arguments as in `block_index`."""
+    """The number of visited blocks of all heads, int64, without their lists; each query has `group` consecutive rows.
+
+    Other arguments as in `block_index`.
+    """
     return _tiles(birth, death, queries, group, *block_size, periods, period)[0].sum()
 
 

@@ -94,8 +94,7 @@ def _index(
     index = block_index(
         birth,
         death,
-        queries=queries,
-        group=group,
+        rows=FoldedRows(queries, group),
         block_size=(rows, columns),
         transposed=transposed,
         periods=layout.periods if layout.unit is None else 1,

@@ -33,9 +33,8 @@ def tile_maps(lifespans: Lifespans, window_size: int, block: int) -> TileMaps:
     lifespans: birth, death [K].  window_size: upper bound on the keys that one query sees.
     """
     one = Lifespans(*(t.view(1, 1, -1).cpu() for t in lifespans))
-    length = one.birth.shape[-1]
-    natural = block_index(*one, queries=length, block_size=(block, block))
-    rows = FoldedRows(length, group=1)
+    rows = FoldedRows(one.birth.shape[-1], group=1)
+    natural = block_index(*one, rows=rows, block_size=(block, block))
     _, packed = schedule(one, rows=rows, capacity=window_size, block_size=(block, block), transposed=False)
     return TileMaps(_tile_map(natural), _tile_map(packed))
 

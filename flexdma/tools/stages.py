@@ -154,11 +154,10 @@ def _flex_stages(
     take = alone(lambda *tensors: [at_places(tensor, packing, needs_gradient=False) for tensor in tensors])
 
     def listed(birth: Tensor, death: Tensor) -> list[Tensor]:
-        index = block_index(
-            birth, death, queries=shape.length, group=rows.per_position, block_size=block_size,
-            transposed=shape.backward, periods=layout.periods, period=layout.period,
-        )  # fmt: skip
-        return index.repeated(rows.repeats).tensors()
+        return block_index(
+            birth, death, rows=rows, block_size=block_size, transposed=shape.backward, periods=layout.periods,
+            period=layout.period,
+        ).tensors()  # fmt: skip
 
     stages: dict[str, tuple[Callable, tuple]] = {
         GATE: (module, (value,)),

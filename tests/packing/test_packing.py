@@ -169,7 +169,7 @@ def test_few_queries_of_many_keys_have_few_places():
 
 def test_packing_beats_natural_order_where_it_matters():
     lifespans = causal_top_w(torch.randn(1, 1, 16384), 512)
-    natural = block_index(*lifespans, queries=16384, block_size=(128, 128)).visited()
+    natural = block_index(*lifespans, rows=FoldedRows(16384, 1), block_size=(128, 128)).visited()
     packed = visited_blocks(lifespans, 512, 128, 128).sum().item()
     assert packed * 5 < natural.sum().item()
     ideal = 512 / 128 * 16384 / 128

@@ -69,8 +69,8 @@ def test_index_equal_the_dense_mask_in_any_order_of_keys(case, group, rows, colu
     queries = data.draw(st.integers(1, length))
     order = torch.tensor(data.draw(st.permutations(range(length))))
     birth, death = (bound[..., order] - (length - queries) for bound in causal_top_w(gate, window, **options))
-    sizes = {"queries": queries, "group": group, "block_size": (rows, columns)}
-    index = block_index(birth, death, **sizes, transposed=True)
+    folded = FoldedRows(queries, group)
+    index = block_index(birth, death, rows=folded, block_size=(rows, columns), transposed=True)
     dense = dense_visibility(gate, window_size=window, **options)[..., length - queries :, order]
     check_index(index, dense.repeat_interleave(group, -2), rows, columns)
     for indices in index.tensors()[1::2]:

@@ -17,6 +17,7 @@ import torch
 
 from flexdma import causal_top_w, cost
 from flexdma.packing import BlockIndex, Packing, block_index, pack, packed_layout
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.cost_model.kernel_bytes import BYTES, PEAKS
 from flexdma.tools.timing import peak_bytes
 
@@ -77,8 +78,10 @@ def packing_peak(window: int, training: bool) -> tuple[int, int, int]:
 
     def build() -> tuple[Packing, BlockIndex]:
         packing = pack(alive, layout, queries=LENGTH)
-        sizes: dict[str, Any] = {"queries": LENGTH, "group": 4, "block_size": (128, 128), "transposed": training}
-        return packing, block_index(packing.birth, packing.death, **sizes, periods=layout.periods, period=layout.period)
+        return packing, block_index(
+            packing.birth, packing.death, rows=FoldedRows(LENGTH, 4), block_size=(128, 128), transposed=training,
+            periods=layout.periods, period=layout.period,
+        )  # fmt: skip
 
     packing, index = build()
     return packing.order.numel(), index.partial_indices.numel(), peak_bytes(build)

@@ -15,6 +15,7 @@ from flexdma import Lifespans, causal_top_w, lifespan_attention
 from flexdma.block_masks import dynamic_block_mask
 from flexdma.opaque import realize
 from flexdma.packing.block_index import block_index
+from flexdma.packing.rows import FoldedRows
 from flexdma.score_mods import gate_score_mod
 from flexdma.tools.bench.dense_mask import check_fits, dense_mask_attention
 from flexdma.tools.bench.peers import peers
@@ -51,7 +52,8 @@ def flex_causal(query: Tensor, key: Tensor, value: Tensor, compiler: Compile) ->
     length = key.shape[2]
     birth = torch.arange(length, dtype=torch.int32, device=key.device).view(1, 1, -1)
     tile = (FLEX_TILE, FLEX_TILE)
-    index = block_index(birth, torch.full_like(birth, length), queries=length, block_size=tile, transposed=True)
+    rows = FoldedRows(length, group=1)
+    index = block_index(birth, torch.full_like(birth, length), rows=rows, block_size=tile, transposed=True)
     mask = index.block_mask((length, length), tile, lambda b, h, i, j: i >= j)
     return partial(compiler(flex_attention), query, key, value, block_mask=mask, enable_gqa=True)
 

@@ -55,10 +55,7 @@ def blocks(
     """
     if capacity is not None:
         return schedule(lifespans, rows=rows_of_head, capacity=capacity, block_size=block_size, transposed=False)[1]
-    index = block_index(
-        *lifespans, queries=rows_of_head.queries, group=rows_of_head.per_position, block_size=block_size
-    )
-    return index.repeated(rows_of_head.repeats)
+    return block_index(*lifespans, rows=rows_of_head, block_size=block_size)
 
 
 def block_counts(
