@@ -192,7 +192,7 @@ def test_a_gguf_file_becomes_a_folder_and_is_measured_later(given, run, tmp_path
 
 
 def test_a_distilled_model_stands_beside_the_calibrated_one(out, run, tmp_path, monkeypatch, capsys):
-    options = ["--distill", "2", "--lora", "2", "--needles", "0", "--rounds", "0"]
+    options = ["--distill", "2", "--needles", "0", "--rounds", "0"]
     with monkeypatch.context() as patch:
         patch.setattr("flexdma.integrations.transformers.distill", lambda *given, **options: interrupt())
         assert run(tmp_path / "model", *options) == INTERRUPTED
@@ -207,16 +207,32 @@ def test_a_distilled_model_stands_beside_the_calibrated_one(out, run, tmp_path, 
     found = records(tmp_path / "model")
     assert list(found.about["contenders"]) == [FULL, WINDOW, "calibrated", "distilled"]
     assert len(found.about["distillation"]["divergence"]) == 2
+    assert found.about["distillation"]["ranking"] == []
     assert [record for record in found.records if record.contender != "distilled"] == [
         record for record in records(out).records if record.section == "nll"
     ]
     distilled = from_pretrained(tmp_path / "model")
     assert distilled.config.flexdma["distilled"]
+    assert changed_weights(distilled, calibrated) == {
+        f"model.layers.{layer}.self_attn.{name}_proj.weight" for layer in (0, 1) for name in "qkvo"
+    }
     rest = torch.tensor(byte_tokenizer()(TEXT[::-1])["input_ids"])[None, :600]
     expected = torch.nn.functional.cross_entropy(distilled(rest).logits[0, :-1], rest[0, 1:], reduction="none")
     (value,) = [record.value for record in found.records if record.contender == "distilled"
                 and record.shape == "two <b>.txt, stretch 0, tokens 64 to 599"]  # fmt: skip
     assert value == pytest.approx(expected[63:].mean().item(), rel=1e-4)
+
+
+def test_distillation_without_adapters_trains_gates_alone(run, tmp_path):
+    assert run(tmp_path / "model", "--distill", "2", "--lora", "0", "--no-evaluate") == 0
+    assert len(records(tmp_path / "model").about["distillation"]["ranking"]) == 2
+    changed = changed_weights(from_pretrained(tmp_path / "model"), tmp_path / "model" / "retrofit" / "calibrated")
+    assert changed == {f"model.layers.{layer}.self_attn.value_gate.dt_proj.weight" for layer in (0, 1)}
+
+
+def changed_weights(model, folder):
+    before = from_pretrained(folder).state_dict()
+    return {name for name, weight in model.state_dict().items() if not torch.equal(weight, before[name])}
 
 
 # Refusals

@@ -1,6 +1,7 @@
 """python -m flexdma retrofit: calibrate, distill, save, measure, print the tables."""
 
 import argparse
+import random
 
 import torch
 from torch import Tensor
@@ -42,10 +43,11 @@ def run(arguments: argparse.Namespace) -> int:
         del loaded
         loaded = _load(str(options.out), options)
     if options.distill and "distillation" not in results.about:
-        # Other facts than those of the calibration.
+        # Other facts than those of the calibration, and not in the order of the text.
         batches = _batches(
             loaded, texts, options, options.distill * options.sequence, options.seed + len(texts.calibration)
         )
+        random.Random(options.seed).shuffle(batches)
         distilled_folder(loaded, batches[: options.distill], options, results)
         del loaded
         loaded = _load(str(options.out), options)

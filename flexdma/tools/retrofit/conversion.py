@@ -49,13 +49,21 @@ def distilled_folder(
 ) -> None:
     """Distill the calibrated model of `options.out` in place, a step for each batch, and replace the folder by the result.
 
+    Adapters learn to use what calibrated gates keep; gates are trained where there are no adapters.
     The calibrated model's files move to the folder CALIBRATED inside it.  Raises RefusedError as `calibrated_folder`.
     """
     from flexdma.integrations.transformers import distill
 
     with _ticking("distillation, tokens", batches) as ticking, _refusing(loaded.name):
         found = distill(
-            loaded.model, ticking, steps=len(batches), lora=options.lora or None, far=options.far, seed=options.seed
+            loaded.model,
+            ticking,
+            steps=len(batches),
+            gates=not options.lora,
+            lora=options.lora or None,
+            anneal=0.0,  # calibrated windows need no other ones first
+            far=options.far,
+            seed=options.seed,
         )
     numbers = {name: value for name, value in vars(found).items() if name != "model"}
     results.about["distillation"] = numbers

@@ -21,6 +21,7 @@ SIZES = (
     Sizes(lengths=(1024, 2048), needles=3, stretches=2, rounds=3, tokens=32_768),
     Sizes(lengths=(1024,), needles=3, stretches=2, rounds=1, tokens=8_000),
 )
+RANK = 16  # of adapters
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -79,10 +80,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="STEPS",
         type=types.natural,
         default=0,
-        help="steps of training gates and adapters to the full model, each on one sequence; 0 = none",
+        help="steps of training adapters, or gates, to the full model, each on one sequence; 0 = none",
     )
     parser.add_argument(
-        "--lora", metavar="RANK", type=types.natural, default=0, help="of the adapters (needs peft); 0 = gates alone"
+        "--lora",
+        metavar="RANK",
+        type=types.natural,
+        default=None,
+        help=f"of the adapters that --distill trains (needs peft; default: {RANK}); 0 = train gates instead",
     )
     parser.add_argument("--seed", metavar="N", type=types.seed, default=0, help="of calibration sequences and needles")
     add_measure_arguments(parser, SIZES)
@@ -107,9 +112,11 @@ def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
         options.recent = options.budget // 4
     if options.recent >= options.budget:
         raise RefusedError(f"--recent: expected less than --budget, which is {options.budget}, got {options.recent}")
-    if options.lora and not options.distill:
+    if options.lora is not None and not options.distill:
         raise RefusedError(f"--lora: expected --distill beside it, got {options.lora}")
+    if options.lora is None:
+        options.lora = RANK if options.distill else 0
     if options.lora and importlib.util.find_spec("peft") is None:
-        raise RefusedError("--lora: needs peft: pip install peft")
+        raise RefusedError("--distill: needs peft: pip install peft, or --lora 0")
     options.window = options.budget - options.recent
     return options
