@@ -15,6 +15,8 @@ from flexdma.integrations.transformers import DynamicMaskCache, attention, conve
 
 # No token twice: gates of equal tokens are equal in the first layer up to rounding, which depends on the tokens in a pass.
 GREEDY = {"do_sample": False, "max_new_tokens": 12, "min_new_tokens": 12, "no_repeat_ngram_size": 1}
+# (recency, recency_ranks)
+RECENCIES = [(None, True), ("slope", True), ("forget", True), ("slope", False), ("forget", False)]
 
 
 def tokens(model, ids, side="none", **options):
@@ -22,11 +24,13 @@ def tokens(model, ids, side="none", **options):
 
 
 def gated(family="Llama", window_size=6, **options):
-    """A converted model whose gates differ."""
+    """A converted model whose gates differ, with slopes of about 0.1 per token."""
     model = convert_to_dma(causal_lm(family), window_size, **options)
     for name, parameter in model.named_parameters():
         if name.endswith("value_gate.A"):
             torch.nn.init.normal_(parameter)
+        if name.endswith("value_gate.slope"):
+            torch.nn.init.uniform_(parameter, 0.05, 0.2)
     return model
 
 
@@ -40,18 +44,20 @@ def test_doge_generates_what_the_shipped_model_does(side, beams):
     assert torch.equal(tokens(model, ids, side, num_beams=beams, cache_implementation="dynamic"), want)
 
 
-@pytest.mark.parametrize("recency", [None, "slope", "forget"])
-def test_a_converted_model_generates_the_same_with_either_cache(recency):
-    model, ids = gated(recency=recency, reads_keys=recency == "slope"), distinct_tokens(2, 16)
+@pytest.mark.parametrize(("recency", "ranks"), RECENCIES)
+def test_a_converted_model_generates_the_same_with_either_cache(recency, ranks):
+    model = gated(recency=recency, recency_ranks=ranks, reads_keys=recency == "slope")
+    ids = distinct_tokens(2, 16)
     want = tokens(model, ids, "left", use_cache=False)
     assert torch.equal(tokens(model, ids, "left"), want)
     assert torch.equal(tokens(model, ids, "left", cache_implementation="dynamic"), want)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("recency", [None, "slope", "forget"])
-def test_reading_copying_and_recording_between_tokens_change_nothing(recency, mode):
-    model = gated(recency=recency, sinks=2, window_size=[6, (2, 9)], recent=[0, 4], reads_keys=recency is not None)
+@pytest.mark.parametrize(("recency", "ranks"), RECENCIES)
+def test_reading_copying_and_recording_between_tokens_change_nothing(recency, ranks, mode):
+    options = {"recency": recency, "recency_ranks": ranks, "reads_keys": recency is not None}
+    model = gated(sinks=2, window_size=[6, (2, 9)], recent=[0, 4], **options)
     ids = distinct_tokens(2, 40)
     with mode():
         want = model(ids, use_cache=False).logits

@@ -219,6 +219,12 @@ def with_a_recurrence():
         ),
         (lambda: causal_lm("Llama"), {"window_size": 0}, ValueError, "window_size: expected at least 1, got 0"),
         (lambda: causal_lm("Llama"), {"recency": "last"}, ValueError, "recency: expected one of"),
+        (
+            lambda: causal_lm("Llama"),
+            {"recency_ranks": False},
+            ValueError,
+            "recency_ranks: expected True with recency=None",
+        ),
         (lambda: torch.nn.Linear(1, 1), {}, TypeError, "expected a transformers PreTrainedModel, got Linear"),
     ],
 )

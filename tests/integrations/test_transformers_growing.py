@@ -25,12 +25,12 @@ def above_zero(**options):
     return model
 
 
-@pytest.mark.parametrize("beams", [1, 3])
-def test_generate_finds_the_same_with_either_cache(beams):
-    model, ids = above_zero(), distinct_tokens(2, 16)
-    options: dict[str, Any] = {"attention_mask": padding("left", ids), "num_beams": beams, **GREEDY}
-    want = model.generate(ids, use_cache=False, **options)
-    out = model.generate(ids, return_dict_in_generate=True, **options)
+@pytest.mark.parametrize(("beams", "options"), [(1, {}), (3, {}), (1, {"recency": "forget", "recency_ranks": False})])
+def test_generate_finds_the_same_with_either_cache(beams, options):
+    model, ids = above_zero(**options), distinct_tokens(2, 16)
+    asked: dict[str, Any] = {"attention_mask": padding("left", ids), "num_beams": beams, **GREEDY}
+    want = model.generate(ids, use_cache=False, **asked)
+    out = model.generate(ids, return_dict_in_generate=True, **asked)
     assert torch.equal(out.sequences, want)
     assert isinstance(out[CACHE].layers[0].state, GrowingState)
 

@@ -15,8 +15,8 @@ pytestmark = pytest.mark.filterwarnings("ignore:You are calling .generate:UserWa
 GREEDY = {"do_sample": False, "max_new_tokens": 6, "min_new_tokens": 6}
 
 
-def gated(recency):
-    model = convert_to_dma(causal_lm("Llama"), 6, recency=recency)
+def gated(recency, **options):
+    model = convert_to_dma(causal_lm("Llama"), 6, recency=recency, **options)
     for layer in model.model.layers:
         torch.nn.init.normal_(layer.self_attn.value_gate.A)
     return model
@@ -33,7 +33,15 @@ def after_a_rollback(model, ids):
 
 
 @pytest.mark.parametrize("place", ["cpu", "disk"])
-@pytest.mark.parametrize("make", [lambda: use_flexdma(doge()), lambda: gated("slope"), lambda: gated("forget")])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: use_flexdma(doge()),
+        lambda: gated("slope"),
+        lambda: gated("forget"),
+        lambda: gated("forget", recency_ranks=False),
+    ],
+)
 def test_an_offloaded_model_computes_and_generates_the_same(make, place, tmp_path):
     model, ids = make(), distinct_tokens(2, 16)
     want = model(ids).logits, model.generate(ids, **GREEDY), after_a_rollback(model, ids)

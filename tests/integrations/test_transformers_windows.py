@@ -16,14 +16,18 @@ from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma, 
 WINDOWS, RECENT, SINKS = (5, (2, 9), [1, 3]), [0, 3, 2], 1
 SLOTS = [5 + 0 + 1, 9 + 3 + 1, 3 + 2 + 1]
 GREEDY = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "no_repeat_ngram_size": 1}
+# Recencies that are added to logits and rank no keys.
+ADDED = [{"recency": recency, "recency_ranks": False} for recency in ("slope", "forget")]
 
 
 def converted(windows=WINDOWS, recent=RECENT, layers=3, **options):
-    """A model whose gates differ."""
+    """A model whose gates differ, with slopes of about 0.1 per token."""
     model = convert_to_dma(causal_lm("Llama", num_hidden_layers=layers), windows, recent=recent, sinks=SINKS, **options)
     for name, parameter in model.named_parameters():
         if name.endswith("value_gate.A"):
             torch.nn.init.normal_(parameter)
+        if name.endswith("value_gate.slope"):
+            torch.nn.init.uniform_(parameter, 0.05, 0.2)
     return model
 
 
@@ -32,9 +36,12 @@ def dense(windows, recent):
 
     def attend(module, query, key, value, mask, scaling=None, dropout=0.0, **_):
         real = None if mask is None else mask[:, 0, 0].bool()
-        gate = module.value_gate(value, key_padding_mask=real)
+        if module.value_gate.recency_ranks:
+            gate, bias = module.value_gate(value, key_padding_mask=real), None
+        else:
+            gate, bias = module.value_gate(value, key_padding_mask=real, return_recency=True)
         output = dense_dynamic_mask_attention(
-            query, key, value, gate, window_size=windows[module.layer_idx], recent=recent[module.layer_idx],
+            query, key, value, gate, bias=bias, window_size=windows[module.layer_idx], recent=recent[module.layer_idx],
             sinks=SINKS, scale=scaling, key_padding_mask=real,
         )  # fmt: skip
         return output.transpose(1, 2), None
@@ -54,8 +61,9 @@ def specified(monkeypatch):
     return call
 
 
-def test_each_head_of_each_layer_has_its_window(specified):
-    model, ids = converted(recency="slope"), distinct_tokens(2, 24)
+@pytest.mark.parametrize("options", [{"recency": "slope"}, *ADDED])
+def test_each_head_of_each_layer_has_its_window(options, specified):
+    model, ids = converted(**options), distinct_tokens(2, 24)
     mask = padding("left", ids)
     want = specified(model, ids, attention_mask=mask, labels=ids)
     got = model(ids, attention_mask=mask, labels=ids)
@@ -67,9 +75,9 @@ def test_each_head_of_each_layer_has_its_window(specified):
     assert (other - specified(model, ids).logits).abs().max() > 0.1
 
 
-@pytest.mark.parametrize("recency", [None, "forget"])
-def test_generation_keeps_the_widest_window_of_each_layer(recency, specified):
-    model, ids = converted(recency=recency), distinct_tokens(2, 16)
+@pytest.mark.parametrize("options", [{}, {"recency": "forget"}, *ADDED])
+def test_generation_keeps_the_widest_window_of_each_layer(options, specified):
+    model, ids = converted(**options), distinct_tokens(2, 16)
     mask = padding("left", ids)
     want = specified(model.generate, ids, attention_mask=mask, **GREEDY)
     got = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
@@ -91,9 +99,10 @@ def test_beams_and_an_assistant_find_the_same(specified):
     assert torch.equal(model.generate(ids, assistant_model=assistant, **GREEDY), want)
 
 
+@pytest.mark.parametrize("options", [{}, *ADDED])
 @torch.no_grad()
-def test_a_rollback_is_exact(specified):
-    model, ids, cache = converted(), distinct_tokens(1, 24), DynamicMaskCache()
+def test_a_rollback_is_exact(options, specified):
+    model, ids, cache = converted(**options), distinct_tokens(1, 24), DynamicMaskCache()
     cache.activate_past_recording()
     for part in ids.split([16, 6, 1, 1], 1):
         model(part, **{CACHE: cache})
@@ -105,7 +114,7 @@ def test_a_rollback_is_exact(specified):
 # transformers 5.23 renamed the method, 5.17 has only this one.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_checkpointing_and_one_graph_change_nothing(specified):
-    model, ids = converted(WINDOWS[1:], RECENT[1:], layers=2), distinct_tokens(2, 24)
+    model, ids = converted(WINDOWS[1:], RECENT[1:], layers=2, **ADDED[0]), distinct_tokens(2, 24)
     want = specified(model, ids, labels=ids, windows=WINDOWS[1:], recent=RECENT[1:])
     cache, compiled = DynamicMaskCache(), torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
@@ -120,10 +129,11 @@ def test_checkpointing_and_one_graph_change_nothing(specified):
         assert_close(left, right)
 
 
-def test_a_saved_model_has_the_same_windows(tmp_path, specified):
+@pytest.mark.parametrize("options", [{}, ADDED[0]])
+def test_a_saved_model_has_the_same_windows(options, tmp_path, specified):
     windows = (*range(2, 12), (3, 20), 4)
     recent = tuple(number % 3 for number in range(12))
-    model, ids = converted(windows, recent, layers=12), distinct_tokens(1, 24)
+    model, ids = converted(windows, recent, layers=12, **options), distinct_tokens(1, 24)
     model.save_pretrained(tmp_path)
     again = from_pretrained(tmp_path)
     # config.json has lists, and its names of layers are sorted as text: layer 10 before layer 2.

@@ -1,5 +1,7 @@
 """`python -m flexdma view --model`: the page has the lifespans and gates of the model and the attention of the full one."""
 
+from typing import Any
+
 import pytest
 import torch
 import transformers
@@ -125,9 +127,11 @@ def test_beside_them_is_the_attention_of_the_full_model(page, folder):
 
 @pytest.mark.parametrize("family", ["Mistral", "Gemma2", "GptOss", "Falcon"])
 def test_windows_softcaps_sinks_and_layers_without_an_interface(family):
+    # The recency is not among the gates that are shown, as it ranks no keys.
+    recency: dict[str, Any] = {"recency": "forget", "recency_ranks": False} if family == "Gemma2" else {}
     sizes = {"multi_query": False} if family == "Falcon" else {}
     ids = distinct_tokens(1, 40)
-    converted = choose_keys(convert_to_dma(causal_lm(family, **sizes), 4))
+    converted = choose_keys(convert_to_dma(causal_lm(family, **sizes), 4, **recency))
     shown = shown_model(converted, ids, "label", lambda: None)
     plain = causal_lm(family, **sizes)
     for layer, weights in zip(shown.layers, dense_attention(plain, ids), strict=True):

@@ -16,6 +16,7 @@ from flexdma.integrations.transformers.documents import (
 from flexdma.integrations.transformers.key_energies import gate_of
 from flexdma.integrations.transformers.masks import NAME, read_light_mask
 from flexdma.integrations.transformers.packed_positions import POSITION_DOCUMENTS, position_documents
+from flexdma.integrations.transformers.recorded_pass import gated
 from flexdma.integrations.transformers.refusals import refuse_arguments, refuse_cache, refuse_traced_cache
 from flexdma.score_mods import softcap_score_mod
 from flexdma.transforms import can_read
@@ -80,8 +81,8 @@ def attend(
     if isinstance(cache, DynamicMaskCache):
         output = cache.attend(module.layer_idx, query, key, value, gate, scale=scaling, **options)
     else:
-        gates = gate(value, key_padding_mask=options["key_padding_mask"])
-        output = dynamic_mask_attention(query, key, value, gates, scale=scaling, **options)
+        gates, bias, _ = gated(gate, value, None, options["key_padding_mask"])
+        output = dynamic_mask_attention(query, key, value, gates, bias=bias, scale=scaling, **options)
     return output.transpose(1, 2).contiguous()
 
 

@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from flexdma.attention import dynamic_mask_attention
-from flexdma.integrations.transformers.recorded_pass import RecordedPass, gated
+from flexdma.integrations.transformers.recorded_pass import Gated, RecordedPass, gated
 from flexdma.mixed_precision import autocast, is_autocast
 from flexdma.state import DynamicMaskState, GrowingState, State
 from flexdma.state.donation import can_donate
@@ -119,16 +119,16 @@ class DynamicMaskLayer(CacheLayerMixin):
         same = run is not None and options == self._run_options and not run.is_overwritten()
         if not same or not is_plain_on_cpu(query, key, value):
             run = self._begun(query, key, value, options)
-        gates, forgotten = gated(gate, value, run or self.state, options["key_padding_mask"])
+        gates, bias, forgotten = found = gated(gate, value, run or self.state, options["key_padding_mask"])
         output = None
-        if run is not None and has_sizes_of(run.before, query, key, value, gates) and not gates.requires_grad:
+        if run is not None and has_sizes_of(run.before, query, key, value, gates, bias) and not gates.requires_grad:
             if torch.is_autocast_enabled("cpu"):
                 query, key, value = autocast(query, key, value)
-            if query.dtype == key.dtype and run.insert(key, value, gates):
+            if query.dtype == key.dtype and run.insert(key, value, gates, bias):
                 scale = options.get("scale")
                 output = run.attention(query, query.shape[3] ** -0.5 if scale is None else scale)
         if output is None:
-            output = self._attend(query, key, value, gate, gates, forgotten, options)
+            output = self._attend(query, key, value, gate, found, options)
         elif run is not None and forgotten is not None:
             run.forgotten = forgotten
         self.tokens += key.shape[2]
@@ -157,19 +157,19 @@ class DynamicMaskLayer(CacheLayerMixin):
         return self._run
 
     def _attend(
-        self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], gates: Tensor,
-        forgotten: Tensor | None, options: dict[str, Any],
+        self, query: Tensor, key: Tensor, value: Tensor, gate: Callable[..., Tensor], found: Gated,
+        options: dict[str, Any],
     ) -> Tensor:  # fmt: skip
         """`attend` of any tokens, by the operator."""
-        state = self.state
+        state, (gates, bias, forgotten) = self.state, found
         self._run = None
-        others = (query, key, value, gates, options.get("sink_logits"))
+        others = (query, key, value, gates, bias, options.get("sink_logits"))
         donate = state is not None and not self.record_past and can_donate(state, *others)
         output, after = dynamic_mask_attention(
-            query, key, value, gates, state=state, return_state=True, donate=donate, **options
+            query, key, value, gates, bias=bias, state=state, return_state=True, donate=donate, **options
         )
         if self.record_past:
-            self._past.append(RecordedPass(state, self.tokens, key, value, gates, gate, after.key.dtype, options))
+            self._past.append(RecordedPass(state, self.tokens, key, value, gates, bias, gate, after.key.dtype, options))
         self._state = after if forgotten is None else after._with(forgotten=forgotten)
         if not torch.compiler.is_compiling():  # a number that changes would be guarded; slots are constant there
             self._peak_nbytes = max(self._peak_nbytes, after.nbytes)

@@ -35,6 +35,7 @@ def convert_to_dma(
     selection: str = "causal",
     form: str = "exp",
     recency: str | None = None,
+    recency_ranks: bool = True,
     slopes: Sequence[float] | None = None,
     sinks: int = 0,
     recent: int | Sequence[int] = 0,
@@ -52,7 +53,8 @@ def convert_to_dma(
     selection: of the operator, "causal" or "threshold"; with "threshold" window_size may be None, and the cache of `generate`
         grows with the number of keys whose gates are above 0.
     recent: of the operator, an int or one per attention layer.
-    form, recency: of the gate.  slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
+    form, recency: of the gate.  recency_ranks: False = the recency is added to logits, and keys are ranked without it.
+    slopes: with recency="slope" the Hkv initial slopes; default 0, which starts as no recency.
     sinks, lowering: of the operator.
     reads_keys: whether gates read the energies of keys beside values, see `key_energies.py`.
 
@@ -68,12 +70,15 @@ def convert_to_dma(
     choice = {
         "window_size": as_json(window_size), "form": form, "recency": recency, "sinks": sinks, "recent": as_json(recent)
     }  # fmt: skip
+    if not recency_ranks:
+        choice["recency_ranks"] = False
     if reads_keys:
         choice["reads_keys"] = True
     if selection != "causal":
         choice["selection"] = selection
     checks.one_of("form", form, FORMS)
     checks.one_of("recency", recency, RECENCIES)
+    checks.recency_ranks(recency_ranks, recency)
     checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
     check_unconverted(model)
     with rerouted(model):
@@ -98,6 +103,7 @@ def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[flo
     start = [0.0] * heads if recency == "slope" and slopes is None else slopes
     kind = KeyValueGate if choice.get("reads_keys") else ValueGate
     gate = kind(heads, size, choice["form"], recency, slopes=start, initial_a=0.0)
+    gate.recency_ranks = choice.get("recency_ranks", True)
     if recency == "forget":
         nn.init.zeros_(gate.forget_proj.weight)  # the same decay for all tokens until training
     return gate

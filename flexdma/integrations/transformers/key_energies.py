@@ -33,6 +33,10 @@ class _OfKeys:
     def recency(self) -> str | None:
         return self.gate.recency
 
+    @property
+    def recency_ranks(self) -> bool:
+        return self.gate.recency_ranks
+
     def __call__(self, value: Tensor, **options: Any) -> Any:
         return self.gate(with_key_energies(self.key[:, :, : value.shape[2]], value), **options)
 

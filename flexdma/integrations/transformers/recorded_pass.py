@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ class RecordedPass:
 
     state: before the pass; None before the first token.  length: number of tokens before the pass.
     key [B, Hkv, n, D], value [B, Hkv, n, Dv].
-    gates [B, Hkv, n]: kept because a rollback runs outside of the layer's forward, where `gate` may have no weights.
+    gates, bias [B, Hkv, n]: kept because a rollback runs outside of the layer's forward, where `gate` may have no weights.
     gate: the function from values to gates.  dtype: of keys and values in a state.  options: of `dynamic_mask_attention`.
     """
 
@@ -27,6 +27,7 @@ class RecordedPass:
     key: Tensor
     value: Tensor
     gates: Tensor
+    bias: Tensor | None
     gate: Callable[..., Any]
     dtype: torch.dtype
     options: dict[str, Any]
@@ -36,17 +37,30 @@ class RecordedPass:
         if tokens == 0:
             return self.state
         key, value, gates = self.key[:, :, :tokens], self.value[:, :, :tokens], self.gates[:, :, :tokens]
+        bias = None if self.bias is None else self.bias[:, :, :tokens]
         masks = {name: self.options[name] for name in ("key_padding_mask", "document_ids")}
         masks = {name: None if mask is None else mask[:, :tokens] for name, mask in masks.items()}
         # The output is not used, so one query is enough.
         _, after = dynamic_mask_attention(
             key[:, :, -1:].to(self.dtype), key.to(self.dtype), value.to(self.dtype), gates,
-            state=self.state, return_state=True, **(self.options | masks),
+            bias=bias, state=self.state, return_state=True, **(self.options | masks),
         )  # fmt: skip
         if forgets(self.gate):
-            _, forgotten = gated(self.gate, value, self.state, masks["key_padding_mask"])
-            after = replace(after, forgotten=forgotten)
+            found = gated(self.gate, value, self.state, masks["key_padding_mask"])
+            after = replace(after, forgotten=found.forgotten)
         return after
+
+
+class Gated(NamedTuple):
+    """What a gate gives for n tokens.
+
+    gates: [B, Hkv, n].  bias: [B, Hkv, n], the recency, where it does not rank, else None.
+    forgotten: the running sum after these tokens, [B, Hkv], of gates that have one, else None.
+    """
+
+    gates: Tensor
+    bias: Tensor | None
+    forgotten: Tensor | None
 
 
 def forgets(gate: Callable[..., Any]) -> bool:
@@ -56,10 +70,17 @@ def forgets(gate: Callable[..., Any]) -> bool:
 
 def gated(
     gate: Callable[..., Any], value: Tensor, before: State | TokenRun | None, key_padding_mask: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """The gates of values that follow a state or run, and the running sum after them if the gate has one, else None."""
+) -> Gated:
+    """The gates of values that follow a state or run; None = of the first values."""
     arguments: dict[str, Any] = {"key_padding_mask": key_padding_mask}
     # A gate without recency reads neither.
     if before is not None and getattr(gate, "recency", "") is not None:
         arguments |= {"first_position": before.real_length, "forgotten": before.forgotten}
-    return gate(value, **arguments, return_forgotten=True) if forgets(gate) else (gate(value, **arguments), None)
+    ranks = getattr(gate, "recency_ranks", True)
+    if not ranks:
+        arguments["return_recency"] = True
+    if forgets(gate):
+        arguments["return_forgotten"] = True
+    given = gate(value, **arguments)
+    gates, *others = given if isinstance(given, tuple) else (given,)
+    return Gated(gates, None if ranks else others[0], others[-1] if forgets(gate) else None)

@@ -50,8 +50,9 @@ def observed_gates(model: Any, ids: Tensor, tick: Tick) -> dict[int, Tensor]:
     gates: dict[int, Tensor] = {}
 
     def note(number: int) -> Callable[..., None]:
-        def hook(gate: Any, values: Any, output: Tensor) -> None:
-            gates[number] = output
+        def hook(gate: Any, values: Any, output: Any) -> None:
+            # Before its recency, where that does not rank.
+            gates[number] = output[0] if isinstance(output, tuple) else output
             tick()
 
         return hook
