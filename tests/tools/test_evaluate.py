@@ -361,8 +361,9 @@ def test_resume_refuses_what_would_mix_numbers(folder, run, results, tmp_path, c
         ({"dtype": "bfloat16"}, [], "--resume: expected the dtype of"),
         ({"suite": "cpu"}, [], "--resume: expected a folder that evaluate wrote, got"),
         ({"cases": other}, [], "--resume: expected the tokens of the earlier run in pass key, 600 tokens"),
-        ({"models": whole["models"][1:]}, [], "--resume: expected the first MODEL of"),
-        ({"models": [whole["models"][0], {**whole["models"][1], "flexdma": {}}]}, [], "got one converted in another way"),
+        ({"models": whole["models"][1:]}, [], f"MODEL: expected {folder / 'converted'} at the same place as in"),
+        ({"models": [*whole["models"], {"name": "third"}]}, [], "MODEL: expected third at the same place as in"),
+        ({"models": [whole["models"][0], {**whole["models"][1], "flexdma": {}}]}, [], "converted, converted in another way"),
     ):  # fmt: skip
         (tmp_path / "evaluation.json").write_text(json.dumps(whole | change))
         models = folder / "plain", folder / "converted"

@@ -1,5 +1,6 @@
 """What an earlier run left in --out, where this run may go on from it."""
 
+from itertools import zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ def resumed(out: Path, setting: dict[str, Any]) -> Results:
     """The results of the earlier run, which get the models of this one.
 
     setting: the `about` of this run.
-    Raises RefusedError where there is no earlier run, and where it had other models of the same names, texts, sizes, or
-    another machine: its numbers would stand beside others in one table.
+    Raises RefusedError where there is no earlier run, where it had other texts, sizes or another machine, because its numbers
+    would stand beside others in one table, and where its models are not the first of this run, in the same order, because
+    contenders have their names by that order.
     """
     path = out / RECORDS
     try:
@@ -27,22 +29,16 @@ def resumed(out: Path, setting: dict[str, Any]) -> Results:
     before = found.about
     if before.get("suite") != SUITE or "plan" not in before or "retrofit" in before:
         raise RefusedError(f"--resume: expected a folder that evaluate wrote, got {out}")
-    wanted = {name: setting[name] for name in COMMON} | setting["plan"] | {"first MODEL": _first(setting)}
-    had = {name: before.get(name) for name in COMMON} | before["plan"] | {"first MODEL": _first(before)}
-    for name, value in wanted.items():
+    had = {name: before.get(name) for name in COMMON} | before["plan"]
+    for name, value in ({name: setting[name] for name in COMMON} | setting["plan"]).items():
         if had[name] != value:
             raise RefusedError(f"--resume: expected the {name} of {path}, {had[name]}, got {value}")
-    known = {model["name"]: model for model in before["models"]}
-    for model in setting["models"]:
-        if known.setdefault(model["name"], model) != model:
-            raise RefusedError(
-                f"--resume: expected MODEL {model['name']} as in {path}, got one converted in another way"
-            )
-    before["models"] = list(known.values())
+    for old, new in zip_longest(before["models"], setting["models"][: len(before["models"])]):
+        if new != old:
+            got = "none" if new is None else new["name"]
+            if got == old["name"]:
+                got += ", converted in another way"
+            raise RefusedError(f"MODEL: expected {old['name']} at the same place as in {path}, got {got}")
+    before["models"] = setting["models"]
     found.records = [record for record in found.records if not is_skipped(record)]
     return found
-
-
-def _first(about: dict[str, Any]) -> str:
-    """The name of the model that is measured with full attention too."""
-    return str(about["models"][0]["name"])
