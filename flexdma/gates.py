@@ -56,6 +56,8 @@ class ValueGate(nn.Module):
 
     # Whether tensor parallelism has divided the heads: then A and slope are DTensors.  Dynamo sees no attribute of a DTensor.
     is_divided = False
+    # Whether the recency ranks keys too, for callers that have no attribute of their own for it.
+    recency_ranks = True
 
     def __init__(
         self,
@@ -106,9 +108,8 @@ class ValueGate(nn.Module):
                 self.slope.copy_(slopes)
 
     def extra_repr(self) -> str:
-        return (
-            f"num_kv_heads={self.num_kv_heads}, head_dim={self.head_dim}, form={self.form!r}, recency={self.recency!r}"
-        )
+        shown = [f"{name}={getattr(self, name)!r}" for name in ("num_kv_heads", "head_dim", "form", "recency")]
+        return ", ".join(shown if self.recency_ranks else [*shown, "recency_ranks=False"])
 
     def forward(
         self,

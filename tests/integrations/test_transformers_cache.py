@@ -81,6 +81,19 @@ def test_reading_copying_and_recording_between_tokens_change_nothing(recency, ra
             assert_close(logits[:, -1], want[:, at])
 
 
+@pytest.mark.parametrize(("recency", "ranks"), RECENCIES[1:])
+def test_a_recency_that_is_trained_alone_has_gradients_through_decoded_tokens(recency, ranks):
+    model, ids, cache = gated(recency=recency, recency_ranks=ranks), distinct_tokens(1, 16), DynamicMaskCache()
+    with torch.no_grad():
+        model(ids[:, :14], **{CACHE: cache})
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("slope" in name or "forget_proj" in name)
+    model(ids[:, 14:15], **{CACHE: cache})
+    model(ids[:, 15:], **{CACHE: cache}).logits.square().sum().backward()
+    found = [parameter.grad for parameter in model.parameters() if parameter.requires_grad]
+    assert all(gradient is not None and bool(gradient.any()) for gradient in found)
+
+
 def test_prefill_in_chunks_and_speculation_change_nothing():
     model, ids = use_flexdma(doge()), distinct_tokens(1, 16)
     want = tokens(model, ids)

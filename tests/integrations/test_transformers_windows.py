@@ -20,6 +20,10 @@ GREEDY = {"do_sample": False, "max_new_tokens": 10, "min_new_tokens": 10, "no_re
 ADDED = [{"recency": recency, "recency_ranks": False} for recency in ("slope", "forget")]
 
 
+def ranks(options):
+    return options.get("recency_ranks", True)
+
+
 def converted(windows=WINDOWS, recent=RECENT, layers=3, **options):
     """A model whose gates differ, with slopes of about 0.1 per token."""
     model = convert_to_dma(causal_lm("Llama", num_hidden_layers=layers), windows, recent=recent, sinks=SINKS, **options)
@@ -31,12 +35,12 @@ def converted(windows=WINDOWS, recent=RECENT, layers=3, **options):
     return model
 
 
-def dense(windows, recent):
+def dense(windows, recent, ranks):
     """The attention interface by the specification, for models without a cache."""
 
     def attend(module, query, key, value, mask, scaling=None, dropout=0.0, **_):
         real = None if mask is None else mask[:, 0, 0].bool()
-        if module.value_gate.recency_ranks:
+        if ranks:
             gate, bias = module.value_gate(value, key_padding_mask=real), None
         else:
             gate, bias = module.value_gate(value, key_padding_mask=real, return_recency=True)
@@ -53,9 +57,9 @@ def dense(windows, recent):
 def specified(monkeypatch):
     """Calls a function with attention by the specification."""
 
-    def call(function, *arguments, windows=WINDOWS, recent=RECENT, **named):
+    def call(function, *arguments, windows=WINDOWS, recent=RECENT, ranks=True, **named):
         with monkeypatch.context() as patch:
-            patch.setitem(transformers.AttentionInterface._global_mapping, "flexdma", dense(windows, recent))
+            patch.setitem(transformers.AttentionInterface._global_mapping, "flexdma", dense(windows, recent, ranks))
             return function(*arguments, use_cache=False, **named)
 
     return call
@@ -65,21 +69,21 @@ def specified(monkeypatch):
 def test_each_head_of_each_layer_has_its_window(options, specified):
     model, ids = converted(**options), distinct_tokens(2, 24)
     mask = padding("left", ids)
-    want = specified(model, ids, attention_mask=mask, labels=ids)
+    want = specified(model, ids, attention_mask=mask, labels=ids, ranks=ranks(options))
     got = model(ids, attention_mask=mask, labels=ids)
     assert_close(got.logits[mask.bool()], want.logits[mask.bool()])
     gradients = [torch.autograd.grad(output.loss, list(model.parameters())) for output in (got, want)]
     for left, right in zip(*gradients, strict=True):
         assert_close(left, right)
-    other = specified(model, ids, windows=[5, 9, 3]).logits
-    assert (other - specified(model, ids).logits).abs().max() > 0.1
+    other = specified(model, ids, windows=[5, 9, 3], ranks=ranks(options)).logits
+    assert (other - got.logits).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("options", [{}, {"recency": "forget"}, *ADDED])
 def test_generation_keeps_the_widest_window_of_each_layer(options, specified):
     model, ids = converted(**options), distinct_tokens(2, 16)
     mask = padding("left", ids)
-    want = specified(model.generate, ids, attention_mask=mask, **GREEDY)
+    want = specified(model.generate, ids, attention_mask=mask, ranks=ranks(options), **GREEDY)
     got = model.generate(ids, attention_mask=mask, return_dict_in_generate=True, **GREEDY)
     assert torch.equal(got.sequences, want)
     assert [layer.keys.shape[2] for layer in got[CACHE].layers] == SLOTS
@@ -108,14 +112,14 @@ def test_a_rollback_is_exact(options, specified):
         model(part, **{CACHE: cache})
     cache.crop(-5)
     got = model(ids[:, -5:], **{CACHE: cache}).logits
-    assert_close(got, specified(model, ids).logits[:, -5:])
+    assert_close(got, specified(model, ids, ranks=ranks(options)).logits[:, -5:])
 
 
 # transformers 5.23 renamed the method, 5.17 has only this one.
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_enable`:FutureWarning")
 def test_checkpointing_and_one_graph_change_nothing(specified):
     model, ids = converted(WINDOWS[1:], RECENT[1:], layers=2, **ADDED[0]), distinct_tokens(2, 24)
-    want = specified(model, ids, labels=ids, windows=WINDOWS[1:], recent=RECENT[1:])
+    want = specified(model, ids, labels=ids, windows=WINDOWS[1:], recent=RECENT[1:], ranks=False)
     cache, compiled = DynamicMaskCache(), torch.compile(model, fullgraph=True, backend="eager")
     with torch.no_grad():
         first, *later = ids.split([21, 1, 1, 1], 1)
@@ -142,7 +146,9 @@ def test_a_saved_model_has_the_same_windows(options, tmp_path, specified):
     assert saved["window_size"] == [*range(2, 12), [3, 20], 4]
     with torch.no_grad():
         assert torch.equal(again(ids).logits, model(ids).logits)
-        assert_close(again(ids).logits, specified(model, ids, windows=windows, recent=recent).logits)
+        assert_close(
+            again(ids).logits, specified(model, ids, windows=windows, recent=recent, ranks=ranks(options)).logits
+        )
 
 
 def test_the_sliding_window_of_each_layer_bounds_its_own():

@@ -5,7 +5,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from flexdma.lowerings import gate_gradient
+from flexdma import dynamic_mask_attention
+from flexdma.lowerings import fused_blocks, gate_gradient
 from flexdma.lowerings.gate_gradient import ROUTES, chosen_route, gate_gradient_route
 from flexdma.reference import dense_dynamic_mask_attention, dense_visibility
 from flexdma.score_mods import alibi_score_mod
@@ -117,6 +118,21 @@ def test_sizes_that_are_not_known_take_no_atomics():
         compiled = torch.compile(number, fullgraph=True, backend="eager", dynamic=dynamic)
         with gate_gradient_route("atomics"):
             assert ROUTES[int(compiled(torch.ones(3, 7)))] == route
+
+
+@pytest.mark.parametrize("size", [16, 20])
+def test_zeros_that_fill_rows_change_no_gradient(size, monkeypatch):
+    tensors = [torch.randn(1, heads, 40, size, requires_grad=True) for heads in (4, 2, 2)]
+    tensors.append(torch.randn(1, 2, 40, requires_grad=True))
+    found = []
+    for aligned in (1, 8):
+        monkeypatch.setattr(fused_blocks, "ALIGNED", aligned)
+        output = dynamic_mask_attention(*tensors, window_size=8, lowering="gather")
+        found.append(torch.autograd.grad(output.square().sum(), tensors))
+    want = torch.autograd.grad(dense_dynamic_mask_attention(*tensors, window_size=8).square().sum(), tensors)
+    for narrow, filled, expected in zip(*found, want, strict=True):
+        torch.testing.assert_close(narrow, expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(filled, expected, rtol=1e-4, atol=1e-5)
 
 
 def test_an_unknown_route_is_named():

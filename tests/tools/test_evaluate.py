@@ -305,8 +305,6 @@ def test_refusals(folder, capsys, tmp_path):
         (["--join", folder / "two.txt"], "--join: expected JSON that evaluate wrote, got"),
         ([plain, "--join", folder / "two.txt"], "--join: expected no MODEL beside it, got"),
         (["--resume", "--join", folder / "two.txt"], "--join: expected no --resume beside it, got both"),
-        ([plain, "--text", folder / "one <b>.txt", "--resume", "--out", tmp_path, "--lengths", "600"],
-         "--resume: expected a folder that evaluate wrote, got"),
     ):  # fmt: skip
         refused(options, message, capsys)
 
@@ -351,24 +349,42 @@ def test_an_interruption_keeps_what_was_measured_and_resume_adds_the_rest(folder
     assert len(resumed.records) == len(results[1].records)
 
 
+def test_resume_measures_speeds_in_turns_again(folder, run, results, tmp_path):
+    whole = json.loads((results[0] / "evaluation.json").read_text())
+    kept = [record for record in whole["records"] if record[0] != "speed" or record[2] != "calibrated"]
+    old = [[*record[:4], 1e9] if record[0] == "speed" else record for record in kept]
+    (tmp_path / "evaluation.json").write_text(json.dumps(whole | {"records": old}))
+    assert run(folder / "plain", folder / "converted", "--resume", "--out", tmp_path) == 0
+    found = Results.from_json((tmp_path / "evaluation.json").read_text()).records
+    assert {record[:4] for record in found} == {record[:4] for record in results[1].records}
+    assert len(found) == len(results[1].records)
+    assert all(record.value != 1e9 for record in found)
+
+
 def test_resume_refuses_what_would_mix_numbers(folder, run, results, tmp_path, capsys):
     whole = json.loads((results[0] / "evaluation.json").read_text())
     other = {name: {**case, "tokens": 0} if "depth" in case else case for name, case in whole["cases"].items()}
     capsys.readouterr()
     for change, options, message in (
         ({}, ["--seed", 1], "--resume: expected the seeds of"),
-        ({"machine": {**whole["machine"], "torch": "1.0"}}, [], "--resume: expected the machine of"),
+        ({"machine": {**whole["machine"], "torch": "1.0"}}, [], "--resume: expected the machine's torch of"),
         ({"dtype": "bfloat16"}, [], "--resume: expected the dtype of"),
         ({"suite": "cpu"}, [], "--resume: expected a folder that evaluate wrote, got"),
-        ({"cases": other}, [], "--resume: expected the tokens of the earlier run in pass key, 600 tokens"),
+        ({"cases": other}, [], "evaluation.json in pass key, 600 tokens, depth 0.05, seed 0, got others"),
         ({"models": whole["models"][1:]}, [], f"MODEL: expected {folder / 'converted'} at the same place as in"),
         ({"models": [*whole["models"], {"name": "third"}]}, [], "MODEL: expected third at the same place as in"),
-        ({"models": [whole["models"][0], {**whole["models"][1], "flexdma": {}}]}, [], "converted, converted in another way"),
+        ({"models": [whole["models"][0], {**whole["models"][1], "weights": 0}]}, [], "converted with other weights"),
+        ({"plan": {}}, [], "--resume: expected the lengths of"),
     ):  # fmt: skip
-        (tmp_path / "evaluation.json").write_text(json.dumps(whole | change))
+        before = json.dumps(whole | change)
+        (tmp_path / "evaluation.json").write_text(before)
         models = folder / "plain", folder / "converted"
         assert run(*models, *options, "--resume", "--out", tmp_path) == CANNOT, message
         assert message in capsys.readouterr().err
+        assert (tmp_path / "evaluation.json").read_text() == before
+    # There is nothing to go on from.
+    (tmp_path / "evaluation.json").unlink()
+    assert run(folder / "plain", "--resume", "--needles", 0, "--rounds", 0, "--out", tmp_path) == 0
 
 
 def test_windows_per_head_count_by_their_mean():

@@ -133,6 +133,13 @@ def test_windows_softcaps_sinks_and_layers_without_an_interface(family):
     ids = distinct_tokens(1, 40)
     converted = choose_keys(convert_to_dma(causal_lm(family, **sizes), 4, **recency))
     shown = shown_model(converted, ids, "label", lambda: None)
+    if recency:
+        gate: Any = converted.model.layers[0].self_attn.value_gate
+        values = []
+        hook = gate.register_forward_pre_hook(lambda gate, arguments: values.append(arguments[0]))
+        converted(ids, use_cache=False)
+        hook.remove()
+        torch.testing.assert_close(shown.layers[0].gate, gate(values[0], return_recency=True)[0])
     plain = causal_lm(family, **sizes)
     for layer, weights in zip(shown.layers, dense_attention(plain, ids), strict=True):
         assert layer.attended is not None

@@ -43,7 +43,7 @@ def attend(
 
     query [B, Hq, Q, D], key [B, Hkv, K, D], value [B, Hkv, K, Dv]: keys of all tokens, or of the new ones with
         DynamicMaskCache.
-    mask: see `light_mask`.  gate: called as gate(value, key_padding_mask=..., **before), like `ValueGate`.
+    mask: see `light_mask`.  gate: called by `gated`, like `ValueGate`.
     options: window_size, sinks, recent, lowering.
     arguments: other arguments of the layer's call.  `softcap` and `s_aux` (learned sinks) are computed, arguments that would
         change attention are refused, and the rest is ignored.
@@ -81,7 +81,7 @@ def attend(
     if isinstance(cache, DynamicMaskCache):
         output = cache.attend(module.layer_idx, query, key, value, gate, scale=scaling, **options)
     else:
-        gates, bias, _ = gated(gate, value, None, options["key_padding_mask"])
+        gates, bias, _ = gated(gate, value, None, options["key_padding_mask"], keeps_sum=False)
         output = dynamic_mask_attention(query, key, value, gates, bias=bias, scale=scaling, **options)
     return output.transpose(1, 2).contiguous()
 

@@ -13,7 +13,7 @@ from flexdma.mixed_precision import autocast, is_autocast
 from flexdma.state import DynamicMaskState, GrowingState, State
 from flexdma.state.donation import can_donate
 from flexdma.state.token_run import TokenRun, has_sizes_of, run_of
-from flexdma.transforms import is_plain_on_cpu
+from flexdma.transforms import is_plain_on_cpu, needs_gradient
 
 # A token with one of these options is not computed by a run.
 ENDS_RUN = ("score_mod", "sink_logits", "key_padding_mask", "document_ids", "lowering")
@@ -121,7 +121,11 @@ class DynamicMaskLayer(CacheLayerMixin):
             run = self._begun(query, key, value, options)
         gates, bias, forgotten = found = gated(gate, value, run or self.state, options["key_padding_mask"])
         output = None
-        if run is not None and has_sizes_of(run.before, query, key, value, gates, bias) and not gates.requires_grad:
+        if (
+            run is not None
+            and has_sizes_of(run.before, query, key, value, gates, bias)
+            and not needs_gradient(gates, bias)
+        ):
             if torch.is_autocast_enabled("cpu"):
                 query, key, value = autocast(query, key, value)
             if query.dtype == key.dtype and run.insert(key, value, gates, bias):

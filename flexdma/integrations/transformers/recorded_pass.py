@@ -69,9 +69,13 @@ def forgets(gate: Callable[..., Any]) -> bool:
 
 
 def gated(
-    gate: Callable[..., Any], value: Tensor, before: State | TokenRun | None, key_padding_mask: Tensor | None
-) -> Gated:
-    """The gates of values that follow a state or run; None = of the first values."""
+    gate: Callable[..., Any], value: Tensor, before: State | TokenRun | None, key_padding_mask: Tensor | None, *,
+    keeps_sum: bool = True,
+) -> Gated:  # fmt: skip
+    """The gates of values that follow a state or run; None = of the first values.
+
+    keeps_sum: whether a next pass needs the running sum; False = `forgotten` is None.
+    """
     arguments: dict[str, Any] = {"key_padding_mask": key_padding_mask}
     # A gate without recency reads neither.
     if before is not None and getattr(gate, "recency", "") is not None:
@@ -79,8 +83,9 @@ def gated(
     ranks = getattr(gate, "recency_ranks", True)
     if not ranks:
         arguments["return_recency"] = True
-    if forgets(gate):
+    has_sum = keeps_sum and forgets(gate)
+    if has_sum:
         arguments["return_forgotten"] = True
     given = gate(value, **arguments)
     gates, *others = given if isinstance(given, tuple) else (given,)
-    return Gated(gates, None if ranks else others[0], others[-1] if forgets(gate) else None)
+    return Gated(gates, None if ranks else others[0], others[-1] if has_sum else None)

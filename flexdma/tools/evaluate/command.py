@@ -10,6 +10,7 @@ from flexdma.tools.evaluate.models import contenders
 from flexdma.tools.evaluate.options import SIZES, add_arguments
 from flexdma.tools.evaluate.resume import resumed
 from flexdma.tools.language_models import EXTRA, LanguageModel, load_language_model
+from flexdma.tools.long_context.measure import token_cases
 from flexdma.tools.long_context.options import resolved
 from flexdma.tools.long_context.plan import Plan, material
 from flexdma.tools.long_context.report import about, measure_with_progress, planned, print_report, write_report
@@ -51,8 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     except ValueError as error:
         raise RefusedError(f"--lengths: {str(error).removeprefix('length: ')}") from error
     setting = about(loaded, options.device) | planned(plan, texts) | {"dtype": options.dtype, "sinks": options.sinks}
-    results = resumed(options.out, setting) if options.resume else Results(setting)
-    results.add("contenders", "", [(name, "skipped", reason) for name, reason in found.skipped.items()])
+    earlier = resumed(options.out, setting, token_cases(tokens, plan.keys)) if options.resume else None
+    results = Results(setting) if earlier is None else earlier
+    measured = results.about.get("contenders", {})
+    skipped = [(name, "skipped", reason) for name, reason in found.skipped.items() if name not in measured]
+    results.add("contenders", "", skipped)
     measure_with_progress(found.measured, tokens, plan, results, options.out)
     print_report(options.out, results)
     return 0

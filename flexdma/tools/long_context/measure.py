@@ -24,7 +24,8 @@ from flexdma.tools.long_context.needles import Needle
 from flexdma.tools.long_context.plan import Material, Plan
 from flexdma.tools.long_context.speed import DECODED, speed
 from flexdma.tools.records import Results
-from flexdma.tools.refusal import RefusedError
+
+Case = dict[str, Any]
 
 NLL, NEEDLES, SPEED = "nll", "needles", "speed"
 BIN = 256  # tokens of the first two ranges of positions; each further one is as long as all before it
@@ -34,7 +35,6 @@ BIN = 256  # tokens of the first two ranges of positions; each further one is as
 class Measurement:
     """Adds the records of contenders to results.  What the results have is not measured again.
 
-    Raises RefusedError where they have it of other tokens.
     tick: called with what is done next and the tokens of the forward passes since the last call.
     save: called after each case, so that an interruption loses one case.
     """
@@ -59,16 +59,10 @@ class Measurement:
             self._speed(length, ids, plan.rounds)
 
     def _nll(self, text: str, number: int, ids: Tensor, keys: int) -> None:
-        length, tokens = ids.shape[1], checksum(ids)
-        cases: dict[str, dict[str, Any]] = {
-            f"{text}, stretch {number}, tokens {first} to {last - 1}": {
-                "text": text, "stretch": number, "first": first, "last": last, "tokens": tokens,
-            }
-            for first, last in ranges(length, keys)
-        }  # fmt: skip
+        length, cases = ids.shape[1], stretch_cases(text, number, ids, keys)
         for one in self.contenders:
             self.tick(f"{text}: {one.name}", 0)
-            missing = {name: case for name, case in cases.items() if not self._has(NLL, name, case, one)}
+            missing = {name: case for name, case in cases.items() if not self._has(NLL, name, one)}
             values = one.nll(ids) if missing else None
             for name, case in missing.items():
                 if values is None:
@@ -80,39 +74,61 @@ class Measurement:
         self.save()
 
     def _needle(self, needle: Needle) -> None:
-        case = {name: getattr(needle, name) for name in ("kind", "length", "depth", "seed")}
-        case["tokens"] = checksum(needle.ids)
-        name = f"{needle.kind}, {needle.length} tokens, depth {needle.depth}, seed {needle.seed}"
+        name, case = needle_case(needle)
         for one in self.contenders:
             self.tick(f"needle, {needle.kind}: {one.name}", 0)
-            if not self._has(NEEDLES, name, case, one):
+            if not self._has(NEEDLES, name, one):
                 exact, nll = found(one.answer(needle), needle)
                 self._add(NEEDLES, name, case, [(one.name, "exact", int(exact)), (one.name, "nll", nll)])
             self.tick(f"needle, {needle.kind}: {one.name}", needle.length)
         self.save()
 
     def _speed(self, length: int, ids: Tensor, rounds: int) -> None:
-        name, case = f"{length} tokens", {"length": length, "decoded": DECODED}
+        name = f"{length} tokens"
         # All together, because they take turns; also those with times of an earlier run.
-        if not all(self._has(SPEED, name, case, one) for one in self.contenders):
+        if not all(self._has(SPEED, name, one) for one in self.contenders):
             rows = list(
                 speed(self.contenders, ids, rounds, lambda name: self.tick(f"timing, {length:,} tokens: {name}", 0))
             )
             again = {(SPEED, name, one.name) for one in self.contenders}
             self.results.records = [record for record in self.results.records if record[:3] not in again]
-            self._add(SPEED, name, case, rows)
+            self._add(SPEED, name, {"length": length, "decoded": DECODED}, rows)
         self.tick("timing", len(self.contenders) * (rounds + 1) * length)
         self.save()
 
-    def _has(self, section: str, name: str, case: dict[str, Any], contender: Contender) -> bool:
-        before = self.results.about["cases"].get(name, case)
-        if before != case:
-            raise RefusedError(f"--resume: expected the tokens of the earlier run in {name}, got others")
+    def _has(self, section: str, name: str, contender: Contender) -> bool:
         return any(record[:3] == (section, name, contender.name) for record in self.results.records)
 
-    def _add(self, section: str, name: str, case: dict[str, Any], rows: list[tuple[str, str, Any]]) -> None:
+    def _add(self, section: str, name: str, case: Case, rows: list[tuple[str, str, Any]]) -> None:
         self.results.about["cases"][name] = case
         self.results.add(section, name, rows)
+
+
+def token_cases(material: Material, keys: int) -> dict[str, Case]:
+    """The cases that depend on tokens, by name; keys as in the plan."""
+    cases: dict[str, Case] = {}
+    for text, stretches in material.stretches.items():
+        for number, ids in enumerate(stretches):
+            cases |= stretch_cases(text, number, ids, keys)
+    return cases | dict(map(needle_case, material.needles))
+
+
+def stretch_cases(text: str, number: int, ids: Tensor, keys: int) -> dict[str, Case]:
+    """The ranges of positions of a stretch."""
+    tokens = checksum(ids)
+    return {
+        f"{text}, stretch {number}, tokens {first} to {last - 1}": {
+            "text": text, "stretch": number, "first": first, "last": last, "tokens": tokens,
+        }
+        for first, last in ranges(ids.shape[1], keys)
+    }  # fmt: skip
+
+
+def needle_case(needle: Needle) -> tuple[str, Case]:
+    """The name of a needle and its case."""
+    case = {name: getattr(needle, name) for name in ("kind", "length", "depth", "seed")}
+    name = f"{needle.kind}, {needle.length} tokens, depth {needle.depth}, seed {needle.seed}"
+    return name, case | {"tokens": checksum(needle.ids)}
 
 
 def ranges(length: int, keys: int) -> list[tuple[int, int]]:

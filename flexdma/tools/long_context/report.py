@@ -1,6 +1,7 @@
 """A measurement as a command runs it: with a progress bar, and with its results in a folder and on the terminal."""
 
 import importlib.metadata
+import zlib
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
@@ -22,6 +23,7 @@ from flexdma.tools.records import Results
 RECORDS = "evaluation.json"
 SUITE = "evaluate"  # in the JSON, so that other results are refused
 WIDTH = 140  # of tables that go to a file or a pipe
+SAMPLE = 4096  # numbers of each weight that tell models apart
 
 
 def about(loaded: Sequence[LanguageModel], device: str) -> dict[str, Any]:
@@ -36,10 +38,20 @@ def about(loaded: Sequence[LanguageModel], device: str) -> dict[str, Any]:
             "class": type(one.model).__name__,
             "positions": getattr(one.model.config, "max_position_embeddings", None),
             "flexdma": one.choice,
+            "weights": _fingerprint(one.model),
         }
         for one in loaded
     ]
     return {"suite": SUITE, "machine": machine(device) | versions, "models": models}
+
+
+def _fingerprint(model: Any) -> int:
+    """A number that differs for models with other weights: of the first numbers of each."""
+    found = 0
+    for name, weight in model.state_dict().items():
+        numbers = weight.detach().flatten()[:SAMPLE].double().cpu().numpy().tobytes()
+        found = zlib.crc32(numbers, zlib.crc32(name.encode(), found))
+    return found
 
 
 def planned(plan: Plan, texts: dict[str, Tensor]) -> dict[str, Any]:

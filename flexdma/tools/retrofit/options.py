@@ -21,7 +21,7 @@ SIZES = (
     Sizes(lengths=(1024, 2048), needles=3, stretches=2, rounds=3, tokens=32_768),
     Sizes(lengths=(1024,), needles=3, stretches=2, rounds=1, tokens=8_000),
 )
-RANK = 16  # of adapters
+RANK = 16  # of adapters, as in docs/retrofit.md
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +112,7 @@ def resolved(arguments: argparse.Namespace) -> argparse.Namespace:
         options.recent = options.budget // 4
     if options.recent >= options.budget:
         raise RefusedError(f"--recent: expected less than --budget, which is {options.budget}, got {options.recent}")
-    if options.lora is not None and not options.distill:
+    if options.lora and not options.distill:
         raise RefusedError(f"--lora: expected --distill beside it, got {options.lora}")
     if options.lora is None:
         options.lora = RANK if options.distill else 0

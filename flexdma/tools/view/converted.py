@@ -51,7 +51,7 @@ def observed_gates(model: Any, ids: Tensor, tick: Tick) -> dict[int, Tensor]:
 
     def note(number: int) -> Callable[..., None]:
         def hook(gate: Any, values: Any, output: Any) -> None:
-            # Before its recency, where that does not rank.
+            # A tuple has the gates first, then a recency that does not rank.
             gates[number] = output[0] if isinstance(output, tuple) else output
             tick()
 
