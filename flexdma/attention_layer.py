@@ -1,6 +1,6 @@
 """What the attention layers share: a selection, its gate, the gate of the output, and the first state."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -24,6 +24,19 @@ class KeyGates(NamedTuple):
     gate: Tensor | None = None
     bias: Tensor | None = None
     forgotten: Tensor | None = None
+
+
+def called_gate(
+    gate: Callable[..., Any], value: Tensor, *, ranks: bool, returns_forgotten: bool = False, **options: Any
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(gate, bias, forgotten) as in `KeyGates`, of a gate like `ValueGate` called with these options."""
+    if not ranks:
+        options["return_recency"] = True
+    if returns_forgotten:
+        options["return_forgotten"] = True
+    given = gate(value, **options)
+    gates, *others = given if isinstance(given, tuple) else (given,)
+    return gates, None if ranks else others[0], others[-1] if returns_forgotten else None
 
 
 class AttentionLayer(nn.Module):
@@ -94,11 +107,11 @@ class AttentionLayer(nn.Module):
         self, value: Tensor, key_padding_mask: Tensor | None, returns_forgotten: bool, **before: Any
     ) -> KeyGates:
         """The results of `gate`, by name.  before: its arguments about earlier tokens."""
-        if not self.recency_ranks:
-            before["return_recency"] = True
-        given = self.gate(value, key_padding_mask=key_padding_mask, return_forgotten=returns_forgotten, **before)
-        gate, *others = given if isinstance(given, tuple) else (given,)
-        return KeyGates(gate, None if self.recency_ranks else others[0], others[-1] if returns_forgotten else None)
+        found = called_gate(
+            self.gate, value, ranks=self.recency_ranks, returns_forgotten=returns_forgotten,
+            key_padding_mask=key_padding_mask, **before,
+        )  # fmt: skip
+        return KeyGates(*found)
 
     def _joined(self, output: Tensor, hidden_states: Tensor) -> Tensor:
         """Heads [B, H, N, Dv] of the attention's output -> [B, N, hidden_size]."""

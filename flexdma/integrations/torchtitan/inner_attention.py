@@ -12,6 +12,7 @@ from torchtitan.protocols.module import Module
 
 from flexdma import checks
 from flexdma.attention import dynamic_mask_attention
+from flexdma.attention_layer import called_gate
 from flexdma.integrations.torchtitan.gate import Gate
 from flexdma.lifespans import Selection
 from flexdma.varlen import dynamic_mask_attention_varlen
@@ -135,10 +136,8 @@ class DynamicMaskInnerAttention(Module):
 
     def _gates(self, value: Tensor, **options: Any) -> tuple[Tensor, Tensor | None]:
         """The gates of values [B, N, K, H], and the recency where it does not rank."""
-        if self.recency_ranks:
-            return self.gate(value, **options), None
-        gate, recency = self.gate(value, return_recency=True, **options)
-        return gate, recency
+        gate, bias, _ = called_gate(self.gate, value, ranks=self.recency_ranks, **options)
+        return gate, bias
 
     def parallelize(self, parallel_dims: ParallelDims) -> None:
         """Shard as torchtitan does.

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from flexdma.attention import dynamic_mask_attention
+from flexdma.attention_layer import called_gate
 from flexdma.state import State
 from flexdma.state.token_run import TokenRun
 
@@ -81,11 +82,4 @@ def gated(
     if before is not None and getattr(gate, "recency", "") is not None:
         arguments |= {"first_position": before.real_length, "forgotten": before.forgotten}
     ranks = getattr(gate, "recency_ranks", True)
-    if not ranks:
-        arguments["return_recency"] = True
-    has_sum = keeps_sum and forgets(gate)
-    if has_sum:
-        arguments["return_forgotten"] = True
-    given = gate(value, **arguments)
-    gates, *others = given if isinstance(given, tuple) else (given,)
-    return Gated(gates, None if ranks else others[0], others[-1] if has_sum else None)
+    return Gated(*called_gate(gate, value, ranks=ranks, returns_forgotten=keeps_sum and forgets(gate), **arguments))

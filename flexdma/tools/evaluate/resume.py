@@ -26,11 +26,10 @@ def resumed(out: Path, setting: dict[str, Any], cases: dict[str, Case]) -> Resul
         found = Results.from_json(path.read_text(encoding="utf-8"))
         before = found.about
         had, models, known = _compared(before), before["models"], before.get("cases", {})
-        is_ours = before["suite"] == SUITE and "retrofit" not in before
+        if before["suite"] != SUITE or "retrofit" in before:
+            raise ValueError(f"suite: expected {SUITE} alone, got {before['suite']}")
     except (OSError, ValueError, KeyError) as error:
         raise RefusedError(f"--resume: expected a folder that evaluate wrote, got {out}") from error
-    if not is_ours:
-        raise RefusedError(f"--resume: expected a folder that evaluate wrote, got {out}")
     for name, value in _compared(setting).items():
         if had.get(name) != value:
             raise RefusedError(f"--resume: expected the {name} of {path}, {had.get(name)}, got {value}")
