@@ -19,7 +19,7 @@ from torch.nn.attention.flex_attention import BlockMask
 from torch.nn.functional import pad
 
 from flexdma.lifespans.order_statistics import scattered
-from flexdma.opaque import opaque_on_cpu
+from flexdma.opaque import apart, opaque_on_cpu
 from flexdma.packing.rows import FoldedRows
 from flexdma.rounding import ceil_div
 from flexdma.signatures import MaskMod
@@ -54,21 +54,6 @@ class BlockIndex(NamedTuple):
     def tensors(self) -> list[Tensor]:
         """Its 4 tensors, then the transposed ones if there are any: 4 or 8."""
         return [*self[:4], *(self.transposed[:4] if self.transposed else ())]
-
-    def repeated(self, times: int) -> "BlockIndex":
-        """The index of `times` heads whose rows follow each other and see the same blocks."""
-        if times == 1:
-            return self
-        by_row = BlockIndex.of([tensor.repeat(1, 1, times, *[1] * (tensor.dim() - 3)) for tensor in self.tensors()[:4]])
-        if self.transposed is None:
-            return by_row
-        row_blocks = self.partial_num.shape[-1]
-        partial_num, partial_indices, full_num, full_indices, _ = self.transposed
-        by_key = BlockIndex(
-            partial_num * times, _repeated(partial_num, partial_indices, row_blocks, times),
-            full_num * times, _repeated(full_num, full_indices, row_blocks, times),
-        )  # fmt: skip
-        return by_row._replace(transposed=by_key)
 
     def visited(self) -> Tensor:
         """[B, H, R]: the number of key blocks that each row block visits."""
@@ -112,8 +97,7 @@ def block_index(
         see all keys.
     O(L) time and memory, and one int per pair of a row block and a key block of its period.
     """
-    lists = _block_index(birth, death, rows.queries, rows.per_position, *block_size, transposed, periods, period)
-    return BlockIndex.of(lists).repeated(rows.repeats)
+    return BlockIndex.of(_block_index(birth, death, *rows, *block_size, transposed, periods, period))
 
 
 def listed_blocks(partial: Tensor, full: Tensor) -> BlockIndex:
@@ -131,10 +115,8 @@ def _empty_lists(partial: Tensor, full: Tensor) -> list[Tensor]:
 
 @opaque_on_cpu("listed_blocks", _empty_lists)
 def _listed_blocks(partial: Tensor, full: Tensor) -> list[Tensor]:
-    first = torch.zeros((), dtype=torch.int64, device=partial.device)
-    return [
-        t for mask in (partial, full, partial.mT, full.mT) for t in _ordered(mask.contiguous(), first, mask.shape[-1])
-    ]
+    masks = [mask.contiguous() for mask in (partial, full, partial.mT, full.mT)]
+    return [t for mask in masks for t in _ordered(mask, torch.arange(mask.shape[-1], device=mask.device))]
 
 
 def _empty_index(
@@ -142,6 +124,7 @@ def _empty_index(
     death: Tensor,
     queries: int,
     group: int,
+    by_head: bool,
     rows: int,
     columns: int,
     transposed: bool,
@@ -149,10 +132,12 @@ def _empty_index(
     period: int,
 ) -> list[Tensor]:
     batch, heads, places = birth.shape
-    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(places, columns)
-    shapes = [(row_blocks, key_blocks // periods)]
+    folded = FoldedRows(queries, group, by_head)
+    positions = queries if periods == 1 else period
+    row_blocks, key_blocks = ceil_div(queries * folded.per_position, rows), ceil_div(places, columns)
+    shapes = [(folded.repeats * row_blocks, key_blocks // periods)]
     if transposed:
-        shapes += [(key_blocks, row_blocks if periods == 1 else period * group // rows)]
+        shapes += [(key_blocks, folded.repeats * ceil_div(positions * folded.per_position, rows))]
     lists = [[birth.new_empty((batch, heads, n)), birth.new_empty((batch, heads, n, m))] for n, m in shapes]
     return [torch.empty_like(tensor) for pair in lists for tensor in pair * 2]
 
@@ -163,24 +148,36 @@ def _block_index(
     death: Tensor,
     queries: int,
     group: int,
+    by_head: bool,
     rows: int,
     columns: int,
     transposed: bool,
     periods: int,
     period: int,
 ) -> list[Tensor]:
-    row_blocks, key_blocks = ceil_div(queries * group, rows), ceil_div(birth.shape[-1], columns)
-    visited, full = _tiles(birth, death, queries, group, rows, columns, periods, period)
+    folded, device = FoldedRows(queries, group, by_head), birth.device
+    each, repeats = folded.per_position, folded.repeats
+    row_blocks, key_blocks = ceil_div(queries * each, rows), ceil_div(birth.shape[-1], columns)
+    visited, full = _tiles(birth, death, queries, each, rows, columns, periods, period)
     keys_each, rows_each = visited.shape[-2:]
+    # Masks are repeated before they become lists: Inductor then makes the lists of all heads in the same launches.
     by_row = [
-        mask.transpose(-1, -2).flatten(2, 3)[:, :, :row_blocks] for mask in (visited & ~full, full)
+        mask.transpose(-1, -2).flatten(2, 3)[:, :, :row_blocks].repeat(1, 1, repeats, 1)
+        for mask in (visited & ~full, full)
     ]  # [B, H, R, C]
-    row = torch.arange(row_blocks, device=birth.device)[:, None]
-    index = [t for mask in by_row for t in _ordered(mask, row // rows_each * keys_each, key_blocks)]
+    row, key = torch.arange(row_blocks, device=device), torch.arange(key_blocks, device=device)
+    keys_of_row = row[:, None] // rows_each * keys_each + key[:keys_each]
+    if periods == 1:
+        # Inductor splits long sums that it reads across rows, and torch 2.11 fails to generate these.
+        by_row = [apart(mask) for mask in by_row]
+    index = [t for mask in by_row for t in _ordered(mask, keys_of_row.repeat(repeats, 1))]
     if transposed:
-        by_key = [mask.flatten(2, 3) for mask in (visited & ~full, full)]
-        key = torch.arange(key_blocks, device=birth.device)[:, None]
-        index += [t for mask in by_key for t in _ordered(mask, key // keys_each * rows_each, row_blocks)]
+        by_key = [mask.flatten(2, 3).repeat(1, 1, 1, repeats) for mask in (visited & ~full, full)]
+        rows_of_key = key[:, None] // keys_each * rows_each + torch.arange(rows_each, device=device)
+        of_heads = row_blocks * torch.arange(repeats, device=device)[:, None] + rows_of_key[:, None].clamp(
+            max=row_blocks - 1
+        )
+        index += [t for mask in by_key for t in _ordered(mask, of_heads.flatten(1))]
     return index
 
 
@@ -223,22 +220,13 @@ def _tiles(
     return visited, full & visited
 
 
-def _repeated(number: Tensor, indices: Tensor, row_blocks: int, times: int) -> Tensor:
-    """[..., n] lists of row blocks -> [..., times * n]: the chosen ones of each head after those of the head before."""
-    place = torch.arange(indices.shape[-1] * times, device=indices.device)
-    each = number[..., None].clamp(min=1)
-    head = (place // each).clamp(max=times - 1)
-    return (indices.gather(-1, place % each) + head * row_blocks).int()
+def _ordered(chosen: Tensor, blocks: Tensor) -> list[Tensor]:
+    """[..., n] bool -> the number of chosen ones [...], and all blocks [..., n], chosen ones first, in order.
 
-
-def _ordered(chosen: Tensor, first: Tensor, end: int) -> list[Tensor]:
-    """[..., n] bool -> the number of chosen ones [...], and all indices [..., n], chosen ones first, in order.
-
-    Index n of a row is first + n, clamped below `end`.
+    blocks: [..., n] of fewer or equal leading dimensions, the block that each of `chosen` stands for.
     """
-    n = chosen.shape[-1]
-    indices = torch.arange(n, device=chosen.device, dtype=torch.int32)
+    indices = torch.arange(chosen.shape[-1], device=chosen.device, dtype=torch.int32)
     before = chosen.cumsum(-1, dtype=torch.int32)
     number = chosen.sum(-1, dtype=torch.int32)
     place = torch.where(chosen, before - 1, number[..., None] + indices - before)
-    return [number, scattered((first + indices).clamp(max=end - 1).int().expand(chosen.shape), place.long())]
+    return [number, scattered(blocks.int().expand(chosen.shape), place.long())]

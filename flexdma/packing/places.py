@@ -19,7 +19,7 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.order_statistics import scattered
-from flexdma.packing.counting import count_up_to
+from flexdma.packing.counting import count_up_to, sorted_rows
 from flexdma.rounding import ceil_div, round_up
 
 # The least number of positions of a period, in units of w (the best of 2, 3, 4 and 8 over seven gate families, measured),
@@ -189,8 +189,7 @@ def _sorted_pieces(
     if not layout.by_death:
         return owner, end, number.long().expand_as(end)
     # Sorting pieces by end groups them by period: that is the final layout.
-    sorted_end, by_end = end.sort(dim=-1, stable=True)
-    return owner, sorted_end, by_end
+    return owner, *sorted_rows(end, periods * period + 2)
 
 
 def along_keys(tensor: Tensor, order: Tensor) -> Tensor:

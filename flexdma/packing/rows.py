@@ -45,11 +45,18 @@ class FoldedRows(NamedTuple):
 
     def position(self, row: Tensor) -> Tensor:
         """The query of a row, from 0 to queries - 1."""
-        return row % self.queries if self.by_head else row // self.group
+        return _remainder(row, self.queries) if self.by_head else _quotient(row, self.group)
 
     def head(self, row: Tensor) -> Tensor:
         """The row's head within its group."""
-        return row // self.queries if self.by_head else row % self.group
+        return _quotient(row, self.queries) if self.by_head else _remainder(row, self.group)
+
+    def of_rows(self, numbers: Tensor) -> Tensor:
+        """[B, Hkv, Q], one number of each query -> [B, Hkv, rows]."""
+        each = numbers.unsqueeze(2 if self.by_head else 3)
+        return (
+            each.repeat(1, 1, self.group, 1).flatten(2) if self.by_head else each.repeat(1, 1, 1, self.group).flatten(2)
+        )
 
     def folded(self, query: Tensor, heads: int) -> Tensor:
         """[B, Hq, Q, D] -> [B, Hkv, rows, D]."""
@@ -64,3 +71,19 @@ class FoldedRows(NamedTuple):
         if self.by_head:
             return tensor.unflatten(2, (self.group, self.queries)).transpose(2, 3)
         return tensor.unflatten(2, (self.queries, self.group))
+
+
+# Kernels compute these two for every pair of a tile whose columns are rows.  Of numbers that are not negative; those that
+# round down cost a correction of the sign.
+def _quotient(row: Tensor, divisor: int) -> Tensor:
+    if _is_power_of_two(divisor):
+        return row >> (divisor.bit_length() - 1)
+    return row.div(divisor, rounding_mode="trunc")
+
+
+def _remainder(row: Tensor, divisor: int) -> Tensor:
+    return row & (divisor - 1) if _is_power_of_two(divisor) else row.fmod(divisor)
+
+
+def _is_power_of_two(number: int) -> bool:
+    return number & (number - 1) == 0

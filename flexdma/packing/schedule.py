@@ -39,9 +39,9 @@ def schedule(
         layout = layout_in_order(queries, keys, block_size=block_size, group=group)
     numbers = [layout.period, layout.periods, layout.places, layout.unit or 0, int(layout.by_death)]
     order, birth, death, pieces, starts, *index = _schedule(
-        *lifespans, queries, group, *block_size, transposed, numbers
+        *lifespans, queries, rows.group, rows.by_head, *block_size, transposed, numbers
     )
-    return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index).repeated(rows.repeats)
+    return Packing(order, birth, death, pieces, starts, layout), BlockIndex.of(index)
 
 
 def _layout(numbers: list[int]) -> Layout:
@@ -55,6 +55,7 @@ def _empty_schedule(
     death: Tensor,
     queries: int,
     group: int,
+    by_head: bool,
     rows: int,
     columns: int,
     transposed: bool,
@@ -63,7 +64,7 @@ def _empty_schedule(
     batch, heads, keys = birth.shape
     places = _layout(layout)
     placed = birth.new_empty((batch, heads, places.total))
-    index = _index(placed, placed, queries, group, rows, columns, transposed, places)
+    index = _index(placed, placed, FoldedRows(queries, group, by_head), (rows, columns), transposed, places)
     return [
         *map(torch.empty_like, [placed] * 4),
         birth.new_empty((batch, heads, keys + 1)),
@@ -77,6 +78,7 @@ def _schedule(
     death: Tensor,
     queries: int,
     group: int,
+    by_head: bool,
     rows: int,
     columns: int,
     transposed: bool,
@@ -85,24 +87,24 @@ def _schedule(
     places = _layout(layout)
     *packing, _ = pack(Lifespans(birth, death), places, queries=queries)
     _, birth, death, *_ = packing
-    return [*packing, *_index(birth, death, queries, group, rows, columns, transposed, places)]
+    return [*packing, *_index(birth, death, FoldedRows(queries, group, by_head), (rows, columns), transposed, places)]
 
 
 def _index(
-    birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int, transposed: bool, layout: Layout
+    birth: Tensor, death: Tensor, rows: FoldedRows, block_size: tuple[int, int], transposed: bool, layout: Layout
 ) -> list[Tensor]:
     index = block_index(
         birth,
         death,
-        rows=FoldedRows(queries, group),
-        block_size=(rows, columns),
+        rows=rows,
+        block_size=block_size,
         transposed=transposed,
         periods=layout.periods if layout.unit is None else 1,
         period=layout.period,
     )
     if birth.device.type == "cpu":
         # Inductor's C++ FlexAttention needs lists with room for the key blocks of all periods.
-        missing = (0, ceil_div(birth.shape[-1], columns) - index.partial_indices.shape[-1])
+        missing = (0, ceil_div(birth.shape[-1], block_size[1]) - index.partial_indices.shape[-1])
         index = index._replace(
             partial_indices=pad(index.partial_indices, missing), full_indices=pad(index.full_indices, missing)
         )

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from flexdma import causal_top_w
-from flexdma.packing.block_index import listed_blocks
 from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 
@@ -19,13 +18,18 @@ def test_by_head_where_no_block_spans_two_heads():
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-def test_rows_are_the_heads_of_a_group_at_each_position(by_head):
-    rows, query = FoldedRows(5, 3, by_head), torch.randn(2, 6, 5, 4)
+@pytest.mark.parametrize(
+    ("queries", "group"), [(5, 3), (4, 3), (5, 2), (8, 4), (3, 1)]
+)  # powers of two have a rule of their own
+def test_rows_are_the_heads_of_a_group_at_each_position(queries, group, by_head):
+    rows, query = FoldedRows(queries, group, by_head), torch.randn(2, 2 * group, queries, 4)
     folded = rows.folded(query, 2)
     row = torch.arange(rows.total)
     position, head = rows.position(row), rows.head(row)
     for kv_head in range(2):
-        torch.testing.assert_close(folded[:, kv_head], query[:, kv_head * 3 + head, position], rtol=0, atol=0)
+        torch.testing.assert_close(folded[:, kv_head], query[:, kv_head * group + head, position], rtol=0, atol=0)
+    of_queries = torch.randn(2, 2, queries)
+    assert torch.equal(rows.of_rows(of_queries), of_queries[..., position])
     torch.testing.assert_close(rows.unfolded(folded).transpose(2, 3).flatten(1, 2), query, rtol=0, atol=0)
 
 
@@ -61,10 +65,3 @@ def test_heads_that_see_the_same_blocks(length):
         assert torch.equal(one, want)
     for one, want in zip(got[2:], [by_key.repeat(1, 1, 1, 3), full_by_key.repeat(1, 1, 1, 3)], strict=True):
         assert torch.equal(one, want)
-
-
-def test_an_index_without_transposed_lists_stays_without():
-    blocks = torch.rand(1, 1, 4, 4) < 0.5
-    index = listed_blocks(blocks, ~blocks)._replace(transposed=None)
-    assert index.repeated(2).transposed is None
-    assert index.repeated(1) is index
