@@ -170,8 +170,9 @@ def dynamic_mask_attention(
     is_biased, gate = gate is not None, policy.gates(gate, key)
     if state is None and not return_state:
         return attend_selected(
-            query, key, value, gate if is_biased else None, policy.lifespans(gate, **masks), bias=bias, **scores
-        )
+            query, key, value, gate if is_biased else None, policy.lifespans(gate, **masks), bias=bias,
+            one_document=document_ids is None, **scores,
+        )  # fmt: skip
 
     policy.refuse_without_state()
     gate = of_heads(gate, key)
@@ -197,8 +198,9 @@ def dynamic_mask_attention(
             scores["score_mod"] = score_mod_at_positions(score_mod, keys, state.length, group)
     lifespans = policy.lifespans(keys.gate, key_padding_mask=keys.key_padding_mask, document_ids=keys.document_ids)
     output = attend_selected(
-        query, keys.key, keys.value, keys.gate if is_biased else None, lifespans, bias=keys.bias, **scores
-    )
+        query, keys.key, keys.value, keys.gate if is_biased else None, lifespans, bias=keys.bias,
+        one_document=keys.document_ids is None, **scores,
+    )  # fmt: skip
     return (output, state_after(before, keys, lifespans)) if return_state else output
 
 

@@ -17,28 +17,41 @@ from flexdma.transforms import is_exporting, is_transformed
 Tensors = TypeVar("Tensors", bound=Callable[..., list[Tensor]])
 
 
-@torch.library.custom_op("flexdma::realize", mutates_args=())
 def realize(tensor: Tensor) -> Tensor:
-    """A contiguous copy, which every FlexAttention lowering can capture."""
+    """A contiguous buffer of these numbers, which every FlexAttention lowering can capture."""
+    if not is_fused(tensor) or torch.are_deterministic_algorithms_enabled():
+        return _copied(tensor)
+    # Inductor keeps the result of index_put in memory, so the kernel that computes the numbers writes them there.  A copy by
+    # an operator would be one more launch.  (In deterministic mode it calls ATen's index_put, which sorts.)  The slice makes
+    # the result a view: FlexAttention reads a captured tensor as it was before index_put otherwise (torch 2.11 and 2.13).
+    size = tensor.numel()
+    empty = torch.empty(size + 1, dtype=tensor.dtype, device=tensor.device)
+    written = empty.index_put((torch.arange(size, device=tensor.device),), tensor.reshape(-1))
+    return written[:size].view(tensor.shape)
+
+
+@torch.library.custom_op("flexdma::realize", mutates_args=())
+def _copied(tensor: Tensor) -> Tensor:
+    """A contiguous copy."""
     return tensor.clone(memory_format=torch.contiguous_format)
 
 
-realize.register_fake(lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format))
-realize.register_autograd(lambda ctx, gradient: gradient)
+_copied.register_fake(lambda tensor: torch.empty_like(tensor, memory_format=torch.contiguous_format))
+_copied.register_autograd(lambda ctx, gradient: gradient)
 
 
-@realize.register_vmap
-def _realize_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Tensor, int]:
-    return realize(tensor.movedim(in_dims[0], 0)), 0
+@_copied.register_vmap
+def _copy_all(info: Any, in_dims: Sequence[int], tensor: Tensor) -> tuple[Tensor, int]:
+    return _copied(tensor.movedim(in_dims[0], 0)), 0
 
 
 def apart(tensor: Tensor) -> Tensor:
     """The tensor as a buffer of its own in a graph that Inductor compiles for a GPU; elsewhere the tensor itself.
 
     Inductor would otherwise compute a gate again in each of the many kernels of selection and state, and torch 2.11 fails to
-    generate some of the kernels that it fuses from them.
+    generate some of the kernels that it fuses from them.  So this is a copy, which it fuses with nothing.
     """
-    return realize(tensor) if is_fused(tensor) else tensor
+    return _copied(tensor) if is_fused(tensor) else tensor
 
 
 def is_fused(tensor: Tensor) -> bool:

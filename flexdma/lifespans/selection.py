@@ -9,7 +9,7 @@ from torch import Tensor
 from flexdma import checks
 from flexdma.lifespans.interval import Lifespans
 from flexdma.lifespans.ranking import by_rank, death_by_rank
-from flexdma.opaque import apart, opaque_on_cpu
+from flexdma.opaque import apart, is_fused, opaque_on_cpu, realize
 from flexdma.stages import staged
 from flexdma.transforms import can_read
 
@@ -142,7 +142,7 @@ class Selection:
             gate, self.kind, [w for w in windows if w is not None], self.threshold, self.sinks, self.recent,
             key_padding_mask, document_ids,
         )  # fmt: skip
-        return Lifespans(apart(birth), apart(death))
+        return Lifespans(*(realize(bound) if is_fused(bound) else bound for bound in (birth, death)))
 
 
 torch.serialization.add_safe_globals([Selection])

@@ -2,12 +2,13 @@
 
 All lowerings compute the same function of query [B, Hq, Q, D], key, value, gates and biases [B, Hkv, K] or [B, 1, K] per key
 (None = none) and lifespans.  Keys with P intervals have P K of each, as `flexdma.lifespans.terms` orders them.
-Three properties save work where they hold:
+Four properties save work where they hold:
 
-    in_order    each key that is ever visible is born at its own position
-    ranked      the lifespans are a selection by the gate
-    best_stays  the best-gated key that a query sees stays visible until a better one comes; a bias ends this, because the key
-                that adds most to the logits is another one then
+    in_order      each key that is ever visible is born at its own position
+    ranked        the lifespans are a selection by the gate
+    best_stays    the best-gated key that a query sees stays visible until a better one comes; a bias ends this, because
+                  another key adds most to the logits then
+    one_document  all keys are of one document
 
 packed is of flex: whether keys are packed by lifespan or stay in their own order; None = where fewer blocks are visited.
 """
@@ -22,8 +23,9 @@ from flexdma import checks
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import as_intervals
 from flexdma.lowerings.choice import check_lowering_options, chosen_lowering
+from flexdma.lowerings.default_options import default_blocks
 from flexdma.lowerings.flash import is_flash, refusal
-from flexdma.lowerings.flex import compiled_flex_attend, default_blocks, flex_attend
+from flexdma.lowerings.flex import compiled_flex_attend, flex_attend
 from flexdma.lowerings.gather import gather_attend
 from flexdma.lowerings.reference_gate import added_to_logits
 from flexdma.packing.choice import packing_saves
@@ -52,6 +54,7 @@ def attend(
     kernel_options: Mapping[str, object] | None,
     sink_logits: Tensor | None,
     packed: bool | None = True,
+    one_document: bool = False,
 ) -> Tensor:
     """Attention [B, Hq, Q, Dv] by the chosen lowering.  The caller has checked shapes, dtypes and devices.
 
@@ -103,7 +106,7 @@ def attend(
     return compiled(
         query, key, value, bias, lifespans, in_order=bool(in_order), ranked=ranked, best_stays=best_stays,
         capacity=capacity, scale=scale, score_mod=score_mod, block_size=blocks, kernel_options=kernel_options,
-        needs_gradient=may_need_gradient, sink_logits=sink_logits, packed=packed,
+        needs_gradient=may_need_gradient, sink_logits=sink_logits, packed=packed, one_document=one_document,
     )  # fmt: skip
 
 

@@ -49,6 +49,11 @@ def check_lowering_options(
         raise ValueError(
             f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
         )
+    if kernel_options is not None and kernel_options.get("PRESCALE_QK"):
+        raise ValueError(
+            "kernel_options: expected no PRESCALE_QK, with which logits are binary logarithms and gates are added to them as "
+            "natural ones"
+        )
     if block_size is None:
         return
     if lowering == "dense":

@@ -6,13 +6,16 @@ slower; PREFERRED replaces them (docs/kernels.md has the figures).
 """
 
 from collections.abc import Mapping
+from itertools import chain
 from math import gcd
+from operator import index
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from flexdma.lowerings import tuned
-from flexdma.lowerings.flash import is_flash
+from flexdma.lowerings.flash import flash_block_size, is_flash
 
 Options = tuple[tuple[str, int], ...]
 
@@ -29,8 +32,10 @@ def backward_options(rows: int, keys: int, *, warps: int, stages: int) -> Option
     return (*tile, ("bwd_num_warps", warps), ("bwd_num_stages", stages))
 
 
-# Compute capability -> (bytes of a number, smallest and largest head size) -> options in place of Inductor's own.
-PREFERRED: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
+# Compute capability -> (bytes of a number, smallest and largest head size).
+Rules = dict[tuple[int, int], dict[tuple[int, int, int], Any]]
+# Options in place of Inductor's own.
+PREFERRED: Rules = {
     (9, 0): {
         (2, 64, 64): forward_options(128, 128, warps=8, stages=3),
         (2, 65, 128): forward_options(64, 64, warps=4, stages=2),
@@ -40,7 +45,11 @@ PREFERRED: dict[tuple[int, int], dict[tuple[int, int, int], Options]] = {
         (4, 256, 256): forward_options(16, 32, warps=8, stages=2) + backward_options(16, 16, warps=8, stages=2),
     },
 }
-# Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps; the fastest of six on an H200 at
+# Options instead of those where nothing but a float32 number per key is added to the logits: they leave no register for more.
+PREFERRED_PLAIN: Rules = {(9, 0): {(2, 65, 128): forward_options(128, 32, warps=4, stages=3)}}
+# (rows, keys) of a mask block in inference.  Blocks of fewer keys visit fewer pairs; a backward's tile needs 128.
+INFERENCE_BLOCKS: Rules = {(9, 0): {(2, 65, 128): (128, 64)}}
+# Of the transposed pass for the gate's gradient in 16-bit dtypes: (keys, rows) and warps; the fastest of five on an H200 at
 # D = 128.  For float32 Inductor chooses.
 TRANSPOSED_TILE, TRANSPOSED_WARPS = (64, 64), 4
 # (rows, keys) of a mask block.  CUDA: multiples of FlexAttention's Triton tiles.  CPU: measured (docs/benchmarks.md).
@@ -52,17 +61,40 @@ def default_block_size(device_type: str) -> tuple[int, int]:
     return BLOCK_SIZE.get(device_type, BLOCK_SIZE["cuda"])
 
 
+def default_blocks(
+    query: Tensor, heads: int, needs_gradient: bool, kernel_options: Mapping[str, object] | None
+) -> tuple[int, int]:
+    """(rows, columns) of mask blocks where the caller gives none: tuned on this device, or the default.
+
+    query: [B, Hq, Q, D]; heads: Hkv.
+    """
+    size = max(index(query.shape[-1]), 1)
+    if is_flash(kernel_options):
+        return flash_block_size(query.device, size, needs_gradient)
+    has_tile = any(name.endswith("BLOCK_N") for name in kernel_options or ())
+    return block_size_of(query.device, query.dtype, size, index(query.shape[1] // heads), needs_gradient, has_tile)
+
+
 # Dynamo calls the next two while tracing instead of tracing them, and their results are constants of the graph.
 @torch.compiler.assume_constant_result
-def block_size_of(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool) -> tuple[int, int]:
-    """(rows, keys) of a mask block for block_size=None."""
+def block_size_of(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool, has_tile: bool = False
+) -> tuple[int, int]:
+    """(rows, keys) of a mask block for block_size=None.  has_tile: the caller gives a tile, which blocks of 128 keys fit."""
     best = tuned.winner(tuned.key_of(device, dtype, head_dim, group, trains=trains))
-    return default_block_size(device.type) if best is None else best.block_size
+    if best is not None:
+        return best.block_size
+    block = default_block_size(device.type)
+    if device.type == "cpu" or trains or has_tile or autotunes() or torch.version.hip is not None:
+        return block
+    return next(iter(_matching(INFERENCE_BLOCKS, torch.cuda.get_device_capability(device), dtype, head_dim)), block)
 
 
 @torch.compiler.assume_constant_result
-def device_options(device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool) -> Options:
-    """Tuned options, else those of PREFERRED, as pairs; none for a CPU, and none where Inductor measures."""
+def device_options(
+    device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool, plain: bool = False
+) -> Options:
+    """Tuned options, else those of `preferred`, as pairs; none for a CPU, and none where Inductor measures."""
     if device.type == "cpu" or autotunes():
         return ()
     best = tuned.winner(tuned.key_of(device, dtype, head_dim, group, trains=trains))
@@ -70,18 +102,21 @@ def device_options(device: torch.device, dtype: torch.dtype, head_dim: int, grou
         return tuple(best.kernel_options.items())
     if torch.version.hip is not None:
         return ()
-    return preferred(torch.cuda.get_device_capability(device), dtype, head_dim)
+    return preferred(torch.cuda.get_device_capability(device), dtype, head_dim, plain)
 
 
-def preferred(capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> Options:
-    """The options of PREFERRED; none where Inductor chooses."""
-    rules = PREFERRED.get(capability, {})
-    return tuple(
-        option
-        for (itemsize, smallest, largest), options in rules.items()
+def preferred(capability: tuple[int, int], dtype: torch.dtype, head_dim: int, plain: bool = False) -> Options:
+    """The options of PREFERRED, or if plain and there are some of PREFERRED_PLAIN; none where Inductor chooses."""
+    found = _matching(PREFERRED_PLAIN, capability, dtype, head_dim) if plain else []
+    return tuple(chain(*(found or _matching(PREFERRED, capability, dtype, head_dim))))
+
+
+def _matching(rules: Rules, capability: tuple[int, int], dtype: torch.dtype, head_dim: int) -> list[Any]:
+    return [
+        found
+        for (itemsize, smallest, largest), found in rules.get(capability, {}).items()
         if itemsize == dtype.itemsize and smallest <= head_dim <= largest
-        for option in options
-    )
+    ]
 
 
 @torch.compiler.assume_constant_result

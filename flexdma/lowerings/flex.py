@@ -13,8 +13,8 @@ from torch import Tensor
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings import gate_gradient
-from flexdma.lowerings.default_options import block_size_of, device_options
-from flexdma.lowerings.flash import flash_block_size, is_flash
+from flexdma.lowerings.default_options import default_blocks, device_options
+from flexdma.lowerings.flash import is_flash
 from flexdma.lowerings.packed_keys import at_places, wide_enough
 from flexdma.lowerings.packed_mods import PackedBias, packed_mods
 from flexdma.lowerings.reference_gate import biases, split
@@ -47,10 +47,11 @@ def flex_attend(
     needs_gradient: bool,
     sink_logits: Tensor | None,
     packed: bool = True,
+    one_document: bool = False,
 ) -> Tensor:
     """softmax(score_mod(q . k * scale) + bias) v over the keys alive at each query; see `lifespan_attention`.
 
-    in_order, ranked, best_stays, packed: see `flexdma.lowerings.attend`.
+    in_order, ranked, best_stays, packed, one_document: see `flexdma.lowerings.attend`.
     block_size: None = tuned on this device, or the default.
     Call it compiled: uncompiled FlexAttention materialises Q x K scores.
     """
@@ -90,8 +91,10 @@ def flex_attend(
     folded_query = rows.folded(query, heads)  # [B, Hkv, rows, D]
 
     has_bias = bias is not None
-    bias, reference = biases(key, bias, lifespans, queries, best_stays=best_stays, exact=sink_logits is not None)
-    reference_high, reference_low = split(reference.detach())
+    bias, reference = biases(
+        key, bias, lifespans, queries, best_stays=best_stays, exact=sink_logits is not None, one_document=one_document
+    )
+    reference_high, reference_low = split(rows.of_rows(reference.detach()))
     reference_high, reference_low = realize(reference_high), _realize(reference_low)
     high, low = split(bias)
     high, low = placed(high, packing), None if low is None else realize(placed(low, packing))
@@ -107,26 +110,13 @@ def flex_attend(
         folded_query = realize(folded_query)  # Inductor's C++ FlexAttention accepts no view of a computed tensor
     output, lse = gate_gradient.attend(
         route, folded_query, packed_key, packed_value, high, packed_score_mod, block_mask, scale, kernel_options,
-        () if on_cpu else device_options(*call), return_lse=sink_logits is not None,
+        () if on_cpu else device_options(*call, score_mod is low is None), return_lse=sink_logits is not None,
     )  # fmt: skip
     output = rows.unfolded(output[..., :value_size])  # [B, Hkv, Q, G, Dv]
     if sink_logits is not None and lse is not None:
         share = share_of_keys(rows.unfolded(lse), sink_scores(sink_logits, reference).float())
         output = (output * share[..., None]).to(query.dtype)
     return output.transpose(2, 3).flatten(1, 2)
-
-
-def default_blocks(
-    query: Tensor, heads: int, needs_gradient: bool, kernel_options: Mapping[str, object] | None
-) -> tuple[int, int]:
-    """(rows, columns) of mask blocks where the caller gives none: tuned on this device, or the default.
-
-    query: [B, Hq, Q, D]; heads: Hkv.
-    """
-    size = max(index(query.shape[-1]), 1)
-    if is_flash(kernel_options):
-        return flash_block_size(query.device, size, needs_gradient)
-    return block_size_of(query.device, query.dtype, size, index(query.shape[1] // heads), needs_gradient)
 
 
 # One compiled function for all eager callers.  With fullgraph it raises past the limit instead of running uncompiled.

@@ -19,7 +19,7 @@ from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings.default_options import (
     autotunes,
-    block_size_of,
+    default_blocks,
     device_options,
     transposed_options,
     with_defaults,
@@ -71,7 +71,7 @@ def flex_mass(
     heads, keys = key.shape[1:3]
     group = index(query_heads // heads)
     call = (query.device, query.dtype, index(size), group, False)
-    block_size = block_size_of(*call) if block_size is None else block_size
+    block_size = default_blocks(query, heads, False, kernel_options) if block_size is None else block_size
     block = (index(block_size[0]), index(block_size[1]))
     rows = FoldedRows.of(queries, group, block[0], query.device.type)
     folded_query = rows.folded(query, heads)  # [B, Hkv, rows, D]
@@ -79,7 +79,7 @@ def flex_mass(
     each = terms_per_key(lifespans.birth, key)
     bias, reference = biases(key, bias, lifespans, queries, best_stays=False, exact=False)
     high, low = split(bias)
-    subtracted = [None if part is None else realize(part) for part in split(reference)]
+    subtracted = [None if part is None else realize(part) for part in split(rows.of_rows(reference))]
 
     def packed(lifespans: Lifespans, most: int, any_births: bool) -> _Pass:
         packing, block_index = schedule(

@@ -102,7 +102,8 @@ def attend(
 
     centre = None
     if route == "transposed":
-        centre = mean_value(value.detach())
+        # A buffer: kernels that sum over each key or row would divide by the length again for every number.
+        centre = realize(mean_value(value.detach()))
         value = _FromValue.apply(value, centre, gate)
     output, aux = flex_attention(
         query, key, value, score_mod=score_mod, block_mask=block_mask, scale=scale, kernel_options=options,

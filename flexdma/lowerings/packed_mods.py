@@ -11,12 +11,12 @@ from flexdma.signatures import MaskMod, ScoreMod
 
 
 class PackedBias(NamedTuple):
-    """What a key adds to its logits, minus what a query subtracts; float32, buffers that every kernel can capture."""
+    """What a key adds to its logits, minus what a row subtracts; float32, buffers that every kernel can capture."""
 
     high: Tensor  # [B, Hkv, L]
     low: Tensor | None  # [B, Hkv, L]; None = 0
-    reference_high: Tensor  # [B, Hkv, Q]
-    reference_low: Tensor | None  # [B, Hkv, Q]; None = 0
+    reference_high: Tensor  # [B, Hkv, rows]
+    reference_low: Tensor | None  # [B, Hkv, rows]; None = 0
 
 
 def packed_mods(
@@ -41,13 +41,14 @@ def packed_mods(
 
     # Index each captured tensor once, in one step: FlexAttention has derivatives for this form only.
     def packed_score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        i = rows.position(row)
         if score_mod is not None and query_position is not None:
-            score = score_mod(score, b, h * rows.group + rows.head(row), query_position[i], order[b, h, column])
+            position = query_position[rows.position(row)]
+            score = score_mod(score, b, h * rows.group + rows.head(row), position, order[b, h, column])
         if high is not None and reference_high is not None:
-            difference = high[b, h, column] - reference_high[b, h, i]
-            if low is not None and reference_low is not None:
-                difference = difference + (low[b, h, column] - reference_low[b, h, i])
+            difference = high[b, h, column] - reference_high[b, h, row]
+            if low is not None:
+                rest = low[b, h, column]
+                difference = difference + (rest if reference_low is None else rest - reference_low[b, h, row])
             score = score + difference
         # Inductor's C++ kernel skips a block that begins with NaN as if it were empty.  Infinity becomes NaN in the softmax.
         return torch.where(score.isnan(), float("inf"), score) if on_cpu else score

@@ -26,18 +26,40 @@ def added_to_logits(gate: Tensor | None, bias: Tensor | None) -> Tensor | None:
 
 
 def biases(
-    key: Tensor, bias: Tensor | None, lifespans: Lifespans, queries: int, *, best_stays: bool, exact: bool
+    key: Tensor,
+    bias: Tensor | None,
+    lifespans: Lifespans,
+    queries: int,
+    *,
+    best_stays: bool,
+    exact: bool,
+    one_document: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """The bias that each term adds, [B, Hkv, P K] in float32 or float64, and the reference, [B, Hkv, Q].
 
-    key: [B, Hkv, K, D]; bias, lifespans: [B, 1 or Hkv, P K].
+    key: [B, Hkv, K, D]; bias, lifespans: [B, 1 or Hkv, P K].  best_stays, exact: as in `visible_reference`.
+    one_document: with best_stays and not exact the reference is then `largest_so_far`.
     """
     shape = (*key.shape[:2], lifespans.birth.shape[-1])
     if bias is None:
         zeros = torch.zeros((1, 1, 1), dtype=torch.float32, device=key.device)
         return zeros.expand(shape), zeros.expand(*shape[:2], queries)
     bias = (bias if bias.dtype == torch.float64 else bias.float()).expand(shape)
+    if best_stays and one_document and not exact:
+        return bias, largest_so_far(bias.detach(), lifespans)[..., bias.shape[-1] - queries :]
     return bias, visible_reference(bias, lifespans, queries, best_stays=best_stays, exact=exact)
+
+
+@staged("reference gates")
+def largest_so_far(bias: Tensor, lifespans: Lifespans) -> Tensor:
+    """[B, H, K] float32, without a gradient: `reference_gate` of a single document, rounded.  One cumulative pass.
+
+    A finite gate may have been evicted by an infinite one.  Then the logits are not finite by any reference.
+    """
+    rounded = bias.float()
+    seen = rounded.isfinite() & (lifespans.death > lifespans.birth)
+    largest = running_maximum(torch.where(seen, rounded, float("-inf")))
+    return torch.where(largest == float("-inf"), 0.0, largest)
 
 
 @staged("reference gates")

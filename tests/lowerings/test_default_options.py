@@ -7,6 +7,7 @@ import torch
 
 from flexdma import dynamic_mask_attention
 from flexdma.lowerings import default_options, flash, tuned
+from flexdma.lowerings.choice import check_lowering_options
 from flexdma.lowerings.default_options import autotunes, device_options, preferred, transposed_options, with_defaults
 from flexdma.lowerings.tuned import Winner, key_of
 from flexdma.tools.tune import store
@@ -69,6 +70,25 @@ def test_a_tuned_winner_replaces_the_built_in_options(h100):
     assert device_options(*call) == (("fwd_num_warps", 4),)
     assert default_options.block_size_of(*call) == (256, 128)
     assert dict(device_options(*call[:4], False)) == dict(preferred((9, 0), torch.bfloat16, 64))
+
+
+def test_calls_without_a_score_mod_have_a_tile_and_in_inference_blocks_of_their_own(h100):
+    call = (GPU, torch.bfloat16, 128, 4)
+    assert dict(device_options(*call, True))["fwd_BLOCK_N"] == 64
+    assert dict(device_options(*call, True, True)) == dict(preferred((9, 0), torch.bfloat16, 128, True))
+    assert dict(device_options(*call, False, True))["fwd_BLOCK_N"] == 32
+    assert dict(device_options(GPU, torch.bfloat16, 64, 4, False, True)) == dict(preferred((9, 0), torch.bfloat16, 64))
+    assert default_options.block_size_of(*call, False) == (128, 64)
+    assert default_options.block_size_of(*call, True) == BLOCK
+    assert default_options.block_size_of(*call, False, has_tile=True) == BLOCK
+    with torch._inductor.config.patch(max_autotune=True):
+        assert default_options.block_size_of(*call, False) == BLOCK
+
+
+def test_scores_in_another_unit_than_gates_are_refused():
+    with pytest.raises(ValueError, match="kernel_options: expected no PRESCALE_QK"):
+        check_lowering_options("flex", torch.bfloat16, None, {"PRESCALE_QK": True})
+    check_lowering_options("flex", torch.bfloat16, None, {"PRESCALE_QK": False})
 
 
 def test_other_gpus_keep_what_inductor_chooses():

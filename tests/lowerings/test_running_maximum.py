@@ -20,6 +20,7 @@ def test_ties_and_all_lengths(numbers, dtype):
     largest, best = rows.cummax(-1)
     assert torch.equal(module.running_maximum(rows), largest)
     assert all(map(torch.equal, module.running_best(rows), (largest, best)))
+    assert torch.equal(module.running_maximum(rows.float().exp()), rows.float().exp().cummax(-1).values)
 
 
 def test_the_smallest_numbers():

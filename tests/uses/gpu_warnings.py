@@ -7,4 +7,6 @@ TORCHS_OWN_ON_A_GPU = (
     "ignore:TensorFloat32 tensor cores:UserWarning",
     "ignore:Attempting to run cuBLAS, but there was no current CUDA context:UserWarning",
     "ignore:Synchronization debug mode is a prototype:UserWarning",
+    # Of the first, empty graph that a tree of graphs records.
+    "ignore:The CUDA Graph is empty:UserWarning",
 )
