@@ -6,6 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flexdma.lowerings.default_options import block_size_of
+from flexdma.packing.rows import FoldedRows
 from flexdma.tools.cost_model.pairs import shown_pairs
 
 # As is customary: a fused backward has five matrix products, the forward two.
@@ -50,6 +52,14 @@ class Shape:
         selected = self.length * min(self.window, self.length)
         count = selected if pairs == "selected" else float(shown_pairs(self.length, self.length))
         return 4 * count * self.size * self.query_heads * (1 + BACKWARD * self.backward)
+
+
+def default_blocks_and_rows(
+    shape: Shape, device: torch.device, dtype: torch.dtype
+) -> tuple[tuple[int, int], FoldedRows]:
+    """(rows, keys) of the mask blocks that the flex lowering takes for this call by default, and the rows of a KV head."""
+    blocks = block_size_of(device, dtype, shape.size, shape.group, shape.backward)
+    return blocks, FoldedRows.of(shape.length, shape.group, blocks[0], device.type)
 
 
 def inputs(shape: Shape, device: str, dtype: torch.dtype) -> list[Tensor]:

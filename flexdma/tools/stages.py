@@ -19,16 +19,16 @@ from torch.nn.attention.flex_attention import flex_attention
 
 from flexdma import ValueGate, causal_top_w, dynamic_mask_attention
 from flexdma.lifespans import by_rank
-from flexdma.lowerings.default_options import default_block_size
+from flexdma.lowerings.default_options import device_options, with_defaults
 from flexdma.lowerings.packed_keys import at_places
-from flexdma.lowerings.reference_gate import reference_gate
+from flexdma.lowerings.reference_gate import largest_so_far
 from flexdma.opaque import realize
 from flexdma.packing import pack, packed_layout
 from flexdma.packing.block_index import BlockIndex, block_index
 from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.stages import observed
-from flexdma.tools.shapes import Shape
+from flexdma.tools.shapes import Shape, default_blocks_and_rows
 from flexdma.tools.timing import Measured, Prepared, Turns, backward_of, interleaved
 from flexdma.tools.whole_calls import Compile, compile_whole
 
@@ -139,12 +139,11 @@ def _flex_stages(
     shape: Shape, qkv: tuple[Tensor, ...], module: ValueGate, gate: Tensor, compiler: Compile
 ) -> dict[str, Callable[[], object]]:
     query, key, value = (tensor.detach() for tensor in qkv)
-    block_size = default_block_size(query.device.type)
-    rows = FoldedRows.of(shape.length, shape.group, block_size[0], query.device.type)
+    block_size, rows = default_blocks_and_rows(shape, query.device, query.dtype)
     layout = packed_layout(shape.length, shape.length, shape.window, block_size=block_size, group=rows.per_position)
     with torch.no_grad():
         alive = causal_top_w(gate, shape.window)
-        reference = reference_gate(gate, alive)
+        reference = largest_so_far(gate, alive)
         packing, index = schedule(
             alive, rows=rows, capacity=shape.window, block_size=block_size, transposed=shape.backward
         )
@@ -163,7 +162,7 @@ def _flex_stages(
         GATE: (module, (value,)),
         RANKING: (alone(lambda gate: by_rank(gate, None)), (gate,)),
         "selection": (alone(causal_top_w), (gate, shape.window)),
-        REFERENCE: (alone(reference_gate), (gate, alive)),
+        REFERENCE: (alone(largest_so_far), (gate, alive)),
         PACKING: (alone(lambda alive: pack(alive, layout, queries=shape.length)), (alive,)),
         METADATA: (alone(listed), (packing.birth, packing.death)),
         TAKE: (take, (key, value, gate)),
@@ -181,12 +180,12 @@ def _packed_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor,
     index: BlockIndex, rows: FoldedRows, block_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """FlexAttention on packed keys: the kernel of the flex lowering, with folding and unfolding of rows."""
+    """FlexAttention on packed keys: the forward kernel of the flex lowering, with folding and unfolding of rows."""
     heads = key.shape[1]
-    gate, reference, birth, death = (realize(tensor) for tensor in (gate, reference, birth, death))
+    gate, reference, birth, death = (realize(tensor) for tensor in (gate, rows.of_rows(reference), birth, death))
 
     def score_mod(score: Tensor, b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
-        return score + (gate[b, h, column] - reference[b, h, rows.position(row)])
+        return score + (gate[b, h, column] - reference[b, h, row])
 
     def mask_mod(b: Tensor, h: Tensor, row: Tensor, column: Tensor) -> Tensor:
         i = rows.position(row)
@@ -194,7 +193,9 @@ def _packed_attention(
 
     mask = index.block_mask((rows.total, key.shape[2]), block_size, mask_mod)
     folded = realize(rows.folded(query, heads))
-    output = flex_attention(folded, key, value, score_mod=score_mod, block_mask=mask)
+    call = (query.device, query.dtype, query.shape[-1], rows.group, False)
+    options = None if query.device.type == "cpu" else with_defaults(None, device_options(*call, True), block_size)
+    output = flex_attention(folded, key, value, score_mod=score_mod, block_mask=mask, kernel_options=options)  # type: ignore[arg-type]
     return rows.unfolded(output).transpose(2, 3).flatten(1, 2)
 
 

@@ -125,7 +125,7 @@ def test_masks_and_metadata_are_far_from_a_dense_mask():
     shape = Shape(8192, 128, False)
     gate = inputs(shape, "cpu", torch.float32)[3]
     for lowering in ("flex", "gather"):
-        assert peak_bytes(partial(build_masks, lowering, shape, gate)) < shape.length**2 / 4
+        assert peak_bytes(partial(build_masks, lowering, shape, gate, torch.float32)) < shape.length**2 / 4
 
 
 def test_there_are_seven_families_and_packing_helps_in_each():
@@ -178,7 +178,9 @@ def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled):
     tensors = inputs(shape, "cpu", torch.float32)
     calls: dict[str, Any] = contenders(shape, tensors, uncompiled)  # steps, whose first argument is the call
     want = dense_dynamic_mask_attention(*tensors, window_size=24)
-    same = [name for name in calls if name in visited_over_ideal(shape, tensors[3]) and "causal" not in name]
+    same = [
+        name for name in calls if name in visited_over_ideal(shape, tensors[3], torch.float32) and "causal" not in name
+    ]
     assert len(same) == 5
     for name in [*same, ANY_LIFESPANS]:
         torch.testing.assert_close(calls[name].args[0](), want, atol=1e-5, rtol=1e-4)
@@ -186,7 +188,7 @@ def test_every_contender_that_masks_by_gates_gives_the_same(uncompiled):
 
 def test_visited_over_ideal_counts_pairs():
     shape = Shape(256, 256, False, 4, 2, 16)
-    ratios = visited_over_ideal(shape, torch.zeros(1, 2, 256))
+    ratios = visited_over_ideal(shape, torch.zeros(1, 2, 256), torch.float32)
     assert ratios["SDPA causal"] == 1  # nothing is ever evicted
     assert ratios[DENSE] == pytest.approx(256 * 256 / (256 * 257 / 2))
     assert ratios[COMPILED_PLAIN] == pytest.approx(256 * (256 + 128) / (256 * 257 / 2))

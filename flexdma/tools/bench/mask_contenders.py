@@ -12,7 +12,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from flexdma import Lifespans, lifespan_attention
 from flexdma.block_masks import lifespan_block_mask
 from flexdma.lifespans.visible import births_are_positions, most_visible
-from flexdma.lowerings.default_options import default_block_size
+from flexdma.lowerings.default_options import block_size_of
 from flexdma.packing.block_index import count_visited
 from flexdma.packing.choice import packing_saves
 from flexdma.packing.rows import FoldedRows
@@ -75,7 +75,7 @@ def mask_calls(
     )
     mask_mod, alive = of_query_heads(family, sizes.group), interval_or_intervals(family)
     attend = partial(compiler(flex_attention), query, key, value, enable_gqa=True)
-    build = building_calls(sizes, family, sizes.length, device, compiler)
+    build = building_calls(sizes, family, sizes.length, device, dtype, compiler)
 
     def masked(score: Tensor, b: Tensor, h: Tensor, q_idx: Tensor, kv_idx: Tensor) -> Tensor:
         return torch.where(mask_mod(b, h, q_idx, kv_idx), score, float("-inf"))
@@ -92,7 +92,7 @@ def mask_calls(
 
 
 def building_calls(
-    sizes: MaskSizes, family: MaskFamily, length: int, device: str, compiler: Compile
+    sizes: MaskSizes, family: MaskFamily, length: int, device: str, dtype: torch.dtype, compiler: Compile
 ) -> dict[str, Callable[[], Any]]:
     """Contender -> making its mask of `length` positions alone."""
     heads = None if family.heads == 1 else sizes.query_heads
@@ -108,7 +108,7 @@ def building_calls(
         return create_block_mask(mask_mod, **create)
 
     def placed() -> object:
-        alive, facts = one_interval(family), scheduling(sizes, family, length, device)
+        alive, facts = one_interval(family), scheduling(sizes, family, length, device, dtype)
         return schedule(alive, **facts, transposed=False, packed=packing_saves(alive, **facts))
 
     return {
@@ -119,7 +119,7 @@ def building_calls(
     }
 
 
-def visited_by(sizes: MaskSizes, family: MaskFamily, device: str) -> dict[str, float]:
+def visited_by(sizes: MaskSizes, family: MaskFamily, device: str, dtype: torch.dtype) -> dict[str, float]:
     """Contender -> pairs in the blocks that it visits over pairs of the mask; for masks of one interval a key."""
     length, pairs = sizes.length, family.pairs()
     visits = {ALONE: family.heads * float(length**2) / pairs}
@@ -127,16 +127,16 @@ def visited_by(sizes: MaskSizes, family: MaskFamily, device: str) -> dict[str, f
         return visits
     alive = one_interval(family)
     own = TILE**2 * int(count_visited(*alive, queries=length, block_size=(TILE, TILE))) / pairs
-    facts = scheduling(sizes, family, length, device)
+    facts = scheduling(sizes, family, length, device, dtype)
     _, index = schedule(alive, **facts, transposed=False, packed=packing_saves(alive, **facts))
     rows, columns = facts["block_size"]
     visits |= dict.fromkeys((CREATED, CREATED_COMPILED, OWN_ORDER), own)
     return visits | {FLEX: rows * columns * int(index.visited().sum()) / (pairs * sizes.group)}
 
 
-def scheduling(sizes: MaskSizes, family: MaskFamily, length: int, device: str) -> dict[str, Any]:
+def scheduling(sizes: MaskSizes, family: MaskFamily, length: int, device: str, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments with which an eager `lifespan_attention` packs these keys, which it reads from the device."""
-    alive, block_size = one_interval(family), default_block_size(device)
+    alive, block_size = one_interval(family), block_size_of(torch.device(device), dtype, sizes.size, sizes.group, False)
     return {
         "rows": FoldedRows.of(length, sizes.group, block_size[0], device),
         "capacity": power_of_two_from(most_visible(alive, length)),

@@ -25,7 +25,7 @@ def measure_masks(family: str, setting: "Setting", turns: Turns) -> Iterator[tup
         yield from interleaved(calls, _few(turns), memory=False).rows()
     turns.tick("")
     found = mask_families(sizes.length, sizes.heads, setting.device)[family]
-    for name, ratio in visited_by(sizes, found, setting.device).items():
+    for name, ratio in visited_by(sizes, found, setting.device, setting.dtype).items():
         yield name, VISITED, ratio
 
 
@@ -33,7 +33,7 @@ def measure_mask_building(family: str, setting: "Setting", turns: Turns) -> Iter
     """Making the mask of one family alone, and its peak memory."""
     sizes = MASK_SIZES[setting.device]
     found = mask_families(sizes.building, 1, setting.device)[family]
-    calls = building_calls(sizes, found, sizes.building, setting.device, setting.compiler)
+    calls = building_calls(sizes, found, sizes.building, setting.device, setting.dtype, setting.compiler)
     # It compiles nothing, and on a CPU a run takes ten seconds.
     created = {CREATED: calls.pop(CREATED)}
     yield from interleaved(calls, _few(turns)).rows()

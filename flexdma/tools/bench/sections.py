@@ -129,7 +129,7 @@ def measure_calls(shape: Shape, setting: Setting, turns: Turns) -> Rows:
     yield from interleaved(contenders(shape, tensors, setting.compiler), turns).rows()
     turns.tick("")
     try:
-        for name, ratio in visited_over_ideal(shape, tensors[3].detach()).items():
+        for name, ratio in visited_over_ideal(shape, tensors[3].detach(), tensors[0].dtype).items():
             yield name, VISITED, ratio
     except RuntimeError as error:  # out of memory; the times above are kept
         yield "visited / ideal", "failed", in_one_line(error)
@@ -203,4 +203,4 @@ def measure_memory(shape: Shape, setting: Setting, turns: Turns) -> Rows:
     """Peak memory of building masks and metadata, by lowering."""
     gate = inputs(shape, setting.device, torch.float32)[3].detach()
     for lowering in ("flex", "gather"):
-        yield lowering, "peak_bytes", peak_bytes(partial(build_masks, lowering, shape, gate))
+        yield lowering, "peak_bytes", peak_bytes(partial(build_masks, lowering, shape, gate, setting.dtype))

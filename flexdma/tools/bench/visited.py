@@ -5,26 +5,24 @@ from torch import Tensor
 
 from flexdma import causal_top_w
 from flexdma.lifespans import Lifespans
-from flexdma.lowerings.default_options import default_block_size
 from flexdma.lowerings.fused_cut import block_size_for
 from flexdma.packing.rows import FoldedRows
 from flexdma.tools.bench.contenders import DENSE, FLEX_CAUSAL, FLEX_TILE, NATURAL
 from flexdma.tools.cost_model.counts import visited_pairs
 from flexdma.tools.cost_model.pairs import gathered_pairs, shown_pairs
 from flexdma.tools.gate_families import gate_families
-from flexdma.tools.shapes import Shape
+from flexdma.tools.shapes import Shape, default_blocks_and_rows
 from flexdma.tools.whole_calls import CAUSAL, COMPILED, COMPILED_DEFAULT, COMPILED_PLAIN, EAGER, PLAIN
 
 VISITED = "visited_over_ideal"  # the metric of these ratios
 
 
 @torch.no_grad()
-def visited_over_ideal(shape: Shape, gate: Tensor) -> dict[str, float]:
-    """Contender -> pairs that it computes over pairs that the mask shows.  `gate`: [1, Hkv, N]."""
+def visited_over_ideal(shape: Shape, gate: Tensor, dtype: torch.dtype) -> dict[str, float]:
+    """Contender -> pairs that it computes over pairs that the mask shows.  gate: [1, Hkv, N].  dtype: of the queries."""
     alive = causal_top_w(gate, shape.window)
     shown = (alive.death - alive.birth).sum().item() * shape.group
-    block_size = default_block_size(gate.device.type)
-    rows = FoldedRows.of(shape.length, shape.group, block_size[0], gate.device.type)
+    block_size, rows = default_blocks_and_rows(shape, gate.device, dtype)
     alone = FoldedRows(shape.length, group=1)
     gathered = shape.query_heads * float(gathered_pairs(shape.length, shape.window)) / shown
     living = living_pairs(alive, block_size_for(alive, shape.length, shape.window)) * shape.group / shown

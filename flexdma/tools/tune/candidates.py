@@ -8,6 +8,8 @@ import torch
 from flexdma.lowerings.default_options import default_block_size
 from flexdma.tools.tile_grid import sizes_of
 
+# The fewest keys of a mask block: narrower ones gain 1 % and double the lists of blocks (docs/kernels.md).
+NARROWEST = 64
 CPU_BLOCKS = ((128, 64), (64, 32), (256, 32), (128, 128), (256, 64), (64, 64), (128, 16))
 
 
@@ -30,8 +32,13 @@ def candidates(
     if device_type == "cpu":
         return [Candidate(f"blocks of {rows}x{keys}", (rows, keys)) for rows, keys in CPU_BLOCKS]
     kernel = "forward" if phase == "inference" else "backward"
-    block_size = default_block_size(device_type)
+    rows, keys = default_block_size(device_type)
+    # In inference smaller blocks, where the tile fits: fewer are visited.
     return [
-        Candidate(f"{kernel} {sizes}", block_size, {**forward, **sizes.options(kernel)})
+        Candidate(
+            f"{kernel} {sizes}",
+            (rows, max(sizes.keys, NARROWEST) if phase == "inference" else keys),
+            {**forward, **sizes.options(kernel)},
+        )
         for sizes in sizes_of(kernel, head_dim, dtype)
     ]
