@@ -7,8 +7,9 @@ tests/tools/test_cost.py checks that the sums are within 10 % of the compiler's 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 
-from sympy import And, Expr, Integer, Max, Piecewise, ceiling, log, sympify
+from sympy import And, Expr, Integer, Max, Mod, Ne, Piecewise, ceiling, log, sympify
 
+from flexdma.lowerings.gate_gradient import COLUMNS
 from flexdma.tools.cost_model import symbols
 from flexdma.tools.cost_model.kernel_bytes import BYTES, PEAKS
 from flexdma.tools.cost_model.packed_blocks import (
@@ -23,8 +24,10 @@ from flexdma.tools.cost_model.pairs import shown_pairs
 from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, rho, slots
 
 ROUNDS_END = 2**21  # keys; below, ranking resolves two bits per round, from there on one
-# Bytes per row (a query of one head).  Forward: its log-sum-exp.  Backward: that, and D_i = dO_i . o_i twice.
-PER_ROW, BACKWARD_PER_ROW = 4, 12
+# Bytes per row (a query of one head), float32.  Forward: its log-sum-exp and largest logit, and its reference, written and
+# read; in training also another copy of the log-sum-exp.  Backward: the sums dO_i . o_i and D_i, written and read, and
+# log-sum-exp and reference for two kernels each.
+PER_ROW, TRAINING_PER_ROW, BACKWARD_PER_ROW = 16, 28, 32
 NOTHING = Integer(0)
 
 
@@ -71,13 +74,14 @@ def forward(*, training: bool = False) -> Cost:
     query, key, value, output = _tensors()
     folded = _if_folded(query, NOTHING)  # folding copies the query
     unfolded = _if_unfolded(2 * output, NOTHING)
-    attention = query + _packed() + output + PER_ROW * B * Hq * N
+    attention = query + _packed() + output + (TRAINING_PER_ROW if training else PER_ROW) * B * Hq * N
+    mean_value = _places() * Dv * element if training else NOTHING
     held = metadata(training=training) + _packed() + folded + _if_unfolded(output, NOTHING)
     phase = "training" if training else "inference"
     lists = PEAKS["lists, place"] * _places() + PEAKS[f"{phase} lists, tile"] * _tiles()
     return Cost(
         flops=2 * (D + Dv) * _computed_pairs(),
-        bytes=2 * folded + unfolded + key + value + _packed() + attention + _ranking() + _packing(phase),
+        bytes=2 * folded + unfolded + key + value + _packed() + attention + mean_value + _ranking() + _packing(phase),
         metadata=metadata(training=training),
         peak=Max(held, PEAKS["packing, place"] * _places(), lists),
     )
@@ -87,15 +91,17 @@ def backward() -> Cost:
     """The backward of `forward(training=True)`.
 
     FlexAttention's kernel computes scores and their gradients twice, once by rows and once by columns: 4 D + 3 Dv per pair
-    instead of 3 D + 2 Dv.  The gate's gradient is a sum over columns and adds no product.  The gradients of keys and values
-    are sums over places: packed gradients are written and read, then the sums are written.
+    instead of 3 D + 2 Dv.  The gate's gradient takes one more pass over keys and queries, with D + 16 per pair, and the
+    products of values and their gradients (docs/gate-gradient.md).  The gradients of keys and values are sums over places:
+    packed gradients are written and read, then the sums are written.
     """
     query, key, value, output = _tensors()
-    rows = _if_unfolded(4 * (query + output), 2 * query + 3 * output)
+    rows = 3 * (query + output) + _if_unfolded(2 * query + output, NOTHING)
     bookkeeping = BACKWARD_PER_ROW * B * Hq * N + BYTES["backward, key"] * _keys() + _packing("backward")
+    gate = _places() * (D + 2 * Dv) * element + 2 * COLUMNS * element * (B * Hq * N + _places())
     return Cost(
-        flops=2 * (4 * D + 3 * Dv) * _computed_pairs(),
-        bytes=rows + 3 * _packed() + key + value + bookkeeping,
+        flops=2 * (4 * D + 3 * Dv + D + COLUMNS) * _computed_pairs(),
+        bytes=rows + 3 * _packed() + key + value + gate + bookkeeping,
         metadata=metadata(training=True),
         peak=metadata(training=True) + 2 * _packed() + _if_unfolded(2 * query + output, query),
     )
@@ -176,10 +182,10 @@ def _tiles() -> Expr:
 
 
 def _if_folded(folded: Expr, alone: Expr) -> Expr:
-    """`folded` where G query heads are folded into rows, which copies them; `alone` for G = 1."""
-    return Piecewise((folded, GROUP > 1), (alone, True))
+    """`folded` where folding G query heads into rows copies them; `alone` for G = 1, and for rows by head."""
+    return Piecewise((folded, And(GROUP > 1, Ne(Mod(N, symbols.rows), 0))), (alone, True))
 
 
 def _if_unfolded(unfolded: Expr, alone: Expr) -> Expr:
     """`unfolded` where unfolding rows of outputs and gradients copies them; `alone` where it is a view."""
-    return Piecewise((unfolded, And(GROUP > 1, Hkv > 1)), (alone, True))
+    return Piecewise((unfolded, And(GROUP > 1, Hkv > 1, Ne(Mod(N, symbols.rows), 0))), (alone, True))

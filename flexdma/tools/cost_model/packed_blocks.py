@@ -1,7 +1,7 @@
 """Numbers of places of packed keys and of visited blocks, exact and in closed form.
 
 A block is `rows` rows by `columns` keys; with G = Hq / Hkv query heads folded into rows it spans T = rows / G positions.
-Rows by head (`flexdma.packing.rows`) have T = rows and the lists of G = 1 for each query head.
+Rows by head (`flexdma.packing.rows`) have T = rows and the lists of G = 1 for each query head, which are as many blocks.
 Keys are packed as `flexdma.packing.packed_layout` packs a whole sequence, Q = K = N, of which a query sees at most w.
 """
 

@@ -4,8 +4,9 @@ The two ways to attend to all keys are taken at their best: causal work is balan
 values are read once, and one block is computed while the next arrives.
 """
 
-from sympy import Eq, Expr, Max, Piecewise, ceiling, log
+from sympy import Eq, Expr, Max, Mod, Piecewise, Symbol, ceiling, log
 
+from flexdma.tools.cost_model import symbols
 from flexdma.tools.cost_model.calls import NOTHING, Cost, backward, forward, metadata
 from flexdma.tools.cost_model.pairs import shown_pairs
 from flexdma.tools.cost_model.symbols import B, D, Dv, Hkv, Hq, N, element, gate_element, ranks, slots, w
@@ -21,17 +22,26 @@ def context_parallel(*, training: bool = False) -> Cost:
     gradients of those keys return the same way.
     """
     calls = [forward(training=training), *([backward()] if training else [])]
-    keys = {N: N / ranks + slots}  # the state's keys are counted as if they were tokens too
     state = message()
     rounds = ceiling(log(ranks, 2))
     return Cost(
         # Every query sees w keys, also the first queries of a share, except on the first rank.
         flops=sum((call.flops for call in calls), NOTHING).subs(shown_pairs(), N * w).subs(N, N / ranks),
-        bytes=sum((call.bytes for call in calls), NOTHING).subs(keys) + 3 * rounds * state,
-        metadata=metadata(training=training).subs(keys),
-        peak=Max(*(call.peak for call in calls)).subs(keys) + 2 * state,
+        bytes=_of_share(sum((call.bytes for call in calls), NOTHING)) + 3 * rounds * state,
+        metadata=_of_share(metadata(training=training)),
+        peak=_of_share(Max(*(call.peak for call in calls))) + 2 * state,
         received=rounds * (state + (returned_message() if training else NOTHING)),
     )
+
+
+def _of_share(formula: Expr) -> Expr:
+    """A formula of a whole sequence for a rank's share, where the state's keys are counted as if they were tokens too.
+
+    Whether rows are by head depends on the queries alone.
+    """
+    queries = Symbol("queries", integer=True, positive=True)
+    share = formula.xreplace({Mod(N, symbols.rows): Mod(queries, symbols.rows)}).subs({N: N / ranks + slots})
+    return share.xreplace({queries: N / ranks})
 
 
 def message() -> Expr:
