@@ -99,7 +99,8 @@ def dynamic_mask_attention(
     query: [B, Hq, Q, D]; the queries are the last Q of the K positions, Q <= K.
     key: [B, Hkv, K, D], value: [B, Hkv, K, Dv], of query's dtype; Hkv divides Hq (query head h reads head h // G).
     gate: [B, Hkv, K] or [B, 1, K], any float dtype.  float64 keeps gates that grow with position exact (see ValueGate);
-        others are ranked and added in float32.  -inf = never visible.  NaN ranks highest and makes the output NaN.
+        others are ranked and added in float32.  The range is float32's.  -inf = never visible.  NaN ranks highest and makes
+        the output NaN.
         None = no gates, for the selections that do not choose by them.
     window_size: w, or one int per gate head.  With selection="threshold" it may be None, with "full" it must be.
     selection: "causal": a top-w for each query, as in the paper.  "global": one top-w for all queries, still seen

@@ -117,5 +117,5 @@ class LatentAttention(LatentProjections):
             query, key, value, keys.gate if has_gate else None, lifespans, bias=keys.bias, in_order=True,
             ranked=self.policy.is_ranked, best_stays=self.policy.best_stays, capacity=capacity, scale=self.scale,
             score_mod=score_mod, lowering=self.lowering, block_size=self.block_size, kernel_options=self.kernel_options,
-            sink_logits=None,
+            sink_logits=None, one_document=keys.document_ids is None,
         )  # fmt: skip

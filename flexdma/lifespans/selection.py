@@ -142,6 +142,7 @@ class Selection:
             gate, self.kind, [w for w in windows if w is not None], self.threshold, self.sinks, self.recent,
             key_padding_mask, document_ids,
         )  # fmt: skip
+        # Buffers, which many kernels read; computed from sorts, not from gates, so that Inductor may fuse across them.
         return Lifespans(*(realize(bound) if is_fused(bound) else bound for bound in (birth, death)))
 
 

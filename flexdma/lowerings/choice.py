@@ -49,7 +49,8 @@ def check_lowering_options(
         raise ValueError(
             f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
         )
-    if kernel_options is not None and kernel_options.get("PRESCALE_QK"):
+    prescaled = (f"{prefix}PRESCALE_QK" for prefix in ("", "fwd_", "bwd_"))
+    if kernel_options is not None and any(map(kernel_options.get, prescaled)):
         raise ValueError(
             "kernel_options: expected no PRESCALE_QK, with which logits are binary logarithms and gates are added to them as "
             "natural ones"

@@ -32,7 +32,7 @@ def backward_options(rows: int, keys: int, *, warps: int, stages: int) -> Option
     return (*tile, ("bwd_num_warps", warps), ("bwd_num_stages", stages))
 
 
-# Compute capability -> (bytes of a number, smallest and largest head size).
+# Compute capability -> (bytes of a number, smallest and largest head size) -> what they take.
 Rules = dict[tuple[int, int], dict[tuple[int, int, int], Any]]
 # Options in place of Inductor's own.
 PREFERRED: Rules = {
@@ -71,7 +71,7 @@ def default_blocks(
     size = max(index(query.shape[-1]), 1)
     if is_flash(kernel_options):
         return flash_block_size(query.device, size, needs_gradient)
-    has_tile = any(name.endswith("BLOCK_N") for name in kernel_options or ())
+    has_tile = any(name.endswith(("BLOCK_M", "BLOCK_N")) for name in kernel_options or ())
     return block_size_of(query.device, query.dtype, size, index(query.shape[1] // heads), needs_gradient, has_tile)
 
 
@@ -80,12 +80,18 @@ def default_blocks(
 def block_size_of(
     device: torch.device, dtype: torch.dtype, head_dim: int, group: int, trains: bool, has_tile: bool = False
 ) -> tuple[int, int]:
-    """(rows, keys) of a mask block for block_size=None.  has_tile: the caller gives a tile, which blocks of 128 keys fit."""
+    """(rows, keys) of a mask block for block_size=None.
+
+    has_tile: the caller gives rows or keys of a tile.  Such calls on a GPU, and those that Inductor measures, take the block
+    that every tile divides.
+    """
+    block = default_block_size(device.type)
+    if device.type != "cpu" and (has_tile or autotunes()):
+        return block
     best = tuned.winner(tuned.key_of(device, dtype, head_dim, group, trains=trains))
     if best is not None:
         return best.block_size
-    block = default_block_size(device.type)
-    if device.type == "cpu" or trains or has_tile or autotunes() or torch.version.hip is not None:
+    if device.type == "cpu" or trains or torch.version.hip is not None:
         return block
     return next(iter(_matching(INFERENCE_BLOCKS, torch.cuda.get_device_capability(device), dtype, head_dim)), block)
 

@@ -24,7 +24,8 @@ def sorted_rows(numbers: Tensor, end: int) -> tuple[Tensor, Tensor]:
     numbers: [..., n] int32, from 0 to end - 1.
     """
     rows, length = numbers.shape[:-1].numel(), numbers.shape[-1]
-    if not is_fused(numbers) or not has_static_value(rows * end) or rows * end >= 2**31:
+    largest = rows * max(end, length) if has_static_value(end) and has_static_value(rows * length) else 2**31
+    if not is_fused(numbers) or largest >= 2**31:
         ascending, order = numbers.sort(dim=-1, stable=True)
         return ascending, order
     # All rows in one: on a GPU ATen sorts several rows by their numbers, then by their rows, with tensors of both between.

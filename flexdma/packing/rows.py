@@ -73,12 +73,12 @@ class FoldedRows(NamedTuple):
         return tensor.unflatten(2, (self.queries, self.group))
 
 
-# Kernels compute these two for every pair of a tile whose columns are rows.  Of numbers that are not negative; those that
-# round down cost a correction of the sign.
+# Kernels compute these two for every pair of a tile whose columns are rows.  Rows are not negative, and Python's remainder
+# would correct the sign.
 def _quotient(row: Tensor, divisor: int) -> Tensor:
     if _is_power_of_two(divisor):
         return row >> (divisor.bit_length() - 1)
-    return row.div(divisor, rounding_mode="trunc")
+    return row // divisor
 
 
 def _remainder(row: Tensor, divisor: int) -> Tensor:

@@ -166,7 +166,10 @@ def _flex_stages(
         PACKING: (alone(lambda alive: pack(alive, layout, queries=shape.length)), (alive,)),
         METADATA: (alone(listed), (packing.birth, packing.death)),
         TAKE: (take, (key, value, gate)),
-        FORWARD: (attend, (query, *moved, reference, packing.birth, packing.death, index, rows, block_size)),
+        FORWARD: (
+            attend,
+            (query, *moved, reference, packing.birth, packing.death, index, rows, block_size, shape.backward),
+        ),
     }
 
     def without_gradient(function: Callable, arguments: tuple) -> object:
@@ -178,7 +181,7 @@ def _flex_stages(
 
 def _packed_attention(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, reference: Tensor, birth: Tensor, death: Tensor,
-    index: BlockIndex, rows: FoldedRows, block_size: tuple[int, int],
+    index: BlockIndex, rows: FoldedRows, block_size: tuple[int, int], trains: bool,
 ) -> Tensor:  # fmt: skip
     """FlexAttention on packed keys: the forward kernel of the flex lowering, with folding and unfolding of rows."""
     heads = key.shape[1]
@@ -193,7 +196,7 @@ def _packed_attention(
 
     mask = index.block_mask((rows.total, key.shape[2]), block_size, mask_mod)
     folded = realize(rows.folded(query, heads))
-    call = (query.device, query.dtype, query.shape[-1], rows.group, False)
+    call = (query.device, query.dtype, query.shape[-1], rows.group, trains)
     options = None if query.device.type == "cpu" else with_defaults(None, device_options(*call, True), block_size)
     output = flex_attention(folded, key, value, score_mod=score_mod, block_mask=mask, kernel_options=options)  # type: ignore[arg-type]
     return rows.unfolded(output).transpose(2, 3).flatten(1, 2)

@@ -72,7 +72,7 @@ def test_a_tuned_winner_replaces_the_built_in_options(h100):
     assert dict(device_options(*call[:4], False)) == dict(preferred((9, 0), torch.bfloat16, 64))
 
 
-def test_calls_without_a_score_mod_have_a_tile_and_in_inference_blocks_of_their_own(h100):
+def test_calls_without_a_score_mod_have_a_tile_and_in_inference_blocks_of_their_own(h100, monkeypatch):
     call = (GPU, torch.bfloat16, 128, 4)
     assert dict(device_options(*call, True))["fwd_BLOCK_N"] == 64
     assert dict(device_options(*call, True, True)) == dict(preferred((9, 0), torch.bfloat16, 128, True))
@@ -80,14 +80,27 @@ def test_calls_without_a_score_mod_have_a_tile_and_in_inference_blocks_of_their_
     assert dict(device_options(GPU, torch.bfloat16, 64, 4, False, True)) == dict(preferred((9, 0), torch.bfloat16, 64))
     assert default_options.block_size_of(*call, False) == (128, 64)
     assert default_options.block_size_of(*call, True) == BLOCK
-    assert default_options.block_size_of(*call, False, has_tile=True) == BLOCK
+    query = torch.empty(1, 8, 1, 128, dtype=torch.bfloat16, device="meta")
+    monkeypatch.setattr(default_options, "block_size_of", lambda *facts: facts[-1])
+    for options, has_tile in (({"BLOCK_M": 64}, True), ({"fwd_BLOCK_N": 128}, True), ({"num_warps": 8}, False)):
+        assert default_options.default_blocks(query, 2, False, options) == has_tile
+
+
+def test_tiles_of_the_caller_and_of_a_measurement_fit_the_block(h100):
+    """Also where a tuned winner has smaller ones."""
+    call = (GPU, torch.bfloat16, 128, 4, False)
+    store.keep(h100, Winner(key_of(*call[:4], trains=False), (128, 64), {}, 1.0, 2.0))
+    tuned.winners_of.cache_clear()
+    assert default_options.block_size_of(*call) == (128, 64)
+    assert default_options.block_size_of(*call, True) == BLOCK
     with torch._inductor.config.patch(max_autotune=True):
-        assert default_options.block_size_of(*call, False) == BLOCK
+        assert default_options.block_size_of(*call) == BLOCK
 
 
-def test_scores_in_another_unit_than_gates_are_refused():
+@pytest.mark.parametrize("option", ["PRESCALE_QK", "fwd_PRESCALE_QK", "bwd_PRESCALE_QK"])
+def test_scores_in_another_unit_than_gates_are_refused(option):
     with pytest.raises(ValueError, match="kernel_options: expected no PRESCALE_QK"):
-        check_lowering_options("flex", torch.bfloat16, None, {"PRESCALE_QK": True})
+        check_lowering_options("flex", torch.bfloat16, None, {option: True})
     check_lowering_options("flex", torch.bfloat16, None, {"PRESCALE_QK": False})
 
 
