@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks
+from flexdma.lowerings.default_options import bare_name
 from flexdma.transforms import is_transformed
 
 FLEX_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -49,8 +50,7 @@ def check_lowering_options(
         raise ValueError(
             f"kernel_options: expected None for lowering={lowering!r} (they are FlexAttention's), got {kernel_options!r}"
         )
-    prescaled = (f"{prefix}PRESCALE_QK" for prefix in ("", "fwd_", "bwd_"))
-    if kernel_options is not None and any(map(kernel_options.get, prescaled)):
+    if any(bare_name(option) == "PRESCALE_QK" and wanted for option, wanted in (kernel_options or {}).items()):
         raise ValueError(
             "kernel_options: expected no PRESCALE_QK, with which logits are binary logarithms and gates are added to them as "
             "natural ones"

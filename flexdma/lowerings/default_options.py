@@ -71,7 +71,7 @@ def default_blocks(
     size = max(index(query.shape[-1]), 1)
     if is_flash(kernel_options):
         return flash_block_size(query.device, size, needs_gradient)
-    has_tile = any(name.endswith(("BLOCK_M", "BLOCK_N")) for name in kernel_options or ())
+    has_tile = any(bare_name(option) in ("BLOCK_M", "BLOCK_N") for option in kernel_options or ())
     return block_size_of(query.device, query.dtype, size, index(query.shape[1] // heads), needs_gradient, has_tile)
 
 
@@ -156,10 +156,15 @@ def with_defaults(
     if "BACKEND" not in options:
         options.setdefault("FORCE_USE_FLEX_ATTENTION", True)
     for name, size in defaults:
-        bare = name.removeprefix("fwd_").removeprefix("bwd_")
+        bare = bare_name(name)
         if name not in options and bare not in options:
             options[name] = _fitting(bare, size, block_size)
     return options
+
+
+def bare_name(option: str) -> str:
+    """The name of a kernel option without the prefix of a phase."""
+    return option.removeprefix("fwd_").removeprefix("bwd_")
 
 
 def transposed_options(

@@ -53,10 +53,7 @@ class FoldedRows(NamedTuple):
 
     def of_rows(self, numbers: Tensor) -> Tensor:
         """[B, Hkv, Q], one number of each query -> [B, Hkv, rows]."""
-        each = numbers.unsqueeze(2 if self.by_head else 3)
-        return (
-            each.repeat(1, 1, self.group, 1).flatten(2) if self.by_head else each.repeat(1, 1, 1, self.group).flatten(2)
-        )
+        return numbers.repeat(1, 1, self.group) if self.by_head else numbers.repeat_interleave(self.group, -1)
 
     def folded(self, query: Tensor, heads: int) -> Tensor:
         """[B, Hq, Q, D] -> [B, Hkv, rows, D]."""

@@ -9,8 +9,6 @@ from flexdma.lowerings.reference_gate import largest_so_far, reference_gate
 
 # Beyond float32's range no difference of gates is finite.  A query that sees infinity or NaN gets NaN by any reference.
 GATES = st.sampled_from([float("-inf"), -0.0, 0.0, 1.0, 1.0 + 2**-30, -1e6, 3.4e38])
-
-
 SELECTIONS = st.sampled_from(
     [("causal", 3, 0, 0), ("causal", 2, 1, 2), ("global", 3, 1, 0), ("threshold", 2, 0, 0), ("threshold", None, 2, 0),
      ("full", None, 0, 0)]

@@ -18,9 +18,8 @@ def test_by_head_where_no_block_spans_two_heads():
 
 
 @pytest.mark.parametrize("by_head", [False, True])
-@pytest.mark.parametrize(
-    ("queries", "group"), [(5, 3), (4, 3), (5, 2), (8, 4), (3, 1)]
-)  # powers of two have a rule of their own
+# Powers of two have a rule of their own.
+@pytest.mark.parametrize(("queries", "group"), [(5, 3), (4, 3), (5, 2), (8, 4), (3, 1)])
 def test_rows_are_the_heads_of_a_group_at_each_position(queries, group, by_head):
     rows, query = FoldedRows(queries, group, by_head), torch.randn(2, 2 * group, queries, 4)
     folded = rows.folded(query, 2)

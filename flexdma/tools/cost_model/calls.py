@@ -29,6 +29,8 @@ ROUNDS_END = 2**21  # keys; below, ranking resolves two bits per round, from the
 # log-sum-exp and reference for two kernels each.
 PER_ROW, TRAINING_PER_ROW, BACKWARD_PER_ROW = 16, 28, 32
 NOTHING = Integer(0)
+# Rows of several query heads are by position, which copies them, where blocks do not divide the length (`FoldedRows.of`).
+BY_POSITION = And(GROUP > 1, Ne(Mod(N, symbols.rows), 0))
 
 
 @dataclass(frozen=True)
@@ -183,9 +185,9 @@ def _tiles() -> Expr:
 
 def _if_folded(folded: Expr, alone: Expr) -> Expr:
     """`folded` where folding G query heads into rows copies them; `alone` for G = 1, and for rows by head."""
-    return Piecewise((folded, And(GROUP > 1, Ne(Mod(N, symbols.rows), 0))), (alone, True))
+    return Piecewise((folded, BY_POSITION), (alone, True))
 
 
 def _if_unfolded(unfolded: Expr, alone: Expr) -> Expr:
     """`unfolded` where unfolding rows of outputs and gradients copies them; `alone` where it is a view."""
-    return Piecewise((unfolded, And(GROUP > 1, Hkv > 1, Ne(Mod(N, symbols.rows), 0))), (alone, True))
+    return Piecewise((unfolded, And(BY_POSITION, Hkv > 1)), (alone, True))
