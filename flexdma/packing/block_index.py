@@ -31,7 +31,7 @@ class BlockIndex(NamedTuple):
     A kernel applies the mask in partial blocks only.  In a full block every query sees every key.  No block is both, and a
     block that is neither has no visible key.
 
-    partial_num, full_num: [B, H, R] int32, the number of key blocks of either kind that a row block visits.
+    partial_num, full_num: [B, H, R] int32, the number of key blocks of either kind that a row block visits.  Contiguous.
     partial_indices, full_indices: [B, H, R, C] int32, those blocks: `indices[b, h, r, :num]` are sorted, unique and in range.
         The rest of a row holds other blocks and is never read.  Contiguous: a compiled kernel reads a view silently wrong.
     transposed: the same for each key block, [B, H, all key blocks] and [B, H, all key blocks, row blocks of a period], for a
@@ -227,6 +227,7 @@ def _ordered(chosen: Tensor, blocks: Tensor) -> list[Tensor]:
     """
     indices = torch.arange(chosen.shape[-1], device=chosen.device, dtype=torch.int32)
     before = chosen.cumsum(-1, dtype=torch.int32)
-    number = chosen.sum(-1, dtype=torch.int32)
+    # FlexAttention reads counts at (b H + h) stride(1).  Where H = 1, a sum of [B, H, R, n] may have another stride(1).
+    number = chosen.flatten(0, -2).sum(-1, dtype=torch.int32).view(chosen.shape[:-1])
     place = torch.where(chosen, before - 1, number[..., None] + indices - before)
     return [number, scattered(blocks.int().expand(chosen.shape), place.long())]

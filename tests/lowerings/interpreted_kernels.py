@@ -56,8 +56,8 @@ CASES: dict[str, dict[str, Any]] = {
         "shape": (1, 4, 2, 336, 336, 16), "dtype": "float32", "window_size": 4, "gates": ("random",), "block_size": (16, 16),
         "sink_logits": True, "kernel_options": dict.fromkeys(WIDE, 16),
     },
-    "inference, blocks of 64 keys, several periods, bfloat16": {
-        "shape": (1, 2, 1, 256, 256, 80), "dtype": "bfloat16", "window_size": 20, "training": False, "gates": ("random",),
+    "inference, batch, one KV head, blocks of 64 keys, several periods, bfloat16": {
+        "shape": (2, 2, 1, 256, 256, 80), "dtype": "bfloat16", "window_size": 20, "training": False, "gates": ("random",),
     },
     "inference, one gate for all heads, bfloat16": {
         "shape": (1, 4, 2, 200, 200, 32), "dtype": "bfloat16", "window_size": 50, "gate_heads": 1, "training": False,

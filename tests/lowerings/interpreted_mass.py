@@ -27,8 +27,8 @@ def mass(query, key, bias, birth, death):
 
 def run() -> None:
     """Print the error of each, and what the kernels are."""
-    query, key, _, bias = inputs(1, 2, 1, 100, 150, 16, dtype=torch.bfloat16)
-    lifespans = any_lifespans(1, 1, 150, longest=120, seed=0)
+    query, key, _, bias = inputs(2, 2, 1, 100, 150, 16, dtype=torch.bfloat16)
+    lifespans = any_lifespans(2, 1, 150, longest=120, seed=0)
     tensors = [query, key, bias, *lifespans]
     call = InterpretedCall(mass, tensors)
     (got,) = call.run(tensors)

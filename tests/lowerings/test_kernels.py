@@ -49,7 +49,7 @@ LONG = {
     "causal, batch, few queries, learned sinks, bfloat16",
     "causal, rows by head, the gate's gradient by a column, bfloat16",
     "global, grouped, odd length, the gate's gradient by atomics, bfloat16",
-    "inference, blocks of 64 keys, several periods, bfloat16",
+    "inference, batch, one KV head, blocks of 64 keys, several periods, bfloat16",
     "inference, one gate for all heads, bfloat16",
     "sm_90, D = 128, the gate's gradient by atomics",
     "gfx942, D = 64",
