@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from flexdma.compiled import compiled_on_gpu
 from flexdma.lifespans.interval import Lifespans
 from flexdma.lifespans.order_statistics import scattered
 from flexdma.lifespans.ranking import by_rank
@@ -42,19 +43,27 @@ def without_unseen(lifespans: Lifespans, queries: int) -> Lifespans:
 
 def births_are_positions(lifespans: Lifespans) -> bool:
     """Whether each key that is ever visible is born at its own position.  Reads the device."""
-    position = torch.arange(lifespans.birth.shape[-1], device=lifespans.birth.device)
-    return bool(((lifespans.birth == position) | (lifespans.death <= lifespans.birth)).all())
+    return bool(_births_are_positions(*lifespans))
+
+
+@compiled_on_gpu
+def _births_are_positions(birth: Tensor, death: Tensor) -> Tensor:
+    position = torch.arange(birth.shape[-1], device=birth.device)
+    return ((birth == position) | (death <= birth)).all()
 
 
 def most_visible(lifespans: Lifespans, queries: int) -> int:
     """The largest number of keys that one of the last `queries` positions sees.  Reads the device; O(K)."""
-    if not lifespans.birth.numel():
-        return 0
-    born, dies = (bound.long() for bound in seen_by_queries(lifespans, queries))
+    return int(_most_visible(*lifespans, queries)) if lifespans.birth.numel() else 0
+
+
+@compiled_on_gpu
+def _most_visible(birth: Tensor, death: Tensor, queries: int) -> Tensor:
+    born, dies = (bound.long() for bound in seen_by_queries(Lifespans(birth, death), queries))
     one = (dies > born).int()
     steps = torch.zeros((*born.shape[:-1], queries + 1), dtype=torch.int32, device=born.device)
     steps = steps.scatter_add(-1, born, one).scatter_add(-1, dies, -one)
-    return int(steps.cumsum(-1).max())
+    return steps.cumsum(-1).max()
 
 
 def _empty_best(bias: Tensor, birth: Tensor, death: Tensor, queries: int) -> list[Tensor]:

@@ -7,9 +7,9 @@ CPU backward).  The query heads of a group are the rows of one head; see `flexdm
 from collections.abc import Mapping
 from operator import index
 
-import torch
 from torch import Tensor
 
+from flexdma.compiled import compiled
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings import gate_gradient
@@ -24,9 +24,6 @@ from flexdma.packing import Packing
 from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
-
-# Compilations for the eager calls of one process: one per dtype, head layout, score_mod and, on a CPU, shape.
-RECOMPILE_LIMIT = 64
 
 
 def flex_attend(
@@ -119,10 +116,7 @@ def flex_attend(
     return output.transpose(2, 3).flatten(1, 2)
 
 
-# One compiled function for all eager callers.  With fullgraph it raises past the limit instead of running uncompiled.
-compiled_flex_attend = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
-    torch.compile(flex_attend, fullgraph=True)
-)
+compiled_flex_attend = compiled(flex_attend)
 
 
 def _realize(tensor: Tensor | None) -> Tensor | None:

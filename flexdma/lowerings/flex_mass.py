@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attention
 
+from flexdma.compiled import compiled
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
 from flexdma.lowerings.default_options import (
@@ -33,9 +34,6 @@ from flexdma.packing import Packing
 from flexdma.packing.rows import FoldedRows
 from flexdma.packing.schedule import schedule
 from flexdma.signatures import ScoreMod
-
-# Compilations for the eager calls of one process, as of attention.
-RECOMPILE_LIMIT = 64
 
 
 class _Pass(NamedTuple):
@@ -150,7 +148,4 @@ def flex_mass(
     return torch.stack(bands, 1)
 
 
-# One compiled function for all eager callers.  With fullgraph it raises past the limit instead of running uncompiled.
-compiled_flex_mass = torch._dynamo.config.patch(recompile_limit=RECOMPILE_LIMIT)(
-    torch.compile(flex_mass, fullgraph=True)
-)
+compiled_flex_mass = compiled(flex_mass)

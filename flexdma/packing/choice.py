@@ -4,14 +4,14 @@ Packing pays where keys of one block die at different times.  Windows and docume
 few long-lived keys among them, as sinks, only shift packed keys against the blocks.
 """
 
-from typing import Any
-
 import torch
+from torch import Tensor
 
+from flexdma.compiled import compiled_on_gpu
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.visible import seen_by_queries
 from flexdma.packing.block_index import count_visited
-from flexdma.packing.places import pack, packed_layout
+from flexdma.packing.places import Layout, pack, packed_layout
 from flexdma.packing.rows import FoldedRows
 from flexdma.rounding import ceil_div
 
@@ -41,14 +41,30 @@ def packing_saves(
     keys = lifespans.birth.shape[-1]
     if ceil_div(rows.total, block_size[0]) * ceil_div(keys, block_size[1]) > PAIRS_EACH * keys:
         return True
-    sizes: dict[str, Any] = {"block_size": block_size, "group": group}
-    seen = seen_by_queries(lifespans, queries)
-    own = count_visited(*seen, queries=queries, **sizes)
-    pairs = (seen.death - seen.birth).clamp(min=0).sum(dtype=torch.int64) * group
-    if own * block_size[0] * block_size[1] <= pairs * (1 + SLACK):
+    own, pairs = _blocks_and_pairs(*lifespans, queries, group, *block_size).tolist()
+    if own * block_size[0] * block_size[1] <= pairs * group * (1 + SLACK):
         return False
-    layout = packed_layout(queries, keys, capacity, any_births=any_births, ranked=ranked, **sizes)
-    _, birth, death, *_ = pack(lifespans, layout, queries=queries)
+    layout = packed_layout(
+        queries, keys, capacity, block_size=block_size, group=group, any_births=any_births, ranked=ranked
+    )
+    return int(_packed_blocks(*lifespans, queries, group, *block_size, layout)) < own
+
+
+@compiled_on_gpu
+def _blocks_and_pairs(birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int) -> Tensor:
+    """[2] int64: the blocks that keys in their own order visit, and the pairs of a query position and a key."""
+    seen = seen_by_queries(Lifespans(birth, death), queries)
+    own = count_visited(*seen, queries=queries, group=group, block_size=(rows, columns))
+    return torch.stack((own, (seen.death - seen.birth).clamp(min=0).sum(dtype=torch.int64)))
+
+
+@compiled_on_gpu
+def _packed_blocks(
+    birth: Tensor, death: Tensor, queries: int, group: int, rows: int, columns: int, layout: Layout
+) -> Tensor:
+    """The blocks that packed keys visit, int64."""
+    _, birth, death, *_ = pack(Lifespans(birth, death), layout, queries=queries)
     periods = layout.periods if layout.unit is None else 1
-    packed = count_visited(birth, death, queries=queries, periods=periods, period=layout.period, **sizes)
-    return bool(packed < own)
+    return count_visited(
+        birth, death, queries=queries, group=group, block_size=(rows, columns), periods=periods, period=layout.period
+    )

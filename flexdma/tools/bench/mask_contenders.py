@@ -101,6 +101,7 @@ def building_calls(
     }  # fmt: skip
     mask_mod = of_query_heads(family, sizes.group)
     needed = PAIR_BYTES * length**2 * (heads or 1)
+    compiled_schedule = compiler(schedule)
 
     def created() -> BlockMask:
         if needed > 0.7 * free_bytes(device):
@@ -109,7 +110,7 @@ def building_calls(
 
     def placed() -> object:
         alive, facts = one_interval(family), scheduling(sizes, family, length, device, dtype)
-        return schedule(alive, **facts, transposed=False, packed=packing_saves(alive, **facts))
+        return compiled_schedule(alive, **facts, transposed=False, packed=packing_saves(alive, **facts))
 
     return {
         CREATED: created,
