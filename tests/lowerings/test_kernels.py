@@ -12,6 +12,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -38,8 +39,10 @@ pytestmark = [
 
 # Triton 3.6's interpreter turns arrays of one element into Python numbers, which NumPy 2.4 refuses.
 needs_the_interpreter = pytest.mark.skipif(
-    HAS_TRITON and importlib.metadata.version("triton").startswith("3.6"),
-    reason="needs the interpreter of Triton 3.8 or newer",
+    HAS_TRITON
+    and importlib.metadata.version("triton").startswith("3.6")
+    and np.lib.NumpyVersion(np.__version__) >= "2.4.0",
+    reason="needs the interpreter of Triton 3.8 or newer, or NumPy before 2.4",
 )
 
 

@@ -72,8 +72,13 @@ def _language(
 PRESETS: Mapping[str, Mapping[str, Setting]] = {
     "cpu": {
         **_recall(128, 8, ModelSizes(), Schedule(steps=300, batch=16, every=50, held_out=128), FAST),
+        # Two layers, one of which counts.  With 8 tokens in 128 positions full attention has 0.59 after 1,000 steps.
+        "copying": Setting(
+            Copying(length=64, tokens=4, noise=8), ModelSizes(layers=2),
+            Schedule(steps=1500, batch=16, every=100, held_out=128), rates=(3e-3,),
+        ),
         "niah": Setting(
-            Needles(), ModelSizes(window=64), Schedule(steps=800, batch=8, held_out=64), mixers=NEEDLES,
+            Needles(), ModelSizes(window=64), Schedule(steps=2400, batch=8, held_out=64), mixers=NEEDLES,
             rates=(3e-3,), probe=HeatMap(),
         ),
         **_language(256, 32, {32: 2, 64: 2, 128: 2}, Schedule(steps=400, batch=4, held_out=64), rates=(3e-3,)),

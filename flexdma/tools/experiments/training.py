@@ -40,7 +40,7 @@ class Outcome:
 
     steps: of the evaluations.  near, far: the accuracy at each, over questions whose answer is within reach of a window, and
         beyond it (`reach`).  loss: of the evaluations, nats per question.  probed: what the probe measured at each.
-    parameters: of the model.  seconds: of training.
+    parameters: of the model.  seconds: of training, on a CPU processor time, which other work does not change.
     keys: the mean number of keys that a query sees in a head, after training (`mean_keys_seen`); NaN = not counted.
     """
 
@@ -97,8 +97,9 @@ def train(
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, schedule.steps, pct_start=0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
     held_out = task.held_out(schedule.held_out)
+    clock = time.process_time if device == "cpu" else time.perf_counter
     for step in range(1, schedule.steps + 1):
-        started = time.perf_counter()
+        started = clock()
         batch = task.batch(schedule.batch, generator)
         asked = batch.targets != IGNORED
         loss = cross_entropy(model(batch.symbols.to(device), asked.to(device)).float(), batch.targets[asked].to(device))
@@ -108,7 +109,7 @@ def train(
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         rates.step()
-        outcome.seconds += time.perf_counter() - started
+        outcome.seconds += clock() - started
         if step % schedule.every == 0 or step == schedule.steps:
             _evaluate(model, held_out, schedule.batch, reach(sizes), outcome, step, device)
             if probe is not None:
