@@ -2,6 +2,8 @@
 
 import json
 import multiprocessing
+import os
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, replace
@@ -78,13 +80,26 @@ def _trained(setting: Setting, runs: list[Run], device: str, workers: int) -> It
         return
     # Spawned, because a process that has used threads or CUDA cannot fork.
     context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(1,))
+    pool = ProcessPoolExecutor(workers, context, initializer=start_worker)
     try:
         waiting = {pool.submit(_train, setting, run, device): run for run in runs}
         for done in as_completed(waiting):
             yield waiting[done], done.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def start_worker() -> None:
+    """One thread, and an end when the parent ends: a killed parent would leave a worker training runs that nobody writes."""
+    torch.set_num_threads(1)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
 
 
 def _train(setting: Setting, run: Run, device: str) -> Outcome:
