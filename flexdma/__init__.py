@@ -24,6 +24,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from flexdma._version import __version__
+from flexdma.annealing import annealed_window
 from flexdma.attention import dynamic_mask_attention
 from flexdma.gates import ValueGate
 from flexdma.growing import growing_attention
@@ -52,6 +53,7 @@ __all__ = [
     "ValueGate",
     "__version__",
     "above_threshold",
+    "annealed_window",
     "attention_mass",
     "causal_top_w",
     "choose_lowering",

@@ -1,6 +1,6 @@
 """What the attention layers share: a selection, its gate, the gate of the output, and the first state."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -44,10 +44,12 @@ class AttentionLayer(nn.Module):
 
     gate: from values to gates; None where the selection does not choose by gates, which then has no parameters.
     recency_ranks: whether a recency of the gate ranks keys too, or is added to their logits alone.
+    num_kv_heads: heads that choose keys of their own.
     o_proj: the output projection.  g_proj: from the layer's input to the gate of the output; None = no such gate.
     """
 
     gate: ValueGate
+    num_kv_heads: int = 1
     o_proj: nn.Linear
     g_proj: nn.Linear
 
@@ -59,6 +61,22 @@ class AttentionLayer(nn.Module):
         checks.one_of("lowering", lowering, (None, *checks.LOWERINGS))
         self.policy = policy
         self.lowering, self.block_size, self.kernel_options = lowering, block_size, kernel_options
+
+    @property
+    def window_size(self) -> int | tuple[int, ...] | None:
+        """The window w of all heads, or of each head; None = no bound.
+
+        It may be set between calls, for a budget that shrinks in training (`annealed_window`).  A state of another window is
+        refused.
+        """
+        return self.policy.window_size
+
+    @window_size.setter
+    def window_size(self, window_size: int | Sequence[int] | None) -> None:
+        old = self.policy
+        self.policy = Selection.of(
+            old.kind, window_size, old.sinks, old.recent, heads=self.num_kv_heads, threshold=old.threshold
+        )
 
     def _make_gate(
         self, heads: int, size: int, form: str, recency: str | None, slopes: Any, recency_ranks: bool

@@ -1,17 +1,24 @@
 """The experiments: tasks that their own symbols answer, runs that go on after an interruption, and the report."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+from flexdma import annealed_window
 from flexdma.__main__ import main
-from flexdma.tools.experiments import grid
+from flexdma.tools.experiments import grid, training
 from flexdma.tools.experiments.mixers import MIXERS, ModelSizes
 from flexdma.tools.experiments.presets import PRESETS, Setting
 from flexdma.tools.experiments.tasks import IGNORED, Copying, Recall
 from flexdma.tools.experiments.training import Schedule
 
+ROOT = Path(__file__).parents[2]
 TINY = Recall(length=24, pairs=3, questions=4, keys=5, values=5, noise=5)
 
 
@@ -104,6 +111,28 @@ def test_an_interrupted_experiment_goes_on_and_refuses_other_sizes(tmp_path):
         grid.finished(Setting(TINY, ModelSizes(width=16), Schedule(steps=2)), tmp_path)
 
 
+class _Windows:
+    """A probe that looks at the window of the first layer."""
+
+    def measure(self, model, task, *, is_last):
+        return {"window": model.mixers[0].window_size}
+
+
+@pytest.mark.parametrize("mixer", ["DMA", "window"])
+def test_windows_that_shrink_are_those_of_gates_and_end_before_an_evaluation(mixer, monkeypatch):
+    seen = []
+
+    def recorded(*given):
+        seen.append(given)
+        return annealed_window(*given)
+
+    monkeypatch.setattr(training, "annealed_window", recorded)
+    schedule = Schedule(steps=4, batch=2, every=1, held_out=4, anneal=0.5)
+    outcome = training.train(mixer, TINY, ModelSizes(width=8, window=4), schedule, rate=1e-3, seed=0, probe=_Windows())
+    assert [probed["window"] for probed in outcome.probed] == [4] * 4
+    assert seen == ([(4, 24, step / 4, 0.5) for step in range(4)] if mixer == "DMA" else [])
+
+
 def test_the_command_writes_runs_table_and_picture(tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(PRESETS["cpu"], "stacked", _setting())
     assert main(["experiments", "stacked", "--out", str(tmp_path), "--seeds", "0", "--workers", "1"]) == 0
@@ -127,3 +156,33 @@ def test_a_mixer_of_a_missing_package_is_left_out_with_a_line_and_refused_by_nam
     assert [run["mixer"] for run in written["runs"]] == ["full"]
     assert main([*arguments, "--mixers", "Doge"]) == 2
     assert f"--mixers: {needs}" in capsys.readouterr().err
+
+
+KILLED = """
+import multiprocessing, os, signal, time
+from flexdma.tools.experiments import grid
+
+def work(started):
+    grid.start_worker()
+    started.set()
+    time.sleep(600)
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("spawn")
+    started = context.Event()
+    worker = context.Process(target=work, args=(started,))
+    worker.start()
+    started.wait()
+    print(worker.pid, flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_worker_ends_with_a_killed_parent(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(KILLED)
+    # Not an assertion about time: the pipe ends when both processes have, and the worker sleeps for ten minutes.
+    killed = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, text=True, timeout=300, cwd=ROOT)
+    assert int(killed.stdout) > 0
+    assert killed.returncode == -signal.SIGKILL

@@ -49,6 +49,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--steps", type=types.positive_int, metavar="N", default=None, help="training steps (default: the preset's)"
     )
     parser.add_argument(
+        "--anneal", type=types.bounded(float, least=0, most=1), metavar="SHARE", default=None,
+        help="of the steps, in which the windows of DMA shrink from the whole sequence to w (default: the preset's)",
+    )  # fmt: skip
+    parser.add_argument(
         "--out", type=types.output_folder, metavar="DIR", default="experiments",
         help="folder for runs, table and picture; a second call trains the runs that are missing (default: %(default)s)",
     )  # fmt: skip
@@ -134,14 +138,14 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Setting]:
         if hasattr(arguments, name)
     }
     with refusing(TextError):
-        chosen = {name: _with_options(setting, given, arguments.steps) for name, setting in settings.items()}
+        schedule = {"steps": arguments.steps, "anneal": arguments.anneal}
+        schedule = {name: number for name, number in schedule.items() if number is not None}
+        chosen = {name: _with_options(setting, given, schedule) for name, setting in settings.items()}
     return _without_missing(chosen, is_given="mixers" in given)
 
 
-def _with_options(setting: Setting, given: dict[str, Any], steps: int | None) -> Setting:
-    changed = replace(setting, **given)
-    if steps is not None:
-        changed = replace(changed, schedule=replace(setting.schedule, steps=steps))
+def _with_options(setting: Setting, given: dict[str, Any], schedule: dict[str, Any]) -> Setting:
+    changed = replace(setting, **given, schedule=replace(setting.schedule, **schedule))
     if isinstance(setting.task, Language):
         changed = replace(changed, task=setting.task.with_digest())
     return changed

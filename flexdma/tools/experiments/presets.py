@@ -78,7 +78,7 @@ PRESETS: Mapping[str, Mapping[str, Setting]] = {
             Schedule(steps=1500, batch=16, every=100, held_out=128), rates=(3e-3,),
         ),
         "niah": Setting(
-            Needles(), ModelSizes(window=64), Schedule(steps=2400, batch=8, held_out=64), mixers=NEEDLES,
+            Needles(), ModelSizes(window=64), Schedule(steps=1600, batch=8, held_out=64, anneal=0.5), mixers=NEEDLES,
             rates=(3e-3,), probe=HeatMap(),
         ),
         **_language(256, 32, {32: 2, 64: 2, 128: 2}, Schedule(steps=400, batch=4, held_out=64), rates=(3e-3,)),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from flexdma.annealing import annealed_window
+from flexdma.attention_layer import AttentionLayer
 from flexdma.tools.experiments.finite_json import with_numbers, with_words
 from flexdma.tools.experiments.keys_seen import mean_keys_seen
 from flexdma.tools.experiments.mixers import ModelSizes
@@ -24,7 +26,8 @@ SOLVED = 0.95
 class Schedule:
     """How every mixer is trained: AdamW, warm-up over a tenth of the steps, cosine decay.
 
-    every: steps between two evaluations, each on `held_out` sequences.
+    every: steps between two evaluations, each on `held_out` sequences, with the final windows.
+    anneal: share of the steps in which the windows of mixers that choose keys by gates shrink (`flexdma.annealed_window`).
     """
 
     steps: int = 1000
@@ -32,6 +35,7 @@ class Schedule:
     every: int = 100
     held_out: int = 256
     weight_decay: float = 0.1
+    anneal: float = 0.0
 
 
 @dataclass
@@ -97,10 +101,15 @@ def train(
     rates = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, schedule.steps, pct_start=0.1, cycle_momentum=False)
     generator = torch.Generator().manual_seed(seed)
     held_out = task.held_out(schedule.held_out)
+    choosing = [layer for layer in model.mixers if isinstance(layer, AttentionLayer) and layer.policy.by_gate]
+    windows = [(layer, layer.window_size) for layer in choosing if isinstance(layer.window_size, int)]
     clock = time.process_time if device == "cpu" else time.perf_counter
     for step in range(1, schedule.steps + 1):
         started = clock()
         batch = task.batch(schedule.batch, generator)
+        progress = (step - 1) / schedule.steps
+        for layer, window in windows:
+            layer.window_size = annealed_window(window, batch.symbols.shape[1], progress, schedule.anneal)
         asked = batch.targets != IGNORED
         loss = cross_entropy(model(batch.symbols.to(device), asked.to(device)).float(), batch.targets[asked].to(device))
         loss = sum(model.auxiliary_losses(), loss)
@@ -110,6 +119,8 @@ def train(
         optimizer.step()
         rates.step()
         outcome.seconds += clock() - started
+        for layer, window in windows:
+            layer.window_size = window
         if step % schedule.every == 0 or step == schedule.steps:
             _evaluate(model, held_out, schedule.batch, reach(sizes), outcome, step, device)
             if probe is not None:

@@ -9,9 +9,9 @@ from transformers import PreTrainedModel, get_scheduler
 from transformers.utils import logging
 
 from flexdma import checks
+from flexdma.annealing import check_share
 from flexdma.integrations.transformers.distillation.distiller import Distiller, Recipe
 from flexdma.integrations.transformers.distillation.record import Distillation
-from flexdma.integrations.transformers.distillation.refusals import check_share
 from flexdma.mixed_precision import without_autocast
 
 Batch = Tensor | Mapping[str, Tensor]

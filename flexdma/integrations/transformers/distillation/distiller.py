@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from flexdma import checks
+from flexdma.annealing import check_share
 from flexdma.integrations.partial_logits import body_of
 from flexdma.integrations.transformers.distillation.adapters import add_adapters, merge_adapters, without_adapters
 from flexdma.integrations.transformers.distillation.annealing import Annealing
@@ -19,7 +20,6 @@ from flexdma.integrations.transformers.distillation.ranking import ranking_loss,
 from flexdma.integrations.transformers.distillation.record import Distillation
 from flexdma.integrations.transformers.distillation.refusals import (
     check_model,
-    check_share,
     check_tokens,
     token_ids,
 )

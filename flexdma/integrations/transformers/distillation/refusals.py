@@ -33,12 +33,6 @@ def check_model(model: Any, gates: bool) -> None:
         _check_gate(layer.value_gate)
 
 
-def check_share(name: str, share: object) -> None:
-    """Raise ValueError unless it is a share of the steps."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
-        raise ValueError(f"{name}: expected a share of the steps from 0 to 1, got {share!r}")
-
-
 def token_ids(batch: Tensor | Mapping[str, Any]) -> Tensor:
     """The token ids [B, N] of a batch.  Raises TypeError or ValueError for anything besides them, padding included."""
     if not isinstance(batch, Tensor | Mapping):

@@ -109,10 +109,12 @@ def _setup(experiments: Sequence[Experiment]) -> str:
     runs = sum(len(experiment.outcomes) for experiment in experiments)
     files = ", ".join(f"[{e.name}.json](results/{PREFIX}{e.name}.json)" for e in experiments)
     width = "" if len(experiments) > 1 else f" of width {sizes['width']}"
+    anneal = schedule.get("anneal")
+    shrinking = f" (windows of DMA shrink from N to w in the first {anneal:.0%})" if anneal else ""
     layers = " or ".join(dict.fromkeys(str(experiment.setting["sizes"]["layers"]) for experiment in experiments))
     return (
         f"N = {task['length']:,}, w = {sizes['window']}, {layers} layer(s){width}, {schedule['steps']:,} steps x "
-        f"{schedule['batch']} sequences; learning rates {', '.join(f'{rate:g}' for rate in first.rates)}; seeds "
+        f"{schedule['batch']} sequences{shrinking}; learning rates {', '.join(f'{rate:g}' for rate in first.rates)}; seeds "
         f"{', '.join(map(str, first.seeds))}. {machine['device']}{threads}, torch {machine['torch']}, Python "
         f"{machine['python']}, flexdma {machine['flexdma']}; {runs} trainings of {hours:.1f} hours together. {files}"
     )
