@@ -54,6 +54,7 @@ LONG = {
     "global, grouped, odd length, the gate's gradient by atomics, bfloat16",
     "inference, batch, one KV head, blocks of 64 keys, several periods, bfloat16",
     "inference, one gate for all heads, bfloat16",
+    "sm_90, D = 64, float64 gates",
     "sm_90, D = 128, the gate's gradient by atomics",
     "gfx942, D = 64",
 }
