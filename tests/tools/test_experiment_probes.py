@@ -237,3 +237,13 @@ def test_variants_of_the_gate_start_as_their_names_say():
         assert gate.form == name.split()[0]
         assert ((1.0 if "from 1" in name else 0.0) == gate.A).all()
         assert gate.recency == (name.split("+ ")[1] if "+" in name else None)
+
+
+@pytest.mark.parametrize("mixer", ["full", "NSA", "DMA + forget"])
+def test_the_seed_alone_decides_all_weights(mixer):
+    models = []
+    for other in (1, 2):
+        torch.manual_seed(other)
+        models.append(SequenceModel(mixer, SIZES, 40, convolution=3, seed=5))
+    for name, parameter in models[0].named_parameters():
+        assert torch.equal(parameter, models[1].get_parameter(name)), name

@@ -18,6 +18,7 @@ class ShortConvolution(nn.Module):
         super().__init__()
         self.size = size
         self.kernel = nn.Conv1d(width, width, size, groups=width)
+        nn.init.zeros_(cast(Tensor, self.kernel.bias))
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Position n reads n - size + 1 .. n."""
@@ -41,7 +42,7 @@ class SequenceModel(nn.Module):
     mixer: one of CANDIDATES.  symbols: how many different ones.
     convolution: width of a causal convolution before each mixer; 1 = none.
     rotary: whether queries and keys are rotated by their positions.
-    seed: models of one seed start with the same weights in matrices of the same name and shape.
+    seed: decides all weights.  Models of one seed start with the same weights in matrices of the same name and shape.
     """
 
     def __init__(
@@ -51,11 +52,13 @@ class SequenceModel(nn.Module):
         self.sizes, self.rotary = sizes, rotary
         self.embedding = nn.Embedding(symbols, sizes.width)
         blocks = []
-        for _ in range(sizes.layers):
-            layer = make_candidate(mixer, sizes)
-            width = mlp_width(layer, sizes)
-            layer = _AfterConvolution(sizes.width, convolution, layer) if convolution > 1 else layer
-            blocks.append(Block(layer, sizes.width, width))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)  # for vectors that mixers draw, as biases
+            for _ in range(sizes.layers):
+                layer = make_candidate(mixer, sizes)
+                width = mlp_width(layer, sizes)
+                layer = _AfterConvolution(sizes.width, convolution, layer) if convolution > 1 else layer
+                blocks.append(Block(layer, sizes.width, width))
         self.blocks = nn.ModuleList(blocks)
         self.norm = nn.RMSNorm(sizes.width)
         self.head = nn.Linear(sizes.width, symbols, bias=False)
