@@ -27,7 +27,6 @@ from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, Ro
 from torch.distributed.tensor.placement_types import Placement
 
 from flexdma.gates import ValueGate
-from flexdma.lifespans import Selection
 from flexdma.modules import DynamicMaskAttention
 from flexdma.signatures import ScoreMod
 
@@ -102,10 +101,8 @@ class DynamicMaskAttentionParallel(ParallelStyle):
             # The same weight for the heads of all ranks, so its gradient is a sum over ranks.
             distribute_module(norm, device_mesh, None, _heads_sharded, _local)
         layer.num_heads, layer.num_kv_heads = heads, kv_heads
-        if isinstance(layer.policy.window_size, tuple):
-            policy = layer.policy
-            own_windows = policy.window_size[rank * kv_heads : (rank + 1) * kv_heads]
-            layer.policy = Selection.of(policy.kind, own_windows, policy.sinks, policy.recent, heads=kv_heads)
+        if isinstance(layer.window_size, tuple):
+            layer.window_size = layer.window_size[rank * kv_heads : (rank + 1) * kv_heads]
         prepare = partial(_prepared, device_mesh, self.input_layouts, rank * heads)
         layer.register_forward_pre_hook(prepare, with_kwargs=True)
         return layer

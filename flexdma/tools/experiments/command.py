@@ -137,9 +137,8 @@ def _chosen(arguments: argparse.Namespace) -> dict[str, Setting]:
         for name in ("mixers", "rates", "seeds")
         if hasattr(arguments, name)
     }
+    schedule = {name: getattr(arguments, name) for name in ("steps", "anneal") if getattr(arguments, name) is not None}
     with refusing(TextError):
-        schedule = {"steps": arguments.steps, "anneal": arguments.anneal}
-        schedule = {name: number for name, number in schedule.items() if number is not None}
         chosen = {name: _with_options(setting, given, schedule) for name, setting in settings.items()}
     return _without_missing(chosen, is_given="mixers" in given)
 

@@ -119,9 +119,9 @@ def train(
         optimizer.step()
         rates.step()
         outcome.seconds += clock() - started
-        for layer, window in windows:
-            layer.window_size = window
         if step % schedule.every == 0 or step == schedule.steps:
+            for layer, window in windows:
+                layer.window_size = window
             _evaluate(model, held_out, schedule.batch, reach(sizes), outcome, step, device)
             if probe is not None:
                 outcome.probed.append(probe.measure(model, task, is_last=step == schedule.steps))
