@@ -9,6 +9,8 @@ _cache = Path(__file__).parent.parent / ".inductor-cache"
 os.environ.setdefault(
     "TORCHINDUCTOR_CACHE_DIR", str(_cache if os.access(_cache.parent, os.W_OK) else tempfile.gettempdir())
 )
+# Threads that wait do not take a core from the other workers' tests.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 # No test depends on sizes that `python -m flexdma tune` has kept on this machine.
 os.environ["FLEXDMA_TUNED"] = ""
 

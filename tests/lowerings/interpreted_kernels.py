@@ -35,11 +35,11 @@ def squashed(score, b, h, q_idx, kv_idx):
 CASES: dict[str, dict[str, Any]] = {
     "causal, grouped, documents, float64 gates, float32, deterministic": {
         "shape": (1, 4, 2, 141, 141, 16), "dtype": "float32", "gate_dtype": "float64", "window_size": 40, "documents": True,
-        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "controls": True, "deterministic": True,
+        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "deterministic": True,
     },
     "causal, few queries, a score_mod, float64 gates, float32": {
         "shape": (1, 4, 2, 21, 150, 16), "dtype": "float32", "gate_dtype": "float64", "window_size": 40,
-        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",),
+        "score_mod": squashed, "kernel_options": WIDE, "gates": ("random",), "controls": True,
     },
     "causal, rows by head, the gate's gradient by a column, bfloat16": {
         "shape": (1, 4, 2, 256, 256, 24), "dtype": "bfloat16", "window_size": 40, "route": "column", "gates": ("random",),

@@ -35,6 +35,8 @@ class InterpretedCall:
                 "expected TRITON_INTERPRET=1 in the environment of the process, before Triton is imported"
             )
         install(known_target(target))
+        _patch_the_language_once()
+        _do_not_check_for_overflow()
         _multiply_bfloat16_as_float32()
         _do_without_libdevice()
         _add_atomically_at_contiguous_addresses()
@@ -95,6 +97,29 @@ def _move_to_the_cpu(call: Callable) -> None:
 
 def _namespace(call: Callable) -> dict[str, Any]:
     return getattr(call, "__func__", call).__globals__
+
+
+def _patch_the_language_once() -> None:
+    """Triton's interpreter (3.9) replaces the language at each call of a function; once for each is enough."""
+    from triton.runtime import interpreter
+
+    patch, seen = interpreter._patch_lang, set()
+
+    def patch_once(function: Any) -> Any:
+        if function not in seen:
+            seen.add(function)
+            patch(function)
+        # Nothing is restored: the process runs kernels alone.
+        return interpreter._LangPatchScope()
+
+    interpreter._patch_lang = patch_once
+
+
+def _do_not_check_for_overflow() -> None:
+    """Triton's interpreter computes integers again in 64 bits, a quarter of its time; these cases overflow nothing."""
+    from triton.runtime import interpreter
+
+    interpreter.interpreter_builder.options = interpreter.InterpreterOptions(sanitize_overflow=False)
 
 
 def _multiply_bfloat16_as_float32() -> None:

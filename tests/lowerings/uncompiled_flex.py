@@ -12,6 +12,7 @@ from flexdma.lifespans import Selection
 from flexdma.lifespans.terms import as_terms, bias_of_terms
 from flexdma.lifespans.visible import most_visible
 from flexdma.lowerings import flex
+from flexdma.lowerings.gate_gradient import chosen_route
 from flexdma.lowerings.reference_gate import added_to_logits
 
 
@@ -40,7 +41,8 @@ def attend_uncompiled(
     query, key, value, gate, lifespans, *, best_stays, bias=None, scale=None, score_mod=None, sink_logits=None, **facts
 ):
     """Arguments as of `flexdma.lowerings.attend.attend`."""
-    with gradients_on_a_cpu():
+    captures_with_gradients = score_mod is not None or chosen_route(True, False) == "atomics"
+    with gradients_on_a_cpu(traced=captures_with_gradients):
         return flex.flex_attend(
             query, key, value, added_to_logits(gate, bias), lifespans, best_stays=best_stays and bias is None,
             scale=query.shape[-1] ** -0.5 if scale is None else scale, score_mod=score_mod, block_size=(32, 16),
@@ -49,9 +51,14 @@ def attend_uncompiled(
 
 
 @contextlib.contextmanager
-def gradients_on_a_cpu():
+def gradients_on_a_cpu(*, traced=False):
+    """Let uncompiled FlexAttention have gradients.
+
+    traced: by Dynamo, half a second a call.  Only gradients of what a score_mod captures need it.
+    """
     with contextlib.ExitStack() as stack:
         for check in ("_validate_device", "_validate_nestedness"):  # one check before torch 2.13, two since
             if hasattr(torch_flex, check):
                 stack.enter_context(mock.patch.object(torch_flex, check, return_value=None))
+        stack.enter_context(mock.patch.object(torch_flex, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", not traced))
         yield
