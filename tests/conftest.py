@@ -44,6 +44,11 @@ def pytest_collection_finish():
     gc.set_threshold(20_000, 20, 50)
 
 
+def pytest_unconfigure():
+    """Let the interpreter end as usual: Triton complains about what is left."""
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def _fixed_seed():
     torch.manual_seed(0)
