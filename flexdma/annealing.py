@@ -4,7 +4,7 @@ import math
 
 from flexdma import checks
 
-# With the final window 8 sizes: compiled code compiles again for each, 8 times by default.
+# With the final window 8 sizes: code that is compiled for each is compiled 8 times, as often as torch does by default.
 SIZES = 8
 
 
@@ -20,6 +20,12 @@ def annealed_window(window_size: int, length: int, progress: float, share: float
         for step in range(steps):
             for layer in layers:  # DynamicMaskAttention
                 layer.window_size = annealed_window(64, 512, step / steps)
+        for layer in layers:
+            layer.window_size = 64  # a share of nearly 1 ends above it
+
+    Of a model of transformers set all by `flexdma.integrations.transformers.set_window_size`.
+    Compiled code is made for one size, unless torch._dynamo.config.allow_unspec_int_on_nn_module is True.  By default torch
+    compiles 8 times and then runs a function uncompiled, so set it where lengths change too, or losses without gradients.
 
     Returns an int.  It falls in 8 sizes, along half a cosine: slowly, then fast, then slowly.
     Raises ValueError or TypeError naming the argument.
@@ -35,6 +41,8 @@ def annealed_window(window_size: int, length: int, progress: float, share: float
 
 
 def check_share(name: str, share: object) -> None:
-    """Raise ValueError unless it is a share of the steps."""
-    if isinstance(share, bool) or not isinstance(share, int | float) or not 0 <= share <= 1:
+    """Raise TypeError or ValueError unless it is a share of the steps."""
+    if isinstance(share, bool) or not isinstance(share, int | float):
+        raise TypeError(f"{name}: expected a Python number, a share of the steps, got {share!r}")
+    if not 0 <= share <= 1:
         raise ValueError(f"{name}: expected a share of the steps from 0 to 1, got {share!r}")

@@ -67,7 +67,8 @@ class AttentionLayer(nn.Module):
         """The window w of all heads, or of each head; None = no bound.
 
         It may be set between calls, for a budget that shrinks in training (`annealed_window`).  A state of another window is
-        refused.
+        refused.  With activation checkpointing, set it after the backward: a layer that runs again has the new window.
+        Neither `state_dict` nor an averaged copy of the parameters has it.
         """
         return self.policy.window_size
 

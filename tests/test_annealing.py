@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 
 from flexdma import DynamicMaskAttention, DynamicMaskLatentAttention, annealed_window
 
@@ -25,7 +26,7 @@ def test_a_window_of_the_length_or_no_share_changes_nothing():
         ({"window_size": 0}, "window_size: expected at least 1, got 0"),
         ({"length": 1.5}, "length: expected an int"),
         ({"progress": 1.1}, "progress: expected a share of the steps from 0 to 1, got 1.1"),
-        ({"share": True}, "share: expected a share"),
+        ({"share": True}, "share: expected a Python number, a share of the steps, got True"),
     ],
 )
 def test_wrong_arguments_are_named(wrong, message):
@@ -55,6 +56,18 @@ def test_a_layer_has_the_window_that_is_set(make, compiled):
         same = make(window)
         same.load_state_dict(layer.state_dict())
         torch.testing.assert_close(call(hidden), same(hidden))
+
+
+def test_with_unspecialised_integers_one_compilation_serves_all_windows():
+    """As the docstring of `annealed_window` says; the second one has symbolic sizes."""
+    layer, hidden = DynamicMaskAttention(32, 4, 2, 8, 8, recency="slope"), torch.randn(2, 64, 32)
+    counter = CompileCounter()
+    compiled = torch.compile(layer, backend=counter, fullgraph=True)
+    with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True):
+        for window in sorted({annealed_window(8, 64, step / 24) for step in range(24)}, reverse=True):
+            layer.window_size = window
+            torch.testing.assert_close(compiled(hidden), layer(hidden))
+    assert counter.frame_count == 2
 
 
 def test_windows_per_head_and_what_is_no_window():

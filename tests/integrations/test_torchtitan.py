@@ -94,6 +94,16 @@ def test_a_recency_may_be_added_without_ranking(titan):
         inner(titan, recency=None, recency_ranks=False)
 
 
+def test_the_window_may_be_set_between_calls(titan):
+    module, rows = inner(titan), heads()
+    assert module.window_size == 4
+    module.window_size = 2
+    assert_equal_with_gradients(module(*rows), specification(module, *rows, window_size=2), rows)
+    with pytest.raises(ValueError, match="window_size: expected at least 1, got 0"):
+        module.window_size = 0
+    assert module.window_size == 2
+
+
 def test_tokens_without_documents_are_one(titan):
     module, tensors = inner(titan), heads(rows=1)
     got = module(*(each[0] for each in tensors))

@@ -7,10 +7,12 @@ import pytest
 import torch
 
 from flexdma.reference import dense_dynamic_mask_attention
-from tests.integrations.hf_models import CACHE, assert_close, causal_lm, distinct_tokens, padding
+from tests.integrations.hf_models import CACHE, assert_close, causal_lm, distinct_tokens, doge, padding
 
 import transformers  # isort: skip  # after hf_models, which keeps it offline
-from flexdma.integrations.transformers import DynamicMaskCache, convert_to_dma, from_pretrained  # isort: skip
+from flexdma.integrations.transformers import (  # isort: skip
+    DynamicMaskCache, convert_to_dma, from_pretrained, set_window_size, use_flexdma
+)  # fmt: skip
 
 # Of three layers with two KV heads.
 WINDOWS, RECENT, SINKS = (5, (2, 9), [1, 3]), [0, 3, 2], 1
@@ -185,3 +187,56 @@ def test_errors_name_the_layer(windows, recent, error, message):
     with pytest.raises(error, match=re.escape(message)):
         convert_to_dma(model, windows, recent=recent)
     assert not any("value_gate" in name for name, _ in model.named_parameters())
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("windows", [4, (4, (2, 30), [1, 3])])
+def test_windows_may_be_set_between_calls_and_are_saved(windows, tmp_path):
+    model, ids = converted(recency="slope"), distinct_tokens(2, 24)
+    before, cache = model(ids).logits, DynamicMaskCache()
+    model(ids, **{CACHE: cache})
+    set_window_size(model, windows)
+    same = converted(windows, recency="slope")
+    same.load_state_dict(model.state_dict())
+    assert (model(ids).logits - before).abs().max() > 1e-3
+    assert_close(model(ids).logits, same(ids).logits)
+    assert torch.equal(model.generate(ids, **GREEDY), same.generate(ids, **GREEDY))
+    with pytest.raises(ValueError, match="window_size"):
+        model(ids[:, :1], **{CACHE: cache})
+    model.save_pretrained(tmp_path)
+    assert_close(from_pretrained(tmp_path)(ids).logits, same(ids).logits)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        (7, "window_size: expected at most the model's own sliding window of 6, got 7"),
+        (0, "window_size: expected at least 1, got 0"),
+        ([5], "window_size: expected an int or one item per attention layer = 2, got 1 items"),
+        (None, "window_size"),
+    ],
+)
+def test_windows_that_cannot_be_set_change_nothing(wrong, message):
+    model = convert_to_dma(causal_lm("Mistral"), 5)
+    with pytest.raises((TypeError, ValueError), match=message):
+        set_window_size(model, wrong)
+    assert model.config.flexdma["window_size"] == 5
+    assert {layer.self_attn.dynamic_mask_options["window_size"] for layer in model.model.layers} == {5}
+
+
+def test_windows_of_a_model_without_gates_cannot_be_set():
+    with pytest.raises(TypeError, match="model: expected one converted by convert_to_dma"):
+        set_window_size(causal_lm("Llama"), 5)
+
+
+@torch.no_grad()
+def test_the_window_of_doge_may_be_set_and_is_saved(tmp_path):
+    model, ids = use_flexdma(doge()), distinct_tokens(1, 24)
+    before = model(ids).logits
+    set_window_size(model, 3)
+    after = model(ids).logits
+    assert (after - before).abs().max() > 1e-4
+    model.save_pretrained(tmp_path)
+    assert_close(from_pretrained(tmp_path)(ids).logits, after)
+    with pytest.raises(TypeError, match="window_size: expected an int"):
+        set_window_size(model, [3, 3])

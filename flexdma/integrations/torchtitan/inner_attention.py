@@ -59,8 +59,6 @@ class DynamicMaskInnerAttention(Module):
         if config.param_init is not None:
             raise ValueError("param_init: expected None, because the gate initialises itself, got a mapping")
         checks.one_of("lowering", config.lowering, (None, *checks.LOWERINGS))
-        kinds = checks.SELECTIONS_BY_GATE
-        Selection.of(config.selection, config.window_size, config.sinks, config.recent, heads=heads, kinds=kinds)
         self.gate = Gate(heads, size, config.form, config.recency, slopes=config.slopes)
         checks.recency_ranks(config.recency_ranks, config.recency)
         self.recency_ranks = config.recency_ranks
@@ -68,6 +66,25 @@ class DynamicMaskInnerAttention(Module):
             name: getattr(config, name)
             for name in ("window_size", "selection", "sinks", "recent", "lowering", "block_size", "kernel_options")
         }
+        self._check_selection(self.options)
+
+    @property
+    def window_size(self) -> int | Sequence[int] | None:
+        """The window w, which may be set between calls, as that of `flexdma.DynamicMaskAttention`."""
+        window: int | Sequence[int] | None = self.options["window_size"]
+        return window
+
+    @window_size.setter
+    def window_size(self, window_size: int | Sequence[int] | None) -> None:
+        self._check_selection(self.options | {"window_size": window_size})
+        self.options["window_size"] = window_size
+
+    def _check_selection(self, options: Mapping[str, Any]) -> None:
+        """Raise TypeError or ValueError naming the option that is wrong."""
+        Selection.of(
+            options["selection"], options["window_size"], options["sinks"], options["recent"], heads=self.gate.num_kv_heads,
+            kinds=checks.SELECTIONS_BY_GATE,
+        )  # fmt: skip
 
     def forward(
         self,
