@@ -64,9 +64,9 @@ class DynamicMaskInnerAttention(Module):
         self.recency_ranks = config.recency_ranks
         self.options: dict[str, Any] = {
             name: getattr(config, name)
-            for name in ("window_size", "selection", "sinks", "recent", "lowering", "block_size", "kernel_options")
+            for name in ("selection", "sinks", "recent", "lowering", "block_size", "kernel_options")
         }
-        self._check_selection(self.options)
+        self.window_size = config.window_size
 
     @property
     def window_size(self) -> int | Sequence[int] | None:
@@ -76,15 +76,10 @@ class DynamicMaskInnerAttention(Module):
 
     @window_size.setter
     def window_size(self, window_size: int | Sequence[int] | None) -> None:
-        self._check_selection(self.options | {"window_size": window_size})
+        kind, sinks, recent = (self.options[name] for name in ("selection", "sinks", "recent"))
+        heads, kinds = self.gate.num_kv_heads, checks.SELECTIONS_BY_GATE
+        Selection.of(kind, window_size, sinks, recent, heads=heads, kinds=kinds)  # raises for what is wrong
         self.options["window_size"] = window_size
-
-    def _check_selection(self, options: Mapping[str, Any]) -> None:
-        """Raise TypeError or ValueError naming the option that is wrong."""
-        Selection.of(
-            options["selection"], options["window_size"], options["sinks"], options["recent"], heads=self.gate.num_kv_heads,
-            kinds=checks.SELECTIONS_BY_GATE,
-        )  # fmt: skip
 
     def forward(
         self,
