@@ -12,6 +12,8 @@ os.environ.setdefault(
 )
 # Threads that wait do not take a core from the other workers' tests.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+# Inductor's pool of processes is no faster where each core runs tests, and imports torch in each of them.
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 # No test depends on sizes that `python -m flexdma tune` has kept on this machine.
 os.environ["FLEXDMA_TUNED"] = ""
 
