@@ -1,5 +1,6 @@
 """Donated states: the caller gives up a state, and decoding overwrites its slots instead of copying them."""
 
+import torch
 from torch import Tensor
 
 from flexdma.state.layout import slot_tensors
@@ -37,6 +38,9 @@ def _obstacle(state: State, tensors: tuple[Tensor | None, ...]) -> str | None:
         return (
             "with tensors that need a gradient, as a backward needs the old state; detach them or use torch.no_grad()"
         )
+    traced = torch.compiler.is_compiling()
+    if not (traced or torch.is_inference_mode_enabled()) and any(tensor.is_inference() for tensor in slots.values()):
+        return "outside torch.inference_mode for a state that was made in it, as torch forbids writes to its tensors"
     for name, tensor in slots.items():
         if not tensor.is_contiguous():
             return f"for a state whose {name} is not contiguous"

@@ -27,7 +27,8 @@ OWN = (*SLOTS, "bias", "length", "real_length", "last_sink", "last_loss")
 class TokenRun:
     """The run that begins at a state.  It owns the state's slots, and is valid until anything else writes to them.
 
-    before: the state at which it begins.
+    before: the state at which it begins, without its run: states hold runs, and a cycle would keep the tensors of each
+        token's state until Python collects garbage.
     forgotten: of `state`; the caller sets it for gates that have it.
     """
 
@@ -53,7 +54,7 @@ class TokenRun:
         self._begin_at(state)
 
     def _begin_at(self, state: DynamicMaskState) -> None:
-        self.before = state
+        self.before = state._with(_run=None)
         # Views, made once.
         self._key, self._value, self._gate, self._position = (getattr(state, name).flatten(0, 2) for name in SLOTS)
         self._added = None if state.bias is None else state.bias.flatten(0, 2)
@@ -136,22 +137,18 @@ class TokenRun:
                 real_length=before.real_length + self._tokens,
                 last_loss=last_loss,
                 forgotten=self.forgotten,
-                _run=self,
             )
             if self._real_length is not None:
                 self._real_length += self._tokens
             self._tokens, self._has_lost = 0, False
-        return self.before
+        return self.before._with(_run=self)
 
     def continues(self, state: DynamicMaskState) -> bool:
         """Whether the next token of the run is the next token of this state: its tensors are those that `state` returned."""
         mine = self.before
-        if self._tokens or not self.is_valid():
+        if self._tokens or not self.is_valid() or any(getattr(mine, name) is not getattr(state, name) for name in OWN):
             return False
-        if mine is not state:
-            if any(getattr(mine, name) is not getattr(state, name) for name in OWN):
-                return False
-            self.before, self.forgotten = state, state.forgotten
+        self.before, self.forgotten = state._with(_run=None), state.forgotten
         return True
 
     @property

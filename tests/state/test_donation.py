@@ -1,5 +1,7 @@
 """Donated states: their slots are overwritten, the outputs are those of one pass, and no other state changes."""
 
+import gc
+import weakref
 from dataclasses import replace
 from typing import Any
 
@@ -51,6 +53,41 @@ def test_decoding_writes_into_the_slots_of_the_donated_state(options, compiled):
         assert addresses(state) == before
     torch.testing.assert_close(torch.cat(outputs, 2).double(), want, rtol=1e-5, atol=1e-5)
     assert counter.frame_count == compiled
+
+
+@pytest.mark.parametrize("options", [{"window_size": 3}, {"window_size": None, "selection": "threshold"}])
+def test_a_state_made_in_inference_mode_is_donated_only_there(options):
+    tensors = inputs(1, 4, 2, 9, 9, 4)
+    with torch.inference_mode():
+        first = [t[:, :, :7] for t in tensors]
+        _, state = dynamic_mask_attention(*first, return_state=True, **options)
+    given: dict[str, Any] = {"state": state, "return_state": True, **options}
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"donate: expected False outside torch.inference_mode for a state"):
+            dynamic_mask_attention(*token(tensors, 7), donate=True, **given)
+        want = dynamic_mask_attention(*token(tensors, 7), **given)[0]
+    with torch.inference_mode():
+        assert torch.equal(dynamic_mask_attention(*token(tensors, 7), donate=True, **given)[0], want)
+
+
+@pytest.mark.parametrize("donate", [False, True])
+@torch.no_grad()
+def test_a_dropped_state_is_freed_without_the_garbage_collector(donate):
+    tensors = inputs(1, 4, 2, 20, 20, 4)
+    options: dict[str, Any] = {"window_size": 3, "return_state": True}
+    _, state = dynamic_mask_attention(*(t[:, :, :9] for t in tensors), **options)
+    gc.disable()
+    try:
+        for at in range(9, 20):
+            old = [weakref.ref(tensor) for tensor in state.tensors().values()]
+            _, state = dynamic_mask_attention(*token(tensors, at), state=state, donate=donate, **options)
+            kept = {id(tensor) for tensor in state.tensors().values()}
+            assert all(tensor() is None or id(tensor()) in kept for tensor in old)
+        last = [weakref.ref(tensor) for tensor in state.tensors().values()]
+        del state
+        assert all(tensor() is None for tensor in last)
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()
