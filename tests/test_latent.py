@@ -270,6 +270,23 @@ def test_kept_up_projections_are_not_stale():
 
 
 @torch.no_grad()
+def test_kept_up_projections_are_dropped_with_their_weights():
+    """A parameter that is freed may leave its id and address to the next."""
+    layer, hidden = made(), tokens()
+    state = layer(hidden[:, :9], return_state=True)[1]
+    for number in range(20):
+        layer.absorb()
+        weight = torch.randn_like(layer.kv_b_proj.weight)
+        if number % 2:
+            layer.kv_b_proj.weight.data = weight
+        else:
+            layer.kv_b_proj.load_state_dict({"weight": weight}, assign=True)
+        got = layer(hidden[:, 9:10], state=state, return_state=True)[0]
+        assert layer._up is None
+        assert torch.equal(got, layer(hidden[:, 9:10], state=state, return_state=True)[0])
+
+
+@torch.no_grad()
 def test_offloaded_weights():
     layer, hidden = made(**VARIANTS["query latent"]), tokens()
     want = layer(hidden)

@@ -39,7 +39,7 @@ class LatentProjections(AttentionLayer):
         self.kv_b_proj = nn.Linear(rank, heads * (self.qk_nope_head_dim + self.v_head_dim), bias=False)
         self.o_proj = nn.Linear(heads * self.v_head_dim, self.hidden_size, bias=bias)
         self.register_buffer("_up", None, persistent=False)
-        self._up_from: list[tuple[int, int]] = []
+        self._up_from: list[tuple[nn.Parameter, int, int]] = []
 
     def project(
         self, hidden_states: Tensor, position_embeddings: tuple[Tensor, Tensor] | None = None
@@ -78,19 +78,32 @@ class LatentProjections(AttentionLayer):
 
         Without it each decoded token calls kv_b_proj on the r unit vectors, which is right whatever its weights are, and as
         much work as the keys and values of r tokens.  The kept tensor is not used where a gradient of kv_b_proj is needed,
-        nor after a parameter of kv_b_proj has changed; compiled calls do not see such a change.  Call it again after other
-        changes, such as an adapter that is switched off.
+        and is dropped where a parameter of kv_b_proj is another one or was changed in place.
+
+        Call it again after what torch does not count: writes through `.data`, as when an adapter is merged or averaged
+        weights are swapped in, writes to parameters made in inference mode, and an adapter that is switched off.  Compiled
+        calls see no change at all.
         """
         empty = self.empty_state(0)
         self._up = up_projections(self.kv_b_proj, empty.value, self.num_heads).contiguous()
-        self._up_from = self._weights()
+        self._up_from = [(p, p.data_ptr(), _version(p)) for p in self.kv_b_proj.parameters()]
 
     def _up_projections(self, latent: Tensor) -> Tensor:
-        is_kept = self._up is not None and not needs_gradient(*self.kv_b_proj.parameters())
-        if is_kept and (torch.compiler.is_compiling() or self._up_from == self._weights()):
-            return self._up
+        if self._up is not None and not needs_gradient(*self.kv_b_proj.parameters()):
+            if torch.compiler.is_compiling() or self._has_same_weights():
+                return self._up
+            self._up, self._up_from = None, []  # type: ignore[assignment]
         return up_projections(self.kv_b_proj, latent, self.num_heads)
 
-    def _weights(self) -> list[tuple[int, int]]:
-        """Which tensors kv_b_proj has, and how often they were changed."""
-        return [(id(p), 0 if p.is_inference() else p._version) for p in self.kv_b_proj.parameters()]
+    def _has_same_weights(self) -> bool:
+        """Whether kv_b_proj has the parameters that it had in `absorb`, as far as torch counts changes."""
+        weights = list(self.kv_b_proj.parameters())
+        return len(weights) == len(self._up_from) and all(
+            weight is before and weight.data_ptr() == address and _version(weight) == version
+            for weight, (before, address, version) in zip(weights, self._up_from, strict=True)
+        )
+
+
+def _version(weight: Tensor) -> int:
+    """How often torch counted a write to it; 0 for tensors made in inference mode, which have no count."""
+    return 0 if weight.is_inference() else weight._version
