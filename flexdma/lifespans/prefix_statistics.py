@@ -27,7 +27,7 @@ def kth_smallest_of_prefix(values: Tensor, right: Tensor, k: Tensor) -> Tensor:
         values = [2 0 3 1], right = 3, k = 1      the second smallest of 2 0 3: 2
     """
     length = values.shape[-1]
-    places = torch.arange(length, dtype=torch.int32)
+    places = torch.arange(length, dtype=torch.int32, device=values.device)
     values, inside = values.to(torch.int32), right.to(torch.int32)
     kth = k.to(torch.int32) + 1  # counted from 1: reached <=> kth <= count
     node = torch.zeros_like(values)  # first value, and also first place, of the node that contains the result

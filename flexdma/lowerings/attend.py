@@ -124,5 +124,5 @@ def _captures_need_gradient(score_mod: ScoreMod | None) -> bool:
     """Whether a tensor that score_mod captures requires a gradient, found by calling it once on zeros."""
     if score_mod is None:
         return False
-    first = torch.zeros((), dtype=torch.int32)
-    return score_mod(torch.zeros(()), first, first, first, first).requires_grad
+    first = torch.zeros((), dtype=torch.int32, device="cpu")
+    return score_mod(torch.zeros((), device="cpu"), first, first, first, first).requires_grad

@@ -36,7 +36,8 @@ def _sweep(born: Tensor, dies: Tensor, row_start: int, queries: int, block: int)
         terms = terms[order]
     last = dies[terms]
     terms = terms + row_start
-    ends = torch.searchsorted(first, torch.arange(block, queries + block, block, dtype=first.dtype)).tolist()
+    bounds = torch.arange(block, queries + block, block, dtype=first.dtype, device=first.device)
+    ends = torch.searchsorted(first, bounds).tolist()
     lists = []
     alive, deaths = terms[:0], last[:0]
     for number, (begin, end) in enumerate(zip([0, *ends], ends, strict=False)):

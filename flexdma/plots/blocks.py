@@ -87,8 +87,8 @@ def block_figure(
 def _tile_map(index: BlockIndex) -> Tensor:
     """[query blocks, key blocks] of the first head."""
     number, indices, full_number, full_indices = (t[0, 0].long() for t in index.tensors())
-    tiles = torch.full(indices.shape, SKIPPED)
+    tiles = torch.full(indices.shape, SKIPPED, device=indices.device)
     for count, visited, mark in ((number, indices, PARTIAL), (full_number, full_indices, FULL)):
-        row, place = (torch.arange(indices.shape[-1]) < count[:, None]).nonzero(as_tuple=True)
+        row, place = (torch.arange(indices.shape[-1], device=indices.device) < count[:, None]).nonzero(as_tuple=True)
         tiles[row, visited[row, place]] = mark
     return tiles

@@ -92,7 +92,7 @@ def lifetime_figure(
     figure = Figure(figsize=(6 * len(rows), 4.4), layout="constrained")
     panels = figure.subplots(1, len(rows), squeeze=False, sharey=True)[0]
     powers = [0, *(2**n for n in range((born - 1).bit_length()))]
-    edges = torch.tensor([*powers, length + 1])
+    edges = torch.tensor([*powers, length + 1], device="cpu")
     names = ["0", *(f"{low}+" for low in powers[1:-1]), f"≥ {powers[-1]}"]
     for axes, (label, layers) in zip(panels, rows.items(), strict=True):
         for index in range(len(layers) * heads):
@@ -101,7 +101,7 @@ def lifetime_figure(
             share = torch.histogram((death - birth)[:born].float(), bins=edges.float()).hist / born
             offset = (index + 0.5) / (len(layers) * heads) - 0.5
             axes.bar(
-                (torch.arange(len(share)) + 0.8 * offset).numpy(),
+                (torch.arange(len(share), device="cpu") + 0.8 * offset).numpy(),
                 share.numpy(),
                 width=0.8 / (len(layers) * heads),
                 color=SERIES[index % len(SERIES)],

@@ -25,7 +25,7 @@ def loss_figure(losses: Mapping[str, Sequence[float]], validation: Mapping[str, 
         raise ValueError(f"losses: expected the same number of steps for each label, got {lengths}")
     figure = Figure(figsize=(12, 4.8), layout="constrained")
     left, right = figure.subplots(1, 2)
-    smooth = {label: _smoothed(torch.tensor(values)) for label, values in losses.items()}
+    smooth = {label: _smoothed(torch.tensor(values, device="cpu")) for label, values in losses.items()}
     steps = range(1, lengths[baseline] + 1)
     gaps = {label: values - smooth[baseline] for label, values in smooth.items()}
     for index, label in enumerate(smooth):
@@ -51,6 +51,6 @@ def loss_figure(losses: Mapping[str, Sequence[float]], validation: Mapping[str, 
 def _smoothed(values: Tensor) -> Tensor:
     """The mean of each value and up to SMOOTHING - 1 values before it."""
     total = torch.cat([values.new_zeros(1), values.cumsum(0)])
-    end = torch.arange(1, len(values) + 1)
+    end = torch.arange(1, len(values) + 1, device="cpu")
     start = (end - SMOOTHING).clamp(min=0)
     return (total[end] - total[start]) / (end - start)

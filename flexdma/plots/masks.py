@@ -18,7 +18,7 @@ def mask_figure(lifespans: Layers, *, batch: int = 0, title: str | None = None) 
     columns = layers * heads
     figure = Figure(figsize=(3.1 * columns + 1.6, 3.4 * len(rows) + 0.8), layout="constrained")
     grid = figure.subplots(len(rows), columns, squeeze=False, sharex=True, sharey=True)
-    query = torch.arange(length)[:, None]
+    query = torch.arange(length, device="cpu")[:, None]
     image = None
     for row, (label, alive) in zip(grid, rows.items(), strict=True):
         for index, axes in enumerate(row):

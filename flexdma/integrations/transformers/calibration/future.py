@@ -74,8 +74,11 @@ class FutureOfKeys:
         if not (features.isfinite().all() and targets.isfinite().all()):
             raise ValueError("model: expected finite values and attention probabilities, got NaN or infinity")
         held_out = torch.cat(
-            [torch.full((peak.shape[1],), _is_held_out(number)) for number, peak in enumerate(self.peaks)]
-        ).to(self.device)
+            [
+                torch.full((peak.shape[1],), _is_held_out(number), device=self.device)
+                for number, peak in enumerate(self.peaks)
+            ]
+        )
         x, deviation = standardized(features)
         part = log_linear(x[~held_out], targets[~held_out], PENALTY)
         r_squared = explained_deviance(x[held_out], targets[held_out], part)
@@ -89,7 +92,7 @@ class FutureOfKeys:
 
         weights: [Hkv F, Hkv] of `fit`.  Others as in `window_errors`.
         """
-        changes, squares = torch.zeros((), dtype=torch.float64), torch.zeros((), dtype=torch.float64)
+        changes = squares = torch.zeros((), dtype=torch.float64, device="cpu")
         for looks in self.looks:
             here = looks.to(self.device)
             gates = (self._features(here) @ weights.float()).mT
@@ -107,8 +110,9 @@ class FutureOfKeys:
 def measured_queries(length: int) -> Tensor:
     """The positions of the queries that measure what windows cost, in a sequence of this length."""
     first, last = length // 8, length - 1
-    evenly = torch.linspace(first, last, min(QUERIES, length - first))
-    return torch.cat([evenly, torch.linspace(last - length // 12, last - 1, LAST_QUERIES)]).long().clamp(min=0)
+    evenly = torch.linspace(first, last, min(QUERIES, length - first), device="cpu")
+    latest = torch.linspace(last - length // 12, last - 1, LAST_QUERIES, device="cpu")
+    return torch.cat([evenly, latest]).long().clamp(min=0)
 
 
 def _is_held_out(sequence: int) -> bool:
