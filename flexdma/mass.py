@@ -63,6 +63,7 @@ def attention_mass(
 
     Returns [B, Hkv, K], or [bands, B, Hkv, K] where ages are given; float32, float64 for float64 inputs.  0 for keys that no
     counted query sees.  A query that sees no key adds nothing; one that sees a NaN gives NaN to the keys that it sees.
+    A bias of -inf hides its key.
     No gradient: the result is detached.
     Raises ValueError or TypeError naming the argument.
     Time as a forward of attention over these lifespans.  gather adds a sort of the K keys for each block under lifespans, and

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from flexdma import checks
-from flexdma.signatures import Biases, Intervals, ScoreMod
+from flexdma.signatures import Biases, Intervals, ScoreMod, modified_scores
 
 
 def dense_visibility(
@@ -106,6 +106,8 @@ def dense_attention_mass(
         lifespans = (j.expand(batch, 1, -1), torch.full_like(j, keys).expand(batch, 1, -1))
     visible, bias = _dense_intervals(lifespans, bias, key)
     each = visible.shape[-1] // keys
+    if bias is not None:
+        visible = visible & (bias != -torch.inf)[:, :, None]
     weights = _dense_weights(query, key, visible, bias, scale, score_mod, None).unflatten(1, (heads, -1))
     first_query = keys - query.shape[2]
 
@@ -180,7 +182,8 @@ def _dense_weights(
     if score_mod is not None:
         index = [torch.arange(n, device=query.device).view([-1 if d == dim else 1 for d in range(4)])
                  for dim, n in enumerate((batch, query_heads, queries, keys))]  # fmt: skip
-        scores = score_mod(scores, index[0], index[1], index[2] + keys - queries, index[3].repeat_interleave(each, -1))
+        index[2], index[3] = index[2] + keys - queries, index[3].repeat_interleave(each, -1)
+        scores = modified_scores(score_mod, scores, *index)
     visible = visible[:, :, keys - queries :]
     scores = (scores + bias[:, :, None, :]).masked_fill(~visible, -torch.inf)
     if sink_logits is not None:

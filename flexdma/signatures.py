@@ -19,6 +19,17 @@ Intervals = tuple[Tensor, Tensor] | Sequence[tuple[Tensor, Tensor]]
 Biases = Tensor | Sequence[Tensor | None] | None
 
 
+def modified_scores(score_mod: ScoreMod, scores: Tensor, *index: Tensor) -> Tensor:
+    """score_mod of whole tiles, in their shape and dtype.  index: b, h, q_idx and kv_idx, which broadcast to the tiles.
+
+    Raises TypeError where score_mod returns no tensor.
+    """
+    modified = score_mod(scores, *index)
+    if not isinstance(modified, Tensor):
+        raise TypeError(f"score_mod: expected a function that returns a tensor, got {type(modified).__name__} from it")
+    return modified.to(scores.dtype).expand_as(scores)
+
+
 class VarlenOptions(TypedDict, total=False):
     """The keywords of `dynamic_mask_attention_varlen` besides window_size and return_state."""
 

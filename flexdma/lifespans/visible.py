@@ -41,6 +41,12 @@ def without_unseen(lifespans: Lifespans, queries: int) -> Lifespans:
     return Lifespans(birth, death.masked_fill(unseen, 0))
 
 
+def without_hidden(lifespans: Lifespans, bias: Tensor) -> Lifespans:
+    """The lifespans, empty for keys with a bias [B, H, K] of -inf."""
+    birth, death, bias = torch.broadcast_tensors(*lifespans, bias)
+    return Lifespans(birth, torch.where(bias == float("-inf"), birth, death))
+
+
 def births_are_positions(lifespans: Lifespans) -> bool:
     """Whether each key that is ever visible is born at its own position.  Reads the device."""
     return bool(_births_are_positions(*lifespans))

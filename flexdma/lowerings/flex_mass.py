@@ -18,6 +18,7 @@ from torch.nn.attention.flex_attention import AuxRequest, BlockMask, flex_attent
 from flexdma.compiled import compiled
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
+from flexdma.lifespans.visible import without_hidden
 from flexdma.lowerings.default_options import (
     autotunes,
     default_blocks,
@@ -75,6 +76,8 @@ def flex_mass(
     folded_query = rows.folded(query, heads)  # [B, Hkv, rows, D]
     has_bias = bias is not None
     each = terms_per_key(lifespans.birth, key)
+    if bias is not None:
+        lifespans = without_hidden(lifespans, bias)
     bias, reference = biases(key, bias, lifespans, queries, best_stays=False, exact=False)
     high, low = split(bias)
     subtracted = [None if part is None else realize(part) for part in split(rows.of_rows(reference))]

@@ -17,12 +17,12 @@ from torch.nn.functional import pad
 
 from flexdma.lifespans import Lifespans
 from flexdma.lifespans.terms import terms_per_key
-from flexdma.lifespans.visible import causal_lifespans
+from flexdma.lifespans.visible import causal_lifespans, without_hidden
 from flexdma.lowerings.reference_gate import biases
 from flexdma.mixed_precision import without_autocast
 from flexdma.opaque import opaque_on_cpu
 from flexdma.packing import along_keys
-from flexdma.signatures import ScoreMod
+from flexdma.signatures import ScoreMod, modified_scores
 from flexdma.transforms import can_read
 
 # Probabilities of a block (8 MiB of float32), and the bounds of its number of queries; measured on a CPU.
@@ -119,9 +119,7 @@ def _by_blocks(
     if bias is not None:
         lifespans = Lifespans(birth, death) if birth is not None and death is not None else causal_lifespans(key)
         bias, reference = biases(key, bias, lifespans, queries, best_stays=False, exact=False)
-        # A bias of -inf hides a key; with a reference it would be -inf - x, or NaN.
-        birth = lifespans.birth.expand(bias.shape)
-        death = torch.where(bias == -math.inf, birth, lifespans.death)
+        birth, death = without_hidden(lifespans, bias)  # with a reference it would be -inf - x, or NaN
     rows = query.to(computed).unflatten(1, (heads, query_heads // heads)) * scale  # [B, Hkv, G, Q, D]
     key = key.to(computed)
     combined: Callable[[Tensor, Tensor], Tensor] = torch.add if reduction == "sum" else torch.maximum
@@ -250,9 +248,9 @@ def _modified(scores: Tensor, seen: _Seen, first: int, score_mod: ScoreMod) -> T
 
     column = positions(seen.keys, 4) if seen.slots is None else seen.slots[:, :, None, None]
     head = positions(heads, 1) * group + positions(group, 2)
-    modified = score_mod(scores, positions(batch, 0), head, positions(block, 3) + first, column)
+    modified = modified_scores(score_mod, scores, positions(batch, 0), head, positions(block, 3) + first, column)
     # A tensor of its own, because the mask is written into it.
-    return modified.to(scores.dtype).expand_as(scores).clone(memory_format=torch.contiguous_format)
+    return modified.clone(memory_format=torch.contiguous_format)
 
 
 def _block_size(elements: int) -> int:

@@ -9,7 +9,7 @@ from torch.nn.functional import pad
 
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.mixed_precision import without_autocast
-from flexdma.signatures import ScoreMod
+from flexdma.signatures import ScoreMod, modified_scores
 from flexdma.transforms import is_exporting
 
 
@@ -62,7 +62,7 @@ def attend_blocks(
         if score_mod is None:
             scores = scores + added
         else:
-            scores = _modified(scores, positions, slots, score_mod).expand_as(scores) + added
+            scores = _modified(scores, positions, slots, score_mod) + added
             nothing = nothing | (scores.detach().amax(-1, keepdim=True) <= HIDDEN / 2)
             scores = scores.masked_fill(nothing, 0.0)
         output = _product(scores.softmax(-1).flatten(3, 4), values.to(computed)).unflatten(3, (group, block))
@@ -99,4 +99,6 @@ def _modified(scores: Tensor, positions: Tensor, slots: Tensor, score_mod: Score
         return torch.arange(count, device=scores.device).view([-1 if d == dim else 1 for d in range(6)])
 
     head = index(heads, 1) * group + index(group, 3)
-    return score_mod(scores, index(batch, 0), head, positions[:, :, :, None, :, None], slots[:, :, :, None, None])
+    return modified_scores(
+        score_mod, scores, index(batch, 0), head, positions[:, :, :, None, :, None], slots[:, :, :, None, None]
+    )

@@ -6,7 +6,7 @@ from torch import Tensor
 from flexdma.lowerings.hidden import HIDDEN
 from flexdma.lowerings.sink_logits import share_of_keys, sink_scores
 from flexdma.mixed_precision import without_autocast
-from flexdma.signatures import ScoreMod
+from flexdma.signatures import ScoreMod, modified_scores
 from flexdma.state.value import State
 
 
@@ -49,7 +49,7 @@ def weighted_values(
         row = torch.arange(batch, device=scores.device).view(-1, 1, 1, 1)
         # Empty slots get position 0, so score_mod never sees -1.
         position = state.position.clamp(min=0)[:, :, None]
-        scores = score_mod(scores, row, head, now.view(-1, 1, 1, 1), position).expand_as(scores)
+        scores = modified_scores(score_mod, scores, row, head, now.view(-1, 1, 1, 1), position)
     # Not a sum with HIDDEN, because the key of an empty slot may not be finite.
     scores = torch.where(visible, scores + bias, HIDDEN)
     if score_mod is not None:

@@ -104,6 +104,18 @@ def test_nan_and_infinity_reach_what_they_reach_in_the_definition(number, where,
             same(got, want)
 
 
+@pytest.mark.parametrize("reduction", ["sum", "max"])
+def test_a_hidden_key_receives_nothing_from_a_query_that_sees_a_nan(reduction):
+    query, key, _, bias = inputs(1, 2, 1, 12, 12, 8)
+    bias[..., 2], bias[..., 5] = -torch.inf, torch.nan
+    for lifespans in (None, flexdma.sliding_window(bias, 6)):
+        options: dict[str, Any] = {"reduction": reduction, "bias": bias}
+        want = dense_attention_mass(query, key, lifespans, **options)
+        assert want[0, 0, 2] == 0
+        assert want[0, 0, 3].isnan()
+        same(attention_mass(query, key, lifespans, **options), want)
+
+
 def test_a_bias_that_grows_costs_no_precision():
     query, key, _, gate = inputs(1, 2, 2, 64, 64, 8, dtype=torch.float32)
     alive = flexdma.sliding_window(gate, 5)
@@ -171,10 +183,11 @@ def test_by_transposed_attention(name):
 
 
 def test_nan_by_transposed_attention():
-    query, key, _, _ = inputs(1, 2, 1, 40, 40, 8)
-    query[:, :, 20] = torch.nan
+    query, key, _, bias = inputs(1, 2, 1, 40, 40, 8)
+    query[:, :, 20], bias[..., 18] = torch.nan, -torch.inf
     alive = any_lifespans(1, 1, 40, longest=9, seed=1)
-    same(flex(query, key, alive), dense_attention_mass(query, key, alive))
+    for added in (None, bias):
+        same(flex(query, key, alive, bias=added), dense_attention_mass(query, key, alive, bias=added), 1e-5)
 
 
 def test_transposed_attention_is_one_graph():
