@@ -48,9 +48,11 @@ def tensor(name: str, value: object, shape: Sequence[object], like: Tensor | Non
 
 
 def floating(name: str, value: Tensor) -> None:
-    """Raise unless the tensor is real floating point."""
+    """Raise unless the tensor is real floating point, of at least 16 bits."""
     if not value.is_floating_point():
         raise TypeError(f"{name}: expected a floating point dtype, got {value.dtype}")
+    if value.dtype.itemsize == 1:
+        raise TypeError(f"{name}: expected a floating point dtype of at least 16 bits, got {value.dtype}")
 
 
 def group_size(name: str, heads: int, num_query_heads: int | None) -> int:
@@ -138,6 +140,7 @@ def attention_arguments(query: Tensor, key: Tensor, value: Tensor) -> None:
         if argument.dtype != query.dtype:
             raise TypeError(f"{name}: expected {query.dtype} as query has, got {argument.dtype}")
     for name, count, what in (
+        ("query", query_heads, "head"),
         ("query", queries, "position"),
         ("key", heads, "head"),
         ("query", size, "element a head"),

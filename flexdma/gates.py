@@ -79,6 +79,8 @@ class ValueGate(nn.Module):
             raise TypeError(f"initial_a: expected a number or None, got {type(initial_a).__name__}")
         if slopes is not None and recency != "slope":
             raise ValueError(f"slopes: expected None unless recency='slope', got {slopes!r} with recency={recency!r}")
+        if slopes is not None:
+            slopes = _numbers("slopes", slopes)
         if slopes is not None and len(slopes) != num_kv_heads:
             raise ValueError(f"slopes: expected {num_kv_heads} numbers, one per KV head, got {len(slopes)}")
         self.num_kv_heads, self.head_dim, self.form, self.recency = num_kv_heads, head_dim, form, recency
@@ -87,7 +89,7 @@ class ValueGate(nn.Module):
         self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)
         if recency == "slope":
             self.initial_slopes = [2.0 ** (-8 * (h + 1) / num_kv_heads) for h in range(num_kv_heads)]
-            self.initial_slopes = self.initial_slopes if slopes is None else list(slopes)
+            self.initial_slopes = self.initial_slopes if slopes is None else slopes
             self.slope = nn.Parameter(torch.empty(num_kv_heads))
         elif recency == "forget":
             self.forget_proj = _ForgetProjection(num_kv_heads * head_dim, num_kv_heads)
@@ -101,7 +103,7 @@ class ValueGate(nn.Module):
         """
         nn.init.constant_(self.A, self.initial_a)
         if self.recency == "slope":
-            slopes = torch.tensor(self.initial_slopes)
+            slopes = torch.tensor(self.initial_slopes, device=self.slope.device)
             if hasattr(self.slope, "device_mesh"):  # a DTensor
                 slopes = _like(self.slope, slopes)
             with torch.no_grad():
@@ -249,6 +251,14 @@ class _ForgetProjection(nn.Linear):
     def reset_parameters(self) -> None:
         super().reset_parameters()
         nn.init.constant_(self.bias, FORGET_BIAS)
+
+
+def _numbers(name: str, given: Any) -> list[float]:
+    """The elements as a list.  Raises TypeError naming the argument where they are no numbers."""
+    try:
+        return [float(each) for each in given]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name}: expected a sequence of numbers, got {given!r}") from None
 
 
 def _like(sharded: Any, whole: Tensor) -> Tensor:

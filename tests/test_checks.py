@@ -18,7 +18,14 @@ CASES = [
     ({"query": [1]}, TypeError, r"query: expected a tensor \[B, Hq, Q, D\], got list"),
     ({"query": z(2, 8, 16)}, ValueError, r"query: expected \[B, Hq, Q, D\], got \[2, 8, 16\]"),
     ({"query": z(2, 3, 8, 16)}, ValueError, "query: expected a multiple of key's 2 heads, got 3 heads"),
+    ({"query": z(2, 0, 8, 16)}, ValueError, "query: expected at least 1 head, got 0"),
     ({"query": z(2, 4, 9, 16)}, ValueError, "query: expected at most K = 8 queries .*, got 9"),
+    (
+        {name: z(2, 4, 8, 16).to(torch.float8_e4m3fn) for name in ("query", "key", "value")},
+        TypeError,
+        "query: expected a floating point dtype of at least 16 bits, got torch.float8_e4m3fn",
+    ),
+    ({"score_mod": lambda *_: None}, TypeError, "score_mod: expected a function that returns a tensor, got NoneType"),
     (
         {"query": z(2, 4, 8, 16, dtype=torch.int32)},
         TypeError,
