@@ -146,7 +146,7 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match="slopes: expected None unless recency='slope'"):
         ValueGate(2, 4, slopes=[1, 2])
     with pytest.raises(TypeError, match=r"slopes: expected a sequence of numbers, got 0\.5"):
-        ValueGate(2, 4, recency="slope", slopes=0.5)
+        ValueGate(2, 4, recency="slope", slopes=0.5)  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="slopes: expected 2 numbers, one per KV head, got 3"):
         ValueGate(2, 4, recency="slope", slopes=[1, 2, 3])
     with pytest.raises(ValueError, match=r"value: expected \[B, 2, K, 4\], got \[1, 3, 5, 4\]"):

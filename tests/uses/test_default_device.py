@@ -8,7 +8,14 @@ from flexdma import lifespan_attention, policies
 from tests.comparison import inputs
 
 TENSORS = inputs(1, 4, 2, 40, 40, 8, dtype=torch.float32)
-ALIVE = flexdma.causal_top_w(TENSORS[3], 5)
+QUERY, KEY, VALUE, GATE = TENSORS
+ALIVE = flexdma.causal_top_w(GATE, 5)
+ENDS = torch.tensor([0, 17, 40])
+
+
+def packed(tensor):
+    """[1, H, N, ...] -> [N, H, ...]."""
+    return tensor[0].transpose(0, 1)
 
 
 def attended(**options):
@@ -41,12 +48,12 @@ CALLS = {
     "training": trained,
     "decoding": decoded,
     "several sequences": lambda: flexdma.dynamic_mask_attention_varlen(
-        *(t[0].transpose(0, 1) for t in TENSORS), torch.tensor([0, 17, 40], device="cpu"), window_size=5
+        packed(QUERY), packed(KEY), packed(VALUE), packed(GATE), ENDS, window_size=5
     ),
-    "growing": lambda: flexdma.growing_attention(*TENSORS[:3])[0],
-    "other births": lambda: lifespan_attention(*TENSORS[:3], flexdma.Lifespans(ALIVE.birth - 1, ALIVE.death)),
-    "mass": lambda: flexdma.attention_mass(*TENSORS[:2], ALIVE, bias=TENSORS[3]),
-    "a policy": lambda: policies.h2o_lifespans(*TENSORS[:2], 6, 2)[0],
+    "growing": lambda: flexdma.growing_attention(QUERY, KEY, VALUE)[0],
+    "other births": lambda: lifespan_attention(QUERY, KEY, VALUE, flexdma.Lifespans(ALIVE.birth - 1, ALIVE.death)),
+    "mass": lambda: flexdma.attention_mass(QUERY, KEY, ALIVE, bias=GATE),
+    "a policy": lambda: policies.h2o_lifespans(QUERY, KEY, 6, 2)[0],
 }
 
 
