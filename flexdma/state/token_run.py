@@ -74,6 +74,10 @@ class TokenRun:
         """Whether something else has written to the state; always False for tensors made in inference mode."""
         return self._versions is not None and self._versions != _versions(self.before)
 
+    def is_writable(self) -> bool:
+        """Whether a token may be inserted: torch forbids writes outside inference mode to tensors that were made in it."""
+        return torch.is_inference_mode_enabled() or not self._key.is_inference()
+
     def insert(self, key: Tensor, value: Tensor, gate: Tensor, bias: Tensor | None = None) -> bool:
         """One more token of the same documents; False, with nothing changed, where the run ends before it.  O(1) time.
 
@@ -177,12 +181,14 @@ class TokenRun:
         device, overwritten = self._position.device, self.is_overwritten()
         slots = torch.tensor(list(written), device=device)
         gates, positions = zip(*written.values(), strict=True)
-        self._gate.index_copy_(0, slots, torch.tensor(gates, dtype=self._gate.dtype, device=device))
-        self._position.index_copy_(0, slots, torch.tensor(positions, device=device))
-        if self._added is not None:
-            biases = [self._new_biases[slot] for slot in written]
-            self._added.index_copy_(0, slots, torch.tensor(biases, dtype=self._added.dtype, device=device))
-            self._new_biases.clear()
+        # What tokens have left to write, also where the mode has ended since.
+        with torch.inference_mode(not self.is_writable() or torch.is_inference_mode_enabled()):
+            self._gate.index_copy_(0, slots, torch.tensor(gates, dtype=self._gate.dtype, device=device))
+            self._position.index_copy_(0, slots, torch.tensor(positions, device=device))
+            if self._added is not None:
+                biases = [self._new_biases[slot] for slot in written]
+                self._added.index_copy_(0, slots, torch.tensor(biases, dtype=self._added.dtype, device=device))
+                self._new_biases.clear()
         written.clear()
         if not overwritten:
             self._count_writes()

@@ -116,7 +116,7 @@ class DynamicMaskLayer(CacheLayerMixin):
                 f"cache: expected attention to the {self._pending} keys of the last update, got {key.shape[2]}"
             )
         run = self._run
-        same = run is not None and options == self._run_options and not run.is_overwritten()
+        same = run is not None and options == self._run_options and run.is_writable() and not run.is_overwritten()
         if not same or not is_plain_on_cpu(query, key, value):
             run = self._begun(query, key, value, options)
         gates, bias, forgotten = found = gated(gate, value, run or self.state, options["key_padding_mask"])
