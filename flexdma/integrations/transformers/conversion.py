@@ -16,10 +16,12 @@ from flexdma.gates import FORMS, RECENCIES, ValueGate
 from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.eligibility import attention_calls, refuse_wider_windows
 from flexdma.integrations.transformers.falcon import reroute, rerouted
+from flexdma.integrations.transformers.float32_gate import Float32Gate
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.key_energies import KeyValueGate, gate_input_size
 from flexdma.integrations.transformers.layer_selections import as_json, layer_selections
 from flexdma.integrations.transformers.masks import FULL, NAME
+from flexdma.integrations.transformers.own_config import own_config
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
 from flexdma.integrations.transformers.probe import NAME as PROBE
 from flexdma.integrations.transformers.saving import save_with_the_gates
@@ -62,7 +64,7 @@ def convert_to_dma(
     A gate starts as exp(0) = 1 with form="exp", so that a threshold alone starts as full attention, and as 0 with the other
     forms, so that it starts as sinks and recent tokens alone.
     With "forget" the window starts with a decay of 0.05 logits per token, the same for all tokens.
-    The options and sizes are written to `model.config.flexdma`, from which
+    The options and sizes are written to `model.config.flexdma`, in a copy of the config, from which
     `flexdma.integrations.transformers.from_pretrained` rebuilds the model.
     Gates are float32 for any dtype of the model, because bfloat16 would lose small steps of A.
     Raises TypeError or ValueError naming the property of the model that is not supported.
@@ -85,6 +87,7 @@ def convert_to_dma(
         calls = attention_calls(model)
     policies = layer_selections(choice, [call.value.shape[1] for call in calls])
     refuse_wider_windows(calls, policies, choice)
+    own_config(model)
     gates = []
     for call in calls:
         with torch.device(call.value.device):
@@ -101,7 +104,7 @@ def new_gate(heads: int, size: int, choice: dict[str, Any], slopes: Sequence[flo
     """A gate for heads with this size of input, constant at initialisation."""
     recency = choice["recency"]
     start = [0.0] * heads if recency == "slope" and slopes is None else slopes
-    kind = KeyValueGate if choice.get("reads_keys") else ValueGate
+    kind = KeyValueGate if choice.get("reads_keys") else Float32Gate
     gate = kind(heads, size, choice["form"], recency, slopes=start, initial_a=0.0)
     gate.recency_ranks = choice.get("recency_ranks", True)
     if recency == "forget":

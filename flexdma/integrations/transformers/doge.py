@@ -17,7 +17,9 @@ from flexdma.integrations.transformers.attention import attend
 from flexdma.integrations.transformers.cache import given_cache
 from flexdma.integrations.transformers.generation import bound_the_cache
 from flexdma.integrations.transformers.masks import NAME
+from flexdma.integrations.transformers.own_config import own_config
 from flexdma.integrations.transformers.packed_positions import find_packed_positions
+from flexdma.integrations.transformers.refusals import refuse_other_attention
 from flexdma.mixed_precision import without_autocast
 
 Model = TypeVar("Model", bound=PreTrainedModel)
@@ -37,6 +39,7 @@ class DogeDynamicMaskAttention(DogeAttention):
         **kwargs: Any,
     ) -> tuple[Tensor, None]:
         """As DogeAttention.forward; attention_mask as `light_mask` makes it."""
+        refuse_other_attention(self.config._attn_implementation)
         heads = (-1, self.head_dim)
         query = self.q_norm(self.q_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
         key = self.k_norm(self.k_proj(hidden_states).unflatten(-1, heads)).transpose(1, 2)
@@ -86,6 +89,7 @@ def use_flexdma(model: Model, *, lowering: str | None = None) -> Model:
             "config.sliding_window: expected None, as a top-w inside a sliding window lets keys return, "
             f"got {model.config.sliding_window}"
         )
+    own_config(model)
     for layer in layers:
         _check_layer(layer)
         layer.__class__ = DogeDynamicMaskAttention

@@ -11,14 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flexdma.gates import ValueGate
+from flexdma.integrations.transformers.float32_gate import Float32Gate
 
 # Added to an energy before its logarithm.
 ENERGY_FLOOR = 1e-6
 
 
-class KeyValueGate(ValueGate):
-    """A `ValueGate` whose input is `with_key_energies`; `head_dim` is Dv + D // 2."""
+class KeyValueGate(Float32Gate):
+    """A gate whose input is `with_key_energies`; `head_dim` is Dv + D // 2."""
 
     reads_keys = True
 
