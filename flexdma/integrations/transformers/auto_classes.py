@@ -5,13 +5,13 @@ classes up (conversions of weights, pipelines, adapters) finds them.
 """
 
 from copy import deepcopy
-from functools import cache
+from functools import cache, partial
 from typing import Any
 
 from transformers import AutoConfig, PretrainedConfig, PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from flexdma.integrations.transformers.loading import class_made, load, model_class, with_gates
+from flexdma.integrations.transformers.loading import class_made, load, saved_class, with_gates
 from flexdma.integrations.transformers.refusals import refuse_other_attention
 
 # Name of an Auto class -> name of the class that stands in for its configs or models.
@@ -44,7 +44,7 @@ class _Config:
         """
         loaded = AutoConfig.from_pretrained(folder, **{**arguments, "trust_remote_code": False})
         config = loaded[0] if isinstance(loaded, tuple) else loaded
-        saved = model_class(config)
+        saved = saved_class(config)
         auto = next(
             (auto for auto in config.auto_map if auto != "AutoConfig" and class_made(auto, config) is saved), None
         )
@@ -67,7 +67,7 @@ class _Model:
     @classmethod
     def from_pretrained(cls, folder: str, /, **arguments: Any) -> Any:
         """As `flexdma.integrations.transformers.from_pretrained`, as the class that the Auto class makes."""
-        return load(folder, cls.auto, None, arguments)
+        return load(folder, partial(class_made, cls.auto), None, arguments)
 
     @classmethod
     def _from_config(cls, config: PretrainedConfig, **named: Any) -> PreTrainedModel:

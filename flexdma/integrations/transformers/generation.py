@@ -1,14 +1,14 @@
 """`generate` with the bounded cache by default; continuous batching is refused.
 
-transformers makes the cache of a `generate` call in one method of the model.  This module replaces the method on the
-instance, because a subclass of the model would write its own name into saved configs, and replaces the DynamicCache.
+transformers makes the cache of a `generate` call in one method of the model, and some models drop it in another.  This module
+replaces the methods on the instance, because a subclass of the model would write its own name into saved configs.
 """
 
 from copy import copy
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from transformers import DynamicCache, GenerationMixin
 
 from flexdma.integrations.transformers.cache import DynamicMaskCache, given_cache
@@ -19,6 +19,7 @@ def bound_the_cache(model: nn.Module) -> None:
     """Make `generate` of this model use a DynamicMaskCache where the caller requests no other cache."""
     if isinstance(model, GenerationMixin):
         model._prepare_cache_for_generation = partial(_prepare_cache, model)
+        model.prepare_inputs_for_generation = partial(_prepare_inputs, model)
         model.init_continuous_batching = _refuse_continuous_batching
 
 
@@ -54,3 +55,13 @@ def _prepare_cache(
             model_kwargs[name] = cache = DynamicMaskCache()
             if generation_config.is_assistant:
                 cache.activate_past_recording()
+
+
+def _prepare_inputs(model: Any, input_ids: Tensor, *others: Any, **kwargs: Any) -> dict[str, Any]:
+    """As the model's own.  Where the model drops its cache, to read all tokens again with other frequencies, empty it."""
+    inputs = type(model).prepare_inputs_for_generation(model, input_ids, *others, **kwargs)
+    for name, cache in kwargs.items():
+        if isinstance(cache, DynamicMaskCache) and given_cache(inputs.values()) is None:
+            cache.reset()
+            inputs[name] = cache
+    return inputs

@@ -1,6 +1,7 @@
 """Load a saved Doge model, or a saved model with gates, ready to use."""
 
 import os
+from collections.abc import Callable
 from typing import Any
 
 import transformers
@@ -14,24 +15,39 @@ from flexdma.integrations.transformers.refusals import refuse_other_attention
 # Arguments of transformers' from_pretrained that locate the files, also those of the config.
 LOCATION = ("revision", "subfolder", "cache_dir", "token", "local_files_only", "force_download")
 
+# Arguments that configs have too, and that transformers' from_pretrained takes beside a config.
+OF_WEIGHTS = ("dtype", "torch_dtype", "attn_implementation", "quantization_config", *LOCATION)
 
-def from_pretrained(name_or_path: str | os.PathLike[str], *, lowering: str | None = None, **arguments: Any) -> Any:
+
+def from_pretrained(
+    name_or_path: str | os.PathLike[str],
+    *,
+    lowering: str | None = None,
+    model_class: type | None = None,
+    **arguments: Any,
+) -> Any:
     """Transformers' from_pretrained for a Doge model, with `use_flexdma`, or for a converted model, with its gates.
 
-    lowering: of the operator.  arguments: of transformers' from_pretrained.  The class of the model is that of the saved one.
+    lowering: of the operator.  arguments: of transformers' from_pretrained.
+    model_class: None = that of the saved model, which must be one of transformers.
     Returns the model, or (model, info) with output_loading_info=True.
     Raises ValueError where the config is neither Doge's nor that of a converted model, where weights of gates are missing, or
     for an attn_implementation other than "flexdma".
     """
-    return load(name_or_path, None, lowering, arguments)
+    return load(name_or_path, model_class or saved_class, lowering, arguments)
 
 
 def load(
-    name_or_path: str | os.PathLike[str], auto: str | None, lowering: str | None, arguments: dict[str, Any]
-) -> Any:
-    """`from_pretrained`, as the class that the Auto class of this name makes; None = the class of the saved model."""
+    name_or_path: str | os.PathLike[str], kind: type | Callable[[Any], type], lowering: str | None,
+    arguments: dict[str, Any],
+) -> Any:  # fmt: skip
+    """`from_pretrained`.  kind: the class of the model, or a function that finds it for a config."""
     where = {name: arguments[name] for name in LOCATION if name in arguments}
-    config = arguments.pop("config", None) or AutoConfig.from_pretrained(name_or_path, **where)
+    config = arguments.pop("config", None)
+    if config is None or isinstance(config, str | os.PathLike):
+        config = AutoConfig.from_pretrained(name_or_path if config is None else config, **where)
+        for name in [name for name in arguments if name not in OF_WEIGHTS and hasattr(config, name)]:
+            setattr(config, name, arguments.pop(name))
     choice = getattr(config, "flexdma", None)
     if config.model_type != "doge" and choice is None:
         raise ValueError(
@@ -39,7 +55,7 @@ def load(
             f"{str(name_or_path)!r}"
         )
     refuse_other_attention(arguments.get("attn_implementation") or config._attn_implementation)
-    plain = model_class(config) if auto is None else class_made(auto, config)
+    plain: Any = kind if isinstance(kind, type) else kind(config)
     if choice is None:
         return use_flexdma(plain.from_pretrained(name_or_path, config=config, **arguments), lowering=lowering)
     return_info = arguments.pop("output_loading_info", False)
@@ -57,12 +73,13 @@ def load(
     return (model, info) if return_info else model
 
 
-def model_class(config: Any) -> Any:
+def saved_class(config: Any) -> Any:
     """The class of transformers that wrote this config.  Raises ValueError where the config names none."""
     names = [name for name in config.architectures or () if not name.startswith("AutoModel")]
     if not names or not hasattr(transformers, names[0]):
         raise ValueError(
-            f"config.architectures: expected the name of a model class of transformers, got {config.architectures}"
+            f"config.architectures: expected the name of a model class of transformers, got {config.architectures}; give "
+            "flexdma.integrations.transformers.from_pretrained the model_class"
         )
     return getattr(transformers, names[0])
 

@@ -37,8 +37,14 @@ def _add_documents(names: Sequence[str], model: nn.Module, args: tuple, kwargs: 
     if POSITION_DOCUMENTS in kwargs:
         return None
     given = dict(zip(names, args, strict=False)) | kwargs
+    mask = given.get("attention_mask")
+    if isinstance(mask, Tensor) and mask.dim() > 2:
+        raise ValueError(
+            f"attention_mask: expected [B, tokens] with 1 for real tokens, got {list(mask.shape)} of {mask.dtype}; masks of "
+            "queries by keys are not supported"
+        )
     documents = None
-    if given.get("attention_mask") is None:
+    if mask is None:
         cache = given_cache(given.values())
         documents = _documents(given.get("position_ids"), 0 if cache is None else cache.get_seq_length())
     return args, kwargs | {POSITION_DOCUMENTS: documents}

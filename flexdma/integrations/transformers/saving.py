@@ -4,6 +4,7 @@ config.json gets an `auto_map`, and the folder the file `modeling_flexdma.py`, w
 the instance, because a subclass of the model would write its own name into config.json.
 """
 
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ SOURCE = Path(__file__).with_name("modeling_flexdma.py")
 def save_with_the_gates(model: Any) -> None:
     """Make `save_pretrained` of this model write `auto_map` and modeling_flexdma.py.
 
-    Does nothing for models whose class is not one of transformers': their own `auto_map` names other files.
+    Of a model whose class is not one of transformers' it warns instead, because its own `auto_map` may name other files.
     """
     # While a model is loaded its class is a subclass of the same name.
     is_known = isinstance(model, getattr(transformers, type(model).__name__, ()))
     if not is_known:
+        model.save_pretrained = partial(_save_and_warn, model)
         return
     autos = [name for name in modeling_auto.__all__ if name.startswith("Auto")]
     takes = [name for name in autos if getattr(transformers, name)._model_mapping.get(type(model.config), ())]
@@ -42,6 +44,16 @@ def _save(model: Any, save_directory: Any, is_main_process: bool = True, *argume
         # Before the weights, because push_to_hub uploads at the end of the call.
         atomic_write(folder / SOURCE.name, lambda part: part.write_bytes(SOURCE.read_bytes()))
     type(model).save_pretrained(model, save_directory, is_main_process, *arguments, **named)
+
+
+def _save_and_warn(model: Any, *arguments: Any, **named: Any) -> None:
+    name = type(model).__name__
+    type(model).save_pretrained(model, *arguments, **named)
+    warnings.warn(
+        f"save_pretrained: {name} is no class of transformers, so the saved folder loads without its gates, except by "
+        f"flexdma.integrations.transformers.from_pretrained(folder, model_class={name})",
+        stacklevel=2,
+    )
 
 
 def _timestamps_without_source(model: Any, working_dir: Any) -> dict[str, float]:

@@ -171,10 +171,12 @@ def _set_gate(gate: ValueGate, weights: Tensor, slopes: Tensor) -> None:
 
 def _token_ids(batch: Tensor | Mapping[str, Tensor], far: int) -> Tensor:
     """The token ids of a batch.  Raises TypeError or ValueError naming what is wrong with it."""
-    ids = batch if isinstance(batch, Tensor) else batch["input_ids"]
-    if ids.dim() != 2 or ids.dtype != torch.int64:
-        raise ValueError(f"batches: expected token ids [B, N] int64, got {list(ids.shape)} {ids.dtype}")
-    mask = None if isinstance(batch, Tensor) else batch.get("attention_mask")
+    if not isinstance(batch, Tensor | Mapping):
+        raise TypeError(f"batches: expected token ids [B, N] or mappings with input_ids, got {type(batch).__name__}")
+    ids, mask = (batch, None) if isinstance(batch, Tensor) else (batch.get("input_ids"), batch.get("attention_mask"))
+    if not isinstance(ids, Tensor) or ids.dim() != 2 or ids.dtype != torch.int64:
+        got = f"{list(ids.shape)} {ids.dtype}" if isinstance(ids, Tensor) else type(ids).__name__
+        raise ValueError(f"batches: expected token ids [B, N] int64, got {got}")
     if mask is not None and not mask.all():
         raise ValueError("batches: expected sequences without padding, got an attention_mask with zeros")
     if ids.shape[1] < 3 * far:
