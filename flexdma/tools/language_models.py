@@ -4,7 +4,8 @@ What cannot be loaded is refused in one line.
 """
 
 import importlib.metadata
-from collections.abc import Iterator
+import struct
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +18,7 @@ from flexdma.tools.versions import bounds
 
 EXTRA = "evaluate"
 # Classes of errors that transformers raises for models, files and names that it cannot load.
-UNLOADABLE = (OSError, ValueError, KeyError, TypeError, ImportError, RuntimeError, AttributeError)
+UNLOADABLE = (OSError, ValueError, LookupError, TypeError, ImportError, RuntimeError, AttributeError, struct.error)
 
 
 class LanguageModel(NamedTuple):
@@ -107,13 +108,13 @@ def _folder_or_hub(name: str, dtype: torch.dtype) -> tuple[Any, Any]:
 
     tokenizer = AutoTokenizer.from_pretrained(name)
     if getattr(AutoConfig.from_pretrained(name), "flexdma", None) is None:
-        return AutoModelForCausalLM.from_pretrained(name, dtype=dtype), tokenizer
+        return _complete(*AutoModelForCausalLM.from_pretrained(name, dtype=dtype, output_loading_info=True)), tokenizer
     reason = why_not_converted()
     if reason is not None:
         raise ImportError(reason)
     from flexdma.integrations.transformers import from_pretrained
 
-    return from_pretrained(name, dtype=dtype), tokenizer
+    return _complete(*from_pretrained(name, dtype=dtype, output_loading_info=True)), tokenizer
 
 
 def _gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -123,12 +124,20 @@ def _gguf(path: Path, dtype: torch.dtype) -> tuple[Any, Any]:
     where: dict[str, Any] = {"pretrained_model_name_or_path": path.resolve().parent, "gguf_file": path.name}
     where["config"] = AutoConfig.from_pretrained(**where)  # each reads the whole file for it otherwise
     tokenizer = AutoTokenizer.from_pretrained(**where)
-    read = AutoModelForCausalLM.from_pretrained(**where, dtype=dtype)
+    read = _complete(*AutoModelForCausalLM.from_pretrained(**where, dtype=dtype, output_loading_info=True))
     config = {name: value for name, value in read.config.to_dict().items() if name != "quantization_config"}
     plain = _empty(type(read), type(read.config)(**config), read.device)
     plain.load_state_dict(read.state_dict(keep_vars=True), assign=True)
     plain.generation_config = read.generation_config
     return plain, tokenizer
+
+
+def _complete(model: Any, info: Mapping[str, Any]) -> Any:
+    """The model.  Raises ValueError where weights are missing, which transformers draws at random."""
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise ValueError(f"it has no {missing[0]}" + (f" and {len(missing) - 1} more weights" if missing[1:] else ""))
+    return model
 
 
 def _empty(kind: type, config: Any, device: torch.device) -> Any:

@@ -285,6 +285,7 @@ def test_refusals(folder, capsys, tmp_path):
     text = ["--text", folder / "two.txt"]
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\xfd")
     save(tmp_path / "other", converted_model(window=30))
+    save(tmp_path / "endless", convert_to_dma(tiny_model(), None, selection="threshold"))
     save(tmp_path / "bloom", tiny_model("Bloom", n_layer=2, n_head=4))
     capsys.readouterr()  # bars of saving
     for options, message in (
@@ -301,6 +302,7 @@ def test_refusals(folder, capsys, tmp_path):
         ([converted, *text, "--sinks", "64"], "--sinks: expected fewer than the 64 keys that the converted models keep, got"),
         ([converted, tmp_path / "other", *text], "MODEL: expected converted models that keep equal numbers of keys, got"),
         ([converted, plain, *text], "MODEL: expected models converted by flexdma after the first, got"),
+        ([plain, tmp_path / "endless", *text], "model: expected layers with windows, got selection='threshold' with"),
         ([tmp_path / "bloom", *text], "cannot be converted (docs/transformers.md has the families): model: expected"),
         (["--join", folder / "two.txt"], "--join: expected JSON that evaluate wrote, got"),
         ([plain, "--join", folder / "two.txt"], "--join: expected no MODEL beside it, got"),

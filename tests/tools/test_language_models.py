@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import T5Config
 
 from flexdma.integrations.transformers import convert_to_dma
@@ -39,6 +40,24 @@ def test_a_converted_folder_has_its_gates_and_the_weights_of_full_attention(tmp_
     shared = {weight.data_ptr() for weight in loaded.model.parameters()}
     assert all(weight.data_ptr() in shared for weight in plain.parameters())
     assert torch.equal(logits(loaded.model), logits(converted))  # the plain one has not changed it
+
+
+@pytest.mark.parametrize("converted", [False, True])
+def test_weights_that_are_missing_are_not_drawn_at_random(converted, tmp_path):
+    model = tiny_model()
+    folder = save(tmp_path, convert_to_dma(model, 20) if converted else model)
+    weights = load_file(folder / "model.safetensors")
+    del weights["model.layers.1.self_attn.v_proj.weight"], weights["lm_head.weight"]
+    save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(RefusedError, match=r"MODEL: cannot load .*: it has no lm_head.weight and 1 more weights"):
+        load_language_model(str(folder))
+
+
+def test_a_gguf_file_that_ends_early_is_named(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", "llama")
+    path.write_bytes(path.read_bytes()[:70])
+    with pytest.raises(RefusedError, match=r"MODEL: cannot load .*tiny.gguf: "):
+        load_language_model(str(path))
 
 
 def test_a_gguf_file_is_an_ordinary_model(tmp_path):

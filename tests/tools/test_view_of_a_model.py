@@ -197,12 +197,14 @@ def test_requests_that_cannot_be_met_are_one_line_exit_code_2_and_nothing_writte
     broken = choose_keys(convert_to_dma(tiny_model(), 4))
     torch.nn.init.constant_(broken.model.layers[1].self_attn.q_proj.weight, float("nan"))
     save(tmp_path / "broken", broken)
+    save(tmp_path / "endless", convert_to_dma(tiny_model(), None, selection="threshold"))
     made = {path.name for path in tmp_path.iterdir()}
     capsys.readouterr()  # bars of saving
     refused(capsys, asked(plain, text), "expected a converted model (python -m flexdma retrofit or convert_to_dma")
     refused(capsys, asked(tmp_path / "absent", text), "without a config.json")
     refused(capsys, asked(tmp_path / "no-tokenizer", text), "--model: expected a tokenizer beside the model")
     refused(capsys, asked(tmp_path / "broken", text), "--model: expected finite attention of the full model")
+    refused(capsys, asked(tmp_path / "endless", text), "expected layers with windows, got selection='threshold'")
     refused(capsys, asked(folder, tmp_path / "empty.txt"), "--text: expected at least one token")
     refused(capsys, asked(folder, tmp_path / "binary.txt"), "--text: expected UTF-8")
     refused(capsys, asked(folder, text, "--start", "9999"), "--start")

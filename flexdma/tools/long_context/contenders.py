@@ -12,6 +12,7 @@ from flexdma.tools import language_models
 from flexdma.tools.language_models import LanguageModel, cache_argument
 from flexdma.tools.long_context.needles import Needle
 from flexdma.tools.long_context.passes import logits_after, nll_by_position
+from flexdma.tools.refusal import refusing
 
 FULL, WINDOW = "full", "sinks + window"
 # From when on a cache is bounded.
@@ -88,8 +89,9 @@ def keys_per_head(model: Any) -> float:
     """The most keys that a query of a converted model sees, sinks and recent tokens included, on average over its heads."""
     from flexdma.integrations.transformers.converted import converted_layers, windows_per_head
 
-    return statistics.fmean(
-        window + layer.dynamic_mask_options["sinks"] + layer.dynamic_mask_options["recent"]
-        for layer in converted_layers(model)
-        for window in windows_per_head(layer)
-    )
+    with refusing(ValueError):  # models without windows
+        return statistics.fmean(
+            window + layer.dynamic_mask_options["sinks"] + layer.dynamic_mask_options["recent"]
+            for layer in converted_layers(model)
+            for window in windows_per_head(layer)
+        )

@@ -7,7 +7,7 @@ from pathlib import Path
 from flexdma.atomic_write import atomic_write
 from flexdma.tools import arguments as types
 from flexdma.tools.byte_models.checkpoint import CheckpointError, load_checkpoint
-from flexdma.tools.refusal import RefusedError, check_installed
+from flexdma.tools.refusal import RefusedError, check_installed, refusing
 from flexdma.tools.view.demo_models import shown_models
 from flexdma.tools.view.labels import labels_of_bytes
 from flexdma.tools.view.page import view_page
@@ -83,7 +83,9 @@ def _of_a_converted_model(arguments: argparse.Namespace) -> tuple[ShownText, Seq
     from flexdma.tools.view.converted import shown_model
 
     layers = converted_layers(loaded.model)
-    _check_size(text, ids.shape[1], [size for layer in layers for size in windows_per_head(layer)])
+    with refusing(ValueError):  # models without windows
+        windows = [size for layer in layers for size in windows_per_head(layer)]
+    _check_size(text, ids.shape[1], windows)
     # A bar that is gone at the end leaves an empty line in a file.
     with progress_bars(console, transient=True, disable=not console.is_terminal) as bars:
         task = bars.add_task("layers", total=2 * len(layers), note="with gates, then of full attention")
