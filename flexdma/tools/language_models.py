@@ -58,6 +58,11 @@ def load_language_model(name: str, *, device: str = "cpu", dtype: torch.dtype = 
             model, tokenizer = _gguf(path, dtype) if is_file else _folder_or_hub(name, dtype)
         except UNLOADABLE as error:
             raise RefusedError(f"MODEL: cannot load {name}: {_first_line(error)}") from error
+    rows = model.get_input_embeddings().weight.shape[0]
+    if tokenizer.vocab_size > rows:
+        raise RefusedError(
+            f"MODEL: expected a tokenizer of at most {rows:,} ids, as {name} has embeddings, got {tokenizer.vocab_size:,}"
+        )
     return LanguageModel(model.to(device).eval(), tokenizer, name)
 
 

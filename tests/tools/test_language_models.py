@@ -53,6 +53,13 @@ def test_weights_that_are_missing_are_not_drawn_at_random(converted, tmp_path):
         load_language_model(str(folder))
 
 
+def test_a_tokenizer_of_another_model_is_named(tmp_path):
+    with pytest.raises(
+        RefusedError, match=r"MODEL: expected a tokenizer of at most 100 ids, as .* has embeddings, got 257"
+    ):
+        load_language_model(str(save(tmp_path, tiny_model(vocab_size=100, bos_token_id=1, eos_token_id=1))))
+
+
 def test_a_gguf_file_that_ends_early_is_named(tmp_path):
     path = write_gguf(tmp_path / "tiny.gguf", "llama")
     path.write_bytes(path.read_bytes()[:70])
