@@ -219,6 +219,25 @@ def test_states_are_not_cast_by_a_policy_of_mixed_precision(recency, gates, two)
         )
 
 
+def converted_of_16_bits():
+    from flexdma.integrations.transformers import convert_to_dma
+    from tests.integrations.hf_models import causal_lm, distinct_tokens
+
+    model, ids = convert_to_dma(causal_lm("Llama"), 7).bfloat16(), distinct_tokens(2, 24)
+    for layer in model.model.layers:
+        fully_shard(layer.self_attn.value_gate)
+        fully_shard(layer)
+    fully_shard(model)
+    model(ids, labels=ids).loss.backward()
+    return [layer.self_attn.value_gate.A.grad.full_tensor() for layer in model.model.layers]
+
+
+def test_a_converted_model_of_16_bits_is_sharded_with_its_float32_gates_apart(two):
+    pytest.importorskip("transformers")
+    for gradients in two.run(converted_of_16_bits):
+        assert all(gradient.dtype == torch.float32 and gradient.abs().min() > 0 for gradient in gradients)
+
+
 def started_without_memory(recency):
     with torch.device("meta"):
         layer = DynamicMaskAttention(32, 4, 2, 8, 5, recency=recency)

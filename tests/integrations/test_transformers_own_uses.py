@@ -111,11 +111,20 @@ def test_a_mask_of_four_dimensions_is_not_taken_for_one_of_ours(dtype):
         model(ids, attention_mask=torch.ones(2, 1, 1, 24, dtype=dtype))
 
 
-@pytest.mark.parametrize("options", [{}, {"recency": "slope"}, {"sinks": 2, "recent": 3}])
-def test_a_cache_goes_on_outside_inference_mode(options):
-    model, ids = convert_to_dma(causal_lm("Llama"), 3, **options), distinct_tokens(2, 24)
+@pytest.mark.parametrize(
+    ("window", "options"),
+    [
+        (3, {}),
+        (3, {"recency": "slope"}),
+        (3, {"sinks": 2, "recent": 3}),
+        (None, {"selection": "threshold", "form": "identity"}),
+    ],
+)
+def test_a_cache_goes_on_outside_inference_mode(window, options):
+    model, ids = convert_to_dma(causal_lm("Llama"), window, **options), distinct_tokens(2, 24)
     for name, parameter in gates(model).items():
-        torch.nn.init.normal_(parameter) if name.endswith("A") else None
+        if name.endswith("A"):
+            torch.nn.init.normal_(parameter)
     with torch.no_grad():
         want = model(ids).logits
     cache, parts = DynamicMaskCache(), []
