@@ -94,9 +94,8 @@ class Cut:
             self.lists = living_terms(lifespans, queries, self.block)
         # From here on the terms of all heads are in one row, [B Hkv P K].
         head_starts = terms * torch.arange(self.heads, device=key.device)[:, None]
-        self.block_starts = head_starts + torch.arange(
-            terms - queries, terms, self.block, device=key.device
-        )  # [B Hkv, R]
+        starts = torch.arange(terms - queries, terms, self.block, device=key.device)
+        self.block_starts = head_starts + starts  # [B Hkv, R]
         birth, death = ((bound.flatten(0, 1) + head_starts).flatten() for bound in lifespans)
         self.reference = reference.flatten(0, 1)
         self.every_key = AllKeys(
