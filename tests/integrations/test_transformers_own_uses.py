@@ -142,14 +142,16 @@ def test_a_cache_goes_on_outside_inference_mode(window, options):
     torch.testing.assert_close(torch.cat(parts, 1), want, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.skipif(CACHE == "past_key_values", reason="transformers before 5.24 may pass the last token alone then")
 def test_a_model_that_drops_its_cache_gets_an_empty_one():
     """Phi3 reads all tokens again with other frequencies once there are more than it was trained with."""
     factors = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [4.0] * 4, "rope_theta": 1e4}
     factors["original_max_position_embeddings"] = 20
-    model = convert_to_dma(
-        causal_lm("Phi3", original_max_position_embeddings=20, max_position_embeddings=80, rope_parameters=factors), W
+    original = causal_lm(
+        "Phi3", original_max_position_embeddings=20, max_position_embeddings=80, rope_parameters=factors
     )
     ids, cache = distinct_tokens(1, 15), DynamicMaskCache()
+    model = convert_to_dma(original, W)
     want = model.generate(ids, max_new_tokens=30, do_sample=False, use_cache=False)
     assert isinstance(want, torch.Tensor)
     for own in ({}, {CACHE: cache}):
