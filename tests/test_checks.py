@@ -25,7 +25,6 @@ CASES = [
         TypeError,
         "query: expected a floating point dtype of at least 16 bits, got torch.float8_e4m3fn",
     ),
-    ({"score_mod": lambda *_: None}, TypeError, "score_mod: expected a function that returns a tensor, got NoneType"),
     (
         {"query": z(2, 4, 8, 16, dtype=torch.int32)},
         TypeError,
@@ -80,6 +79,12 @@ def test_the_operator_names_the_argument(wrong, error, message):
 def test_the_specification_names_the_argument(wrong, error, message):
     with pytest.raises(error, match=message):
         dense_dynamic_mask_attention(**{**GOOD, "window_size": 3, **wrong})
+
+
+@pytest.mark.parametrize("attention", [flexdma.dynamic_mask_attention, dense_dynamic_mask_attention])
+def test_a_score_mod_that_returns_no_tensor(attention):
+    with pytest.raises(TypeError, match="score_mod: expected a function that returns a tensor, got NoneType from it"):
+        attention(**GOOD, window_size=3, score_mod=lambda *_: None)
 
 
 @pytest.mark.parametrize("function", [flexdma.causal_top_w, flexdma.global_top_w, flexdma.sliding_window])
