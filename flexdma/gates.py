@@ -79,17 +79,17 @@ class ValueGate(nn.Module):
             raise TypeError(f"initial_a: expected a number or None, got {type(initial_a).__name__}")
         if slopes is not None and recency != "slope":
             raise ValueError(f"slopes: expected None unless recency='slope', got {slopes!r} with recency={recency!r}")
-        initial_slopes = [2.0 ** (-8 * (h + 1) / num_kv_heads) for h in range(num_kv_heads)]
-        if slopes is not None:
-            initial_slopes = _numbers("slopes", slopes)
-            if len(initial_slopes) != num_kv_heads:
-                raise ValueError(f"slopes: expected {num_kv_heads} numbers, one per KV head, got {len(initial_slopes)}")
         self.num_kv_heads, self.head_dim, self.form, self.recency = num_kv_heads, head_dim, form, recency
         self.initial_a = INITIAL_A[form] if initial_a is None else initial_a
         self.A = nn.Parameter(torch.empty(num_kv_heads))
         self.dt_proj = nn.Linear(num_kv_heads * head_dim, num_kv_heads, bias=bias)
         if recency == "slope":
-            self.initial_slopes = initial_slopes
+            default = [2.0 ** (-8 * (h + 1) / num_kv_heads) for h in range(num_kv_heads)]
+            self.initial_slopes = default if slopes is None else _numbers("slopes", slopes)
+            if len(self.initial_slopes) != num_kv_heads:
+                raise ValueError(
+                    f"slopes: expected {num_kv_heads} numbers, one per KV head, got {len(self.initial_slopes)}"
+                )
             self.slope = nn.Parameter(torch.empty(num_kv_heads))
         elif recency == "forget":
             self.forget_proj = _ForgetProjection(num_kv_heads * head_dim, num_kv_heads)

@@ -38,10 +38,12 @@ def _obstacle(state: State, tensors: tuple[Tensor | None, ...]) -> str | None:
         return (
             "with tensors that need a gradient, as a backward needs the old state; detach them or use torch.no_grad()"
         )
-    traced = torch.compiler.is_compiling()
-    if not (traced or torch.is_inference_mode_enabled()) and any(tensor.is_inference() for tensor in slots.values()):
-        return "outside torch.inference_mode for a state that was made in it, as torch forbids writes to its tensors"
+    writes_any = torch.compiler.is_compiling() or torch.is_inference_mode_enabled()
     for name, tensor in slots.items():
+        if not writes_any and tensor.is_inference():
+            return (
+                "outside torch.inference_mode for a state that was made in it, as torch forbids writes to its tensors"
+            )
         if not tensor.is_contiguous():
             return f"for a state whose {name} is not contiguous"
     return None

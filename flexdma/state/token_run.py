@@ -182,7 +182,7 @@ class TokenRun:
         slots = torch.tensor(list(written), device=device)
         gates, positions = zip(*written.values(), strict=True)
         # What tokens have left to write, also where the mode has ended since.
-        with torch.inference_mode(not self.is_writable() or torch.is_inference_mode_enabled()):
+        with torch.inference_mode(self._key.is_inference() or torch.is_inference_mode_enabled()):
             self._gate.index_copy_(0, slots, torch.tensor(gates, dtype=self._gate.dtype, device=device))
             self._position.index_copy_(0, slots, torch.tensor(positions, device=device))
             if self._added is not None:

@@ -50,6 +50,11 @@ def doge(**config) -> transformers.PreTrainedModel:
     return model
 
 
+def gates(model: transformers.PreTrainedModel) -> dict[str, Any]:
+    """The parameters of the gates of a converted model, by name."""
+    return {name: parameter for name, parameter in model.named_parameters() if "value_gate." in name}
+
+
 def distinct_tokens(batch: int, length: int) -> torch.Tensor:
     """No token twice in a sequence: equal tokens have equal gates, and the top-k of transformers' Doge may choose any."""
     generator = torch.Generator().manual_seed(1)

@@ -5,7 +5,16 @@ import copy
 import pytest
 import torch
 
-from tests.integrations.hf_models import FAMILIES, assert_close, causal_lm, distinct_tokens, doge, in_a_window, padding
+from tests.integrations.hf_models import (
+    FAMILIES,
+    assert_close,
+    causal_lm,
+    distinct_tokens,
+    doge,
+    gates,
+    in_a_window,
+    padding,
+)
 
 import accelerate  # isort: skip
 import peft  # isort: skip  # after hf_models, which keeps transformers offline
@@ -13,10 +22,6 @@ import transformers  # isort: skip
 from flexdma.integrations.transformers import convert_to_dma, from_pretrained
 
 W = 6
-
-
-def gates(model):
-    return {name: p for name, p in model.named_parameters() if "value_gate" in name}
 
 
 @pytest.mark.parametrize("recency", [None, "slope"])

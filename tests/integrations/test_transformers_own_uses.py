@@ -14,17 +14,13 @@ from flexdma.integrations.transformers import (
     set_window_size,
     use_flexdma,
 )
-from tests.integrations.hf_models import CACHE, causal_lm, distinct_tokens, doge
+from tests.integrations.hf_models import CACHE, causal_lm, distinct_tokens, doge, gates
 
 W = 7
 
 
 class MyLlama(transformers.LlamaForCausalLM):
     """A class that transformers does not know."""
-
-
-def gates(model):
-    return {name: p for name, p in model.named_parameters() if "value_gate." in name}
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
